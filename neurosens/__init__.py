@@ -1,0 +1,21 @@
+"""neurosens: which neurons make a classifier fragile, measured and trained away in JAX."""
+
+from neurosens.forward import (
+    Forward,
+    LayerError,
+    LinenForward,
+    NNXForward,
+    layers,
+    with_edits,
+    with_input_transform,
+)
+
+__all__ = [
+    'Forward',
+    'LayerError',
+    'LinenForward',
+    'NNXForward',
+    'layers',
+    'with_edits',
+    'with_input_transform',
+]
