@@ -1,0 +1,48 @@
+"""Sentences for the mistakes users make: each names the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+
+
+def unknown(kind: str, value: object, valid: Collection[str]) -> str:
+    """Says that `value` names nothing of this `kind`, and what does.
+
+    Args:
+      kind: what was to be named, such as `'model'`.
+      value: the name given.
+      valid: every valid name.
+
+    Returns:
+      One sentence with the closest valid names, or all of them if none is close.
+    """
+    close = difflib.get_close_matches(str(value), valid, n=3, cutoff=0.5)
+    if close and len(valid) > 8:
+        names = ', '.join(repr(name) for name in close)
+        return f'Unknown {kind} {value!r}; the closest names are {names}.'
+    names = ', '.join(repr(name) for name in sorted(valid)) or 'none yet'
+    return f'Unknown {kind} {value!r}; valid names are {names}.'
+
+
+def check_range(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raises a ValueError that names the range if `value` lies outside it or is not finite."""
+    above = low is None or (value > low if low_open else value >= low)
+    below = high is None or (value < high if high_open else value <= high)
+    if above and below and math.isfinite(value):
+        return
+    bounds = [] if math.isfinite(value) else ['finite']
+    if low is not None:
+        bounds.append(f'{"greater than" if low_open else "at least"} {low:g}')
+    if high is not None:
+        bounds.append(f'{"less than" if high_open else "at most"} {high:g}')
+    raise ValueError(f'{name} is {value!r}; it must be {", ".join(bounds)}.')

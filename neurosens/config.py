@@ -1,0 +1,492 @@
+"""Experiment settings: typed dataclasses, command-line overrides, and what a checkpoint stores.
+
+A config file is a Python file whose `get_config()` returns a `Config`. On the command line,
+`--config=FILE` chooses it and `--config.key=value` (dots for nested keys) overrides single values,
+type-checked. Tuples and dicts are Python literals: `--config.evaluation.eps="(0.1, 0.2)"`.
+"""
+
+# No `from __future__ import annotations`: ml_collections reads field types at run time.
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from absl import flags
+from ml_collections import config_flags
+
+from neurosens import _validate
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one sentence for the user."""
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """How parameters follow gradients.
+
+    Attributes:
+      name: 'sgd' (with momentum) or 'adamw'.
+      learning_rate: the peak of the schedule.
+      momentum: SGD momentum; 0 turns it off.
+      nesterov: Nesterov momentum.
+      b1: AdamW decay of the first moment.
+      b2: AdamW decay of the second moment.
+      weight_decay: decay of kernels; biases and normalisation parameters are never decayed. For SGD
+        it is added to the gradient, for AdamW it is decoupled.
+      clip_norm: largest global norm of a gradient; 0 turns clipping off.
+      accumulate: batches whose mean gradient makes one update.
+      ema_decay: decay per update of the averaged weights, which are then evaluated; 0 is off.
+    """
+
+    name: str = 'sgd'
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 5e-4
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+
+
+@dataclasses.dataclass
+class Schedule:
+    """The learning rate over training, as a share of its peak.
+
+    Attributes:
+      name: 'constant', 'cosine' (to `end`), 'piecewise' (times `factor` at each of `boundaries`) or
+        'onecycle' (Smith 2018: cosine up from peak / 25 over `warmup`, cosine down to almost 0).
+      warmup: share of all updates over which the rate rises linearly from 0.
+      boundaries: shares of all updates at which 'piecewise' multiplies the rate by `factor`.
+      factor: that factor.
+      end: last rate of 'cosine', as a share of the peak.
+    """
+
+    name: str = 'cosine'
+    warmup: float = 0.05
+    boundaries: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+    end: float = 0.0
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What `evaluate.py` measures.
+
+    Attributes:
+      split: 'test' or 'validation'.
+      batch_size: images per batch over all devices (rounded up to a multiple of them); results do
+        not depend on it.
+      limit: evaluate only the first so many images; 0 means all.
+      attacks: attacks to run, of 'fgsm' and 'pgd'.
+      norm: the threat model, 'linf' or 'l2'.
+      eps: radii in pixels of [0, 1], smallest first.
+      steps: PGD steps.
+      step_size: PGD step as a share of eps; 0 means 2.5 / steps.
+      restarts: PGD runs from different random starts.
+      examples: images in the example grid.
+    """
+
+    split: str = 'test'
+    batch_size: int = 256
+    limit: int = 0
+    attacks: tuple[str, ...] = ('fgsm', 'pgd')
+    norm: str = 'linf'
+    eps: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    steps: int = 20
+    step_size: float = 0.0
+    restarts: int = 1
+    examples: int = 8
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment.
+
+    Attributes:
+      dataset: a name of `neurosens.data.names()`.
+      data_dir: a TFDS directory; empty means the TFDS default. Not needed for digits.
+      validation_size: training examples held out to choose the best checkpoint; 0 means none, and
+        the latest checkpoint then is the best.
+      augmentation: 'none', 'pad_crop', 'pad_crop_flip' or 'random_resized_crop_flip'.
+      model: a name of `neurosens.models.names()`.
+      model_options: options of that model, as in `neurosens.models.options(name)`.
+      dtype: computation type, 'float32' or 'bfloat16'; parameters are always float32.
+      objective: what is minimised, a name of `neurosens.training.OBJECTIVES`.
+      objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.
+      regularizers: for each regularizer name its options and its `'weight'` and `'ramp'` (share of
+        training over which the weight rises linearly from 0).
+      epochs: passes over the training set.
+      steps: training steps (batches); if not 0, it replaces `epochs`.
+      batch_size: images per step, over all devices.
+      seed: seed of initialisation, data order and augmentation.
+      optimizer: see `Optimizer`.
+      schedule: see `Schedule`.
+      log_every: steps between lines in `metrics.jsonl`.
+      evaluate_every: epochs between validations; each also saves a checkpoint.
+      checkpoint_every: steps between further checkpoints; 0 means only at validations.
+      keep_checkpoints: latest checkpoints kept, besides the best.
+      cpu_devices: XLA devices a CPU is split into; 0 means one per core.
+      evaluation: see `Evaluation`.
+    """
+
+    dataset: str = 'digits'
+    data_dir: str = ''
+    validation_size: int = 0
+    augmentation: str = 'none'
+    model: str = 'cnn'
+    model_options: dict = dataclasses.field(default_factory=dict)
+    dtype: str = 'float32'
+    objective: str = 'standard'
+    objective_options: dict = dataclasses.field(default_factory=dict)
+    regularizers: dict = dataclasses.field(default_factory=dict)
+    epochs: float = 10.0
+    steps: int = 0
+    batch_size: int = 128
+    seed: int = 0
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    log_every: int = 20
+    evaluate_every: float = 1.0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    cpu_devices: int = 0
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+
+# Settings that change neither parameters nor metrics; they may differ when training is resumed.
+FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation')
+
+
+class _DictParser(flags.ArgumentParser):
+    """Parses a dict written as a Python literal."""
+
+    def parse(self, argument: Any) -> dict:
+        """Returns the dict; raises ValueError for anything else."""
+        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        if not isinstance(value, dict):
+            raise ValueError('expected a dict such as "{\'hidden\': (64, 64)}"')
+        return value
+
+    def flag_type(self) -> str:
+        """The name of the type in help texts."""
+        return 'dict'
+
+
+config_flags.register_flag_parser_for_type(dict, _DictParser())
+# The generic alias of every tuple field is parsed as a plain tuple; `validate` checks the items.
+
+
+# ------------------------------------------------------------------------------------- values
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """A config as nested plain dicts, equal to what `json` would give back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `to_dict` made `values` from.
+
+    Raises:
+      ConfigError: a key is unknown or a value has the wrong type.
+    """
+    return _build(Config, values, '')
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(_validate.unknown('config key', prefix + name, fields))
+    arguments = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, value, f'{prefix}{name}.')  # type: ignore[arg-type]
+        else:
+            arguments[name] = _untuple(value) if isinstance(value, (list, dict)) else value
+    return cls(**arguments)
+
+
+def _untuple(value: Any) -> Any:
+    """JSON has no tuples; configs have no lists."""
+    if isinstance(value, dict):
+        return {key: _untuple(item) for key, item in value.items()}
+    return tuple(_untuple(item) for item in value) if isinstance(value, list) else value
+
+
+def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """A config as one flat dict from dotted keys to values; option dicts stay whole."""
+    values = to_dict(config) if isinstance(config, Config) else config
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name in ('optimizer', 'schedule', 'evaluation'):
+            flat.update({f'{name}.{key}': item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
+    """Dotted keys whose values differ between a saved config and this one, `FREE_KEYS` aside."""
+    ours, theirs = flatten(config), flatten(saved)
+    missing = object()
+    return [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if key.split('.')[0] not in FREE_KEYS and ours.get(key, missing) != theirs.get(key, missing)
+    ]
+
+
+def validate(config: Config) -> None:
+    """Checks types and ranges of all settings that need no other module to judge.
+
+    Raises:
+      ConfigError: with one sentence that names the key, the value and the remedy.
+    """
+    _check_types(config, '')
+    try:
+        _check_ranges(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, field.type):  # type: ignore[arg-type]
+                raise ConfigError(f'{key} is {value!r}; it must be a {field.type.__name__}.')  # type: ignore[union-attr]
+            _check_types(value, f'{key}.')
+            continue
+        item = getattr(field.type, '__args__', (None,))[0]
+        kind = getattr(field.type, '__origin__', field.type)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, field.name, float(value))
+        elif kind is not type(value):
+            raise ConfigError(f'{key} is {value!r}; it must be of type {kind.__name__}.')  # type: ignore[union-attr]
+        if kind is tuple:
+            if item is float:
+                value = tuple(float(v) if type(v) is int else v for v in value)
+                setattr(config, field.name, value)
+            for entry in value:
+                if type(entry) is not item:
+                    raise ConfigError(
+                        f'{key} holds {entry!r}; every item must be of type {item.__name__}.'  # type: ignore[union-attr]
+                    )
+
+
+def _check_ranges(config: Config) -> None:
+    check = _validate.check_range
+    check('validation_size', config.validation_size, low=0)
+    check('epochs', config.epochs, low=0, low_open=True)
+    check('steps', config.steps, low=0)
+    check('batch_size', config.batch_size, low=1)
+    check('seed', config.seed, low=0, high=2**32 - 1)
+    check('log_every', config.log_every, low=1)
+    check('evaluate_every', config.evaluate_every, low=0, low_open=True)
+    check('checkpoint_every', config.checkpoint_every, low=0)
+    check('keep_checkpoints', config.keep_checkpoints, low=1)
+    check('cpu_devices', config.cpu_devices, low=0)
+    optimizer, schedule, evaluation = config.optimizer, config.schedule, config.evaluation
+    check('optimizer.learning_rate', optimizer.learning_rate, low=0, low_open=True)
+    check('optimizer.momentum', optimizer.momentum, low=0, high=1, high_open=True)
+    check('optimizer.b1', optimizer.b1, low=0, high=1, high_open=True)
+    check('optimizer.b2', optimizer.b2, low=0, high=1, high_open=True)
+    check('optimizer.weight_decay', optimizer.weight_decay, low=0)
+    check('optimizer.clip_norm', optimizer.clip_norm, low=0)
+    check('optimizer.accumulate', optimizer.accumulate, low=1)
+    check('optimizer.ema_decay', optimizer.ema_decay, low=0, high=1, high_open=True)
+    check('schedule.warmup', schedule.warmup, low=0, high=1, high_open=True)
+    check('schedule.factor', schedule.factor, low=0, low_open=True)
+    check('schedule.end', schedule.end, low=0, high=1)
+    for share in schedule.boundaries:
+        check('schedule.boundaries item', share, low=0, high=1, low_open=True, high_open=True)
+    check('evaluation.batch_size', evaluation.batch_size, low=1)
+    check('evaluation.limit', evaluation.limit, low=0)
+    check('evaluation.steps', evaluation.steps, low=1)
+    check('evaluation.step_size', evaluation.step_size, low=0)
+    check('evaluation.restarts', evaluation.restarts, low=1)
+    check('evaluation.examples', evaluation.examples, low=0)
+    for eps in evaluation.eps:
+        check('evaluation.eps item', eps, low=0)
+    choices = {
+        'dtype': (config.dtype, ('float32', 'bfloat16')),
+        'evaluation.split': (evaluation.split, ('test', 'validation')),
+        'evaluation.norm': (evaluation.norm, ('linf', 'l2')),
+    }
+    for key, (value, valid) in choices.items():
+        if value not in valid:
+            raise ConfigError(_validate.unknown(f'{key}', value, valid))
+    for attack in evaluation.attacks:
+        if attack not in ('fgsm', 'pgd'):
+            raise ConfigError(_validate.unknown('evaluation.attacks item', attack, ('fgsm', 'pgd')))
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+class Command(NamedTuple):
+    """A parsed command line.
+
+    Attributes:
+      config: the config with its overrides, validated.
+      name: the config file's name without suffix, or ''.
+      flags: values of the script's own flags by name.
+    """
+
+    config: Config
+    name: str
+    flags: dict[str, Any]
+
+
+def load_file(path: str | pathlib.Path) -> Config:
+    """Runs a config file.
+
+    Args:
+      path: a Python file with a function `get_config()`.
+
+    Returns:
+      The `Config` it returns.
+
+    Raises:
+      ConfigError: the file is missing, fails, or does not return a `Config`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        here = sorted(str(file) for file in path.parent.glob('*.py')) or ['(none)']
+        raise ConfigError(
+            f'Config file {str(path)!r} does not exist; beside it stand {", ".join(here)}.'
+        )
+    spec = importlib.util.spec_from_file_location(f'neurosens_config_{path.stem}', path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f'Config file {str(path)!r} is not a Python file (.py).')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, ImportError, NameError, SyntaxError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f'Config file {str(path)!r} failed with {type(error).__name__}: {error}.'
+        ) from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f'get_config() of {str(path)!r} returned a {type(config).__name__}; it must return a '
+            'neurosens.config.Config.'
+        )
+    return config
+
+
+def split_config_argument(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config=FILE` (or `--config FILE`) out of command-line arguments.
+
+    Returns:
+      `(FILE or None, the other arguments)`.
+
+    Raises:
+      ConfigError: `--config` has no value.
+    """
+    chosen, rest, pending = None, [], False
+    for argument in arguments:
+        if pending:
+            chosen, pending = argument, False
+        elif argument in ('--config', '-config'):
+            pending = True
+        elif match := re.fullmatch(r'--?config=(.*)', argument):
+            chosen = match.group(1)
+        else:
+            rest.append(argument)
+    if pending or chosen == '':
+        raise ConfigError('--config needs a file, such as --config=configs/digits.py.')
+    return chosen, rest
+
+
+def override(
+    config: Config, arguments: Sequence[str], own_flags: flags.FlagValues
+) -> tuple[Config, dict[str, Any]]:
+    """Applies `--config.key=value` arguments and parses a script's own flags.
+
+    Args:
+      config: the config to start from, left as it is.
+      arguments: command-line arguments without the program's name.
+      own_flags: the script's own flags.
+
+    Returns:
+      `(the config with its overrides, {name of own flag: value})`.
+
+    Raises:
+      ConfigError: a key or flag is unknown, or a value has the wrong type or range.
+    """
+    for argument in arguments:
+        if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
+            _check_key(match.group(1))
+    names = list(own_flags)
+    argv = ['neurosens', *arguments]
+    # Tuple fields are generic aliases, which ml_collections looks up by their origin.
+    config_flags.DEFINE_config_dataclass('config', config, flag_values=own_flags, sys_argv=argv)
+    try:
+        positional = own_flags(argv)[1:]
+    except (flags.Error, ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(_flag_sentence(str(error), config)) from None
+    if positional:
+        raise ConfigError(
+            f'Unexpected argument {positional[0]!r}; settings are given as --config.key=value.'
+        )
+    config = cast(Config, own_flags['config'].value)
+    validate(config)
+    return config, {name: own_flags[name].value for name in names}
+
+
+def _flag_sentence(message: str, config: Config) -> str:
+    """A parser's message as one sentence, with the expected type where a value was refused."""
+    text = ' '.join(message.split()).rstrip('.')
+    if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text):
+        key, value = match.groups()
+        holder: Any = config
+        *groups, name = key.split('.')
+        for group in groups:
+            holder = getattr(holder, group)
+        kind = next(f.type for f in dataclasses.fields(holder) if f.name == name)
+        wanted = kind.__name__ if isinstance(kind, type) and kind is not tuple else str(kind)
+        return f'Config key {key!r} cannot take {value!r}; it must be of type {wanted}.'
+    return f'{text[:1].upper()}{text[1:]}.'
+
+
+def _check_key(key: str) -> None:
+    valid = flatten(Config())
+    groups = {name.split('.')[0] for name in valid if '.' in name}
+    if key in groups:
+        inside = ', '.join(name for name in valid if name.startswith(f'{key}.'))
+        raise ConfigError(f'Config key {key!r} is a group; set one of {inside}.')
+    if key not in valid:
+        raise ConfigError(_validate.unknown('config key', key, valid))
+
+
+def parse(
+    arguments: Sequence[str], own_flags: flags.FlagValues, default_file: pathlib.Path
+) -> Command:
+    """Parses a whole command line of a script that takes `--config=FILE`.
+
+    Args:
+      arguments: command-line arguments without the program's name.
+      own_flags: the script's own flags.
+      default_file: the config file used without `--config`.
+
+    Returns:
+      The parsed command.
+
+    Raises:
+      ConfigError: as of `load_file` and `override`.
+    """
+    chosen, rest = split_config_argument(arguments)
+    path = pathlib.Path(chosen) if chosen else default_file
+    config, values = override(load_file(path), rest, own_flags)
+    return Command(config, path.stem, values)

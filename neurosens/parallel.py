@@ -1,0 +1,184 @@
+"""Data parallelism over every device of every host: one mesh, one code path.
+
+Arrays carry their placement (`jit` and `NamedSharding`), so library code names no axes and calls no
+collectives; XLA inserts them. The same program runs on one device, on eight simulated ones, on
+several processes and on a pod. Batches are split over the mesh axis `'data'`; everything else is
+replicated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar('T')
+
+DATA_AXIS = 'data'
+_MIN_EXAMPLES_PER_CPU_DEVICE = 8
+
+
+def looks_distributed(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Says why the environment looks like one process of several, or None if it does not.
+
+    Args:
+      environment: environment variables, as set by SLURM, Open MPI, Cloud TPU or by hand.
+
+    Returns:
+      The variable that shows it, such as `'SLURM_NTASKS=4'`, or None.
+    """
+    for name in ('JAX_NUM_PROCESSES', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'):
+        value = environment.get(name, '')
+        if value.isdigit() and int(value) > 1:
+            return f'{name}={value}'
+    hosts = environment.get('TPU_WORKER_HOSTNAMES', '')
+    return f'TPU_WORKER_HOSTNAMES={hosts}' if ',' in hosts else None
+
+
+def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins all processes of a pod or cluster; call it before anything else uses JAX.
+
+    Cloud TPU, SLURM, Open MPI and Kubernetes are detected by `jax.distributed.initialize()`.
+    Elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID in each process.
+
+    Args:
+      environment: where those three variables are read.
+
+    Raises:
+      ValueError: no cluster was detected and the variables are not set.
+    """
+    count, index = environment.get('JAX_NUM_PROCESSES'), environment.get('JAX_PROCESS_ID')
+    try:
+        jax.distributed.initialize(
+            coordinator_address=environment.get('JAX_COORDINATOR_ADDRESS'),
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'No cluster was detected ({error}); set JAX_COORDINATOR_ADDRESS=host:port, '
+            'JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process, or run without --distributed.'
+        ) from error
+
+
+def cpu_device_count(batch_size: int, cores: int | None = None) -> int:
+    """How many CPU devices to split a batch over: one per core where the batch allows it.
+
+    XLA runs most of a convolution network on one core per device, so one device per core is what
+    makes a multi-core CPU fast.
+
+    Args:
+      batch_size: examples in the global batch.
+      cores: cores of this machine; by default those this process may use.
+
+    Returns:
+      The largest divisor of `batch_size` that is at most `cores` and leaves each device at least 8
+      examples, or 1.
+    """
+    if cores is None:
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, 'sched_getaffinity')
+            else (os.cpu_count() or 1)
+        )
+    return max(
+        count
+        for count in range(1, cores + 1)
+        if count == 1
+        or (batch_size % count == 0 and batch_size // count >= _MIN_EXAMPLES_PER_CPU_DEVICE)
+    )
+
+
+def use_cpu_devices(count: int) -> None:
+    """Splits the CPU into `count` JAX devices; without effect on other platforms.
+
+    Call it before JAX has started its backend.
+
+    Raises:
+      RuntimeError: the backend is already running (from JAX).
+    """
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def data_mesh(devices: int | None = None) -> Mesh:
+    """A one-dimensional mesh over all devices of all processes.
+
+    Args:
+      devices: use only the first so many devices (for tests and scaling measurements).
+
+    Returns:
+      A mesh with the single axis `'data'`.
+    """
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), (DATA_AXIS,), (AxisType.Auto,), devices=chosen)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The placement of parameters: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The placement of batches: the leading axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicate(mesh: Mesh, tree: T) -> T:
+    """Copies a pytree, equal on every process, to every device."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def shard(mesh: Mesh, batch: T) -> T:
+    """Makes one global batch from this process's rows.
+
+    Args:
+      mesh: the mesh to split over.
+      batch: a pytree of arrays `[b, ...]`: the rows of this process, which are rows
+        `[index * b, (index + 1) * b)` of the global batch.
+
+    Returns:
+      The same pytree of global arrays `[b * processes, ...]`, split over the mesh.
+
+    Raises:
+      ValueError: the rows do not divide evenly over this process's devices.
+    """
+    local = len(mesh.local_devices)
+    for leaf in jax.tree.leaves(batch):
+        if leaf.shape[0] % local:
+            raise ValueError(
+                f'A batch of {leaf.shape[0]} rows does not split over {local} devices; use a '
+                f'multiple of {local}.'
+            )
+    sharding = split(mesh)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+    )
+
+
+def gather(tree: T) -> T:
+    """Fetches global arrays `[B, ...]`, whole, to every process as numpy arrays."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The smallest batch size not below `batch_size` that splits evenly over the mesh."""
+    return -(-batch_size // mesh.size) * mesh.size
