@@ -1,0 +1,127 @@
+"""What `train.py` and `evaluate.py` share: flags, start of JAX, and errors as one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from absl import logging as absl_logging
+
+from neurosens import data, parallel, training
+from neurosens.forward import LayerError
+
+
+def define_common_flags(own_flags: flags.FlagValues) -> None:
+    """Adds the flags that every script has."""
+    flags.DEFINE_boolean(
+        'distributed',
+        None,
+        'This is one process of several (pod, SLURM, Open MPI): join them. --nodistributed says '
+        'that it is alone.',
+        flag_values=own_flags,
+    )
+    flags.DEFINE_boolean('progress', True, 'Show progress bars.', flag_values=own_flags)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks what the script does."""
+    return any(argument in ('-h', '-help', '--help', '--helpfull') for argument in arguments)
+
+
+def print_help(description: str | None, own_flags: flags.FlagValues) -> None:
+    """Prints a script's description and its flags."""
+    print((description or '').strip())
+    print(
+        '\nSettings: --config=FILE and --config.key=value; the keys stand in neurosens/config.py.'
+    )
+    print(own_flags.get_help())
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the script with one sentence, and no traceback, for mistakes a user can mend.
+
+    Exit status 2 for a mistake in the command or its data, 1 where training stopped by itself, and
+    128 plus the number of the signal that asked it to stop.
+    """
+    try:
+        yield
+    except training.Interrupted as error:
+        _end(str(error), 128 + error.signal_number)
+    except training.TrainingStopped as error:
+        _end(str(error), 1)
+    except (ValueError, LayerError, FileNotFoundError, training.CheckpointError) as error:
+        if os.environ.get('NEUROSENS_TRACEBACK'):
+            raise
+        _end(str(error), 2)
+
+
+def _end(sentence: str, status: int) -> None:
+    print(f'error: {sentence}' if status in (1, 2) else sentence, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def start_jax(values: Mapping[str, Any], cpu_devices: int, batch_size: int) -> None:
+    """Joins the other processes, if any, and splits a CPU into one device per core.
+
+    Args:
+      values: values of the script's flags.
+      cpu_devices: XLA devices of a CPU; 0 means one per core.
+      batch_size: images per batch, which has to split evenly.
+
+    Raises:
+      ValueError: the process looks like one of several and nothing says whether it is, or no
+        cluster was found.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger('orbax').setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
+    distributed = values['distributed']
+    reason = parallel.looks_distributed()
+    if distributed is None and reason is not None:
+        raise ValueError(
+            f'This looks like one process of several ({reason}); pass --distributed to join them, '
+            'or --nodistributed to run alone.'
+        )
+    parallel.use_cpu_devices(cpu_devices or parallel.cpu_device_count(batch_size))
+    if distributed:
+        parallel.initialize_distributed()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Shows a warning as one line, without the source line it came from."""
+    del filename, lineno, line
+    print(f'warning: {message}', file=file or sys.stderr)
+
+
+def describe(experiment: training.Experiment, workdir: Path) -> str:
+    """A few lines on what is about to be trained, on what, and where it goes."""
+    config = experiment.config
+    shape = data.info(config.dataset).image_shape
+    variables = jax.eval_shape(
+        experiment.module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), 'float32')
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    devices = experiment.mesh.devices.ravel()
+    hosts = f' on {jax.process_count()} hosts' if jax.process_count() > 1 else ''
+    return (
+        f'{config.model} ({parameters:,} parameters) on {config.dataset} '
+        f'({experiment.source.num_examples:,} images), {experiment.total_steps:,} steps of '
+        f'{config.batch_size}\n'
+        f'{len(devices)} x {devices[0].device_kind}{hosts}; work directory {workdir}'
+    )

@@ -1,0 +1,46 @@
+"""Training: objectives, optimizers, the compiled step, checkpoints that survive, and the loop."""
+
+from neurosens.training.checkpoints import CheckpointError
+from neurosens.training.loop import Experiment, Interrupted, TrainingStopped, prepare, train
+from neurosens.training.objectives import (
+    OBJECTIVES,
+    REGULARIZERS,
+    Objective,
+    Outcome,
+    Regularizer,
+    run_training_mode,
+    standard,
+)
+from neurosens.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from neurosens.training.step import (
+    TrainState,
+    WeightedRegularizer,
+    evaluated_variables,
+    init_state,
+    make_train_step,
+)
+
+__all__ = [
+    'OBJECTIVES',
+    'OPTIMIZERS',
+    'REGULARIZERS',
+    'SCHEDULES',
+    'CheckpointError',
+    'Experiment',
+    'Interrupted',
+    'Objective',
+    'Outcome',
+    'Regularizer',
+    'TrainState',
+    'TrainingStopped',
+    'WeightedRegularizer',
+    'evaluated_variables',
+    'init_state',
+    'make_optimizer',
+    'make_schedule',
+    'make_train_step',
+    'prepare',
+    'run_training_mode',
+    'standard',
+    'train',
+]
