@@ -19,11 +19,10 @@ def unknown(kind: str, value: object, valid: Collection[str]) -> str:
       One sentence with the closest valid names, or all of them if none is close.
     """
     close = difflib.get_close_matches(str(value), valid, n=3, cutoff=0.5)
-    if close and len(valid) > 8:
-        names = ', '.join(repr(name) for name in close)
-        return f'Unknown {kind} {value!r}; the closest names are {names}.'
-    names = ', '.join(repr(name) for name in sorted(valid)) or 'none yet'
-    return f'Unknown {kind} {value!r}; valid names are {names}.'
+    # A short list is shown whole: the one that was meant need not look alike.
+    if close and len(valid) > 6:
+        return f'Unknown {kind} {value!r}; the closest names are {", ".join(close)}.'
+    return f'Unknown {kind} {value!r}; valid names are {", ".join(valid) or "none"}.'
 
 
 def check_range(

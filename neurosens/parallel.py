@@ -67,19 +67,19 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
         ) from error
 
 
-def cpu_device_count(batch_size: int, cores: int | None = None) -> int:
+def cpu_device_count(batch_size: int | None = None, cores: int | None = None) -> int:
     """How many CPU devices to split a batch over: one per core where the batch allows it.
 
     XLA runs most of a convolution network on one core per device, so one device per core is what
     makes a multi-core CPU fast.
 
     Args:
-      batch_size: examples in the global batch.
+      batch_size: examples in the global batch; None where batches adapt to the devices.
       cores: cores of this machine; by default those this process may use.
 
     Returns:
       The largest divisor of `batch_size` that is at most `cores` and leaves each device at least 8
-      examples, or 1.
+      examples, or 1; `cores` where there is no batch size.
     """
     if cores is None:
         cores = (
@@ -87,6 +87,8 @@ def cpu_device_count(batch_size: int, cores: int | None = None) -> int:
             if hasattr(os, 'sched_getaffinity')
             else (os.cpu_count() or 1)
         )
+    if batch_size is None:
+        return cores
     return max(
         count
         for count in range(1, cores + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,13 +70,34 @@ def _end(sentence: str, status: int) -> None:
     raise SystemExit(status)
 
 
-def start_jax(values: Mapping[str, Any], cpu_devices: int, batch_size: int) -> None:
+def check_changes(arguments: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuses overrides of settings that the checkpoint fixes.
+
+    Args:
+      arguments: command-line arguments.
+      allowed: keys, or groups of keys, that may be changed.
+
+    Raises:
+      ValueError: another key is overridden, or another config file is named.
+    """
+    for argument in arguments:
+        match = re.match(r'--?(?:no)?config(?:\.([^=]+))?(?:=|$)', argument)
+        if match and (match.group(1) or '').split('.')[0] not in allowed:
+            raise ValueError(
+                f'{argument.split("=")[0]} is fixed by the trained model; only '
+                f'{", ".join(allowed)} can be changed here.'
+            )
+
+
+def start_jax(
+    values: Mapping[str, Any], cpu_devices: int = 0, batch_size: int | None = None
+) -> None:
     """Joins the other processes, if any, and splits a CPU into one device per core.
 
     Args:
       values: values of the script's flags.
       cpu_devices: XLA devices of a CPU; 0 means one per core.
-      batch_size: images per batch, which has to split evenly.
+      batch_size: images per batch where it has to split evenly over the devices.
 
     Raises:
       ValueError: the process looks like one of several and nothing says whether it is, or no

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from neurosens.data.catalogue import unknown_name
+from neurosens import _validate
 
 # Candidate crops drawn at once; the first that fits the image is taken.
 _CROP_CANDIDATES = 10
@@ -185,7 +185,7 @@ def augment(
         case 'random_resized_crop_flip':
             one = functools.partial(random_resized_crop_flip, size=size or height)
         case _:
-            raise ValueError(unknown_name('augmentation', name, _NAMES))
+            raise ValueError(_validate.unknown('augmentation', name, _NAMES))
     return jax.vmap(lambda image, i: one(image, jax.random.fold_in(key, i)))(images, index)
 
 

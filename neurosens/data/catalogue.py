@@ -1,8 +1,8 @@
 """Names, shapes, classes and pixel statistics of the supported image data sets."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
+
+from neurosens import _validate
 
 _DIGIT_NAMES = tuple('0123456789')
 
@@ -160,19 +160,4 @@ def info(name: str) -> DatasetInfo:
     for entry in _DATASETS:
         if entry.name == name:
             return entry
-    raise ValueError(unknown_name('data set', name, names()))
-
-
-def unknown_name(kind: str, name: object, valid: Iterable[str]) -> str:
-    """Returns one sentence on an unknown name that offers the closest valid ones.
-
-    Args:
-        kind: What the name is of, such as 'data set'.
-        name: The unknown name.
-        valid: The valid names.
-    """
-    valid = tuple(valid)
-    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
-    if close:
-        return f'unknown {kind} {name!r}: the closest valid names are {", ".join(close)}'
-    return f'unknown {kind} {name!r}: the valid names are {", ".join(valid)}'
+    raise ValueError(_validate.unknown('data set', name, names()))

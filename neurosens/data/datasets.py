@@ -2,6 +2,7 @@
 
 import os
 
+from neurosens import _validate
 from neurosens.data import catalogue, digits, tfds_source
 from neurosens.data.batching import ArrayDataset, Source, split_positions
 
@@ -103,4 +104,4 @@ def open(
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(catalogue.unknown_name('split', split, SPLITS))
+        raise ValueError(_validate.unknown('split', split, SPLITS))

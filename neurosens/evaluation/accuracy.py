@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from neurosens import data, parallel
+from neurosens.attacks import AttackResult
 from neurosens.forward import Forward, Variables
 
-Item = TypeVar('Item')
+# Wraps an iterator of batches and yields the same batches, as `tqdm` does.
+Progress: TypeAlias = Callable[[Iterable[data.Batch]], Iterable[data.Batch]]
 
 
 class Predictions(NamedTuple):
@@ -54,7 +56,7 @@ def stream(
     function: Callable[[data.Batch], Mapping[str, Array]],
     *,
     limit: int | None = None,
-    progress: Callable[[Iterable[Item]], Iterable[Item]] = lambda batches: batches,
+    progress: Progress = iter,
 ) -> dict[str, np.ndarray]:
     """Applies a function to every example of a data set, batch by batch.
 
@@ -124,7 +126,7 @@ def predict(
     *,
     batch_size: int = 256,
     limit: int | None = None,
-    progress: Callable = lambda batches: batches,
+    progress: Progress = iter,
 ) -> Predictions:
     """Classifies every image of a data set.
 
@@ -163,7 +165,7 @@ class Attacked(NamedTuple):
 
 
 def attack(
-    run: Callable[[Array, Array, Array], tuple],
+    run: Callable[[Array, Array, Array], AttackResult],
     forward: Forward,
     variables: Variables,
     source: data.Source,
@@ -172,13 +174,13 @@ def attack(
     batch_size: int = 256,
     limit: int | None = None,
     keep: int = 0,
-    progress: Callable = lambda batches: batches,
+    progress: Progress = iter,
 ) -> Attacked:
     """Attacks every image of a data set.
 
     Args:
       run: from images `[B, ...]`, labels `[B]` and positions in the data set `[B]` to a
-        `neurosens.attacks.AttackResult`; a jitted attack with everything else bound.
+        `neurosens.attacks.AttackResult`: a jitted attack with everything else bound.
       forward: the model that judges the attacked images.
       variables: its variables, replicated over the mesh.
       source: the data.
@@ -196,12 +198,12 @@ def attack(
     def function(batch: data.Batch) -> dict[str, Array]:
         result = run(data.to_float(batch.image), batch.label, batch.index)
         if sum(len(images) for images, _ in kept) < keep:
-            pair = parallel.gather({'x': batch.image, 'x_adv': result.x_adv})  # type: ignore[attr-defined]
+            pair = parallel.gather({'x': batch.image, 'x_adv': result.x_adv})
             kept.append((pair['x'], pair['x_adv']))
-        judged = _predict_batch(forward, variables, batch._replace(image=result.x_adv))  # type: ignore[attr-defined]
+        judged = _predict_batch(forward, variables, batch._replace(image=result.x_adv))
         return {
-            'success': result.success,  # type: ignore[attr-defined]
-            'margin': result.margin,  # type: ignore[attr-defined]
+            'success': result.success,
+            'margin': result.margin,
             'predictions': judged['predictions'],
         }
 

@@ -1,7 +1,6 @@
 """Creation of models by name."""
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from neurosens import _validate
 from neurosens.models.cnn import CNN
 from neurosens.models.common import Classifier
 from neurosens.models.densenet import DenseNet
@@ -126,9 +126,7 @@ def create(
     valid = _options(name)
     for option in options:
         if option not in valid:
-            raise ValueError(
-                f'Unknown option {option!r} for model {name!r}: its options are {", ".join(valid)}.'
-            )
+            raise ValueError(_validate.unknown(f'{name} option', option, valid))
     return entry.model(
         num_classes=num_classes,
         mean=_floats('mean', mean),
@@ -145,9 +143,7 @@ _options = options
 
 def _entry(name: str) -> _Entry:
     if name not in _ENTRIES:
-        close = difflib.get_close_matches(str(name), _ENTRIES, n=3, cutoff=0.5)
-        kind = 'the closest names are' if close else 'the names are'
-        raise ValueError(f'Unknown model {name!r}: {kind} {", ".join(close or _ENTRIES)}.')
+        raise ValueError(_validate.unknown('model', name, _ENTRIES))
     return _ENTRIES[name]
 
 

@@ -1,6 +1,7 @@
 """Training: objectives, optimizers, the compiled step, checkpoints that survive, and the loop."""
 
 from neurosens.training.checkpoints import CheckpointError
+from neurosens.training.loading import TrainedModel, load, make_model
 from neurosens.training.loop import Experiment, Interrupted, TrainingStopped, prepare, train
 from neurosens.training.objectives import (
     OBJECTIVES,
@@ -32,10 +33,13 @@ __all__ = [
     'Outcome',
     'Regularizer',
     'TrainState',
+    'TrainedModel',
     'TrainingStopped',
     'WeightedRegularizer',
     'evaluated_variables',
     'init_state',
+    'load',
+    'make_model',
     'make_optimizer',
     'make_schedule',
     'make_train_step',

@@ -21,11 +21,12 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from neurosens import _validate, data, parallel
 from neurosens import config as config_lib
-from neurosens import data, models, parallel
 from neurosens.evaluation import accuracy
 from neurosens.forward import LinenForward
 from neurosens.training import checkpoints, logs, objectives, optimizers
+from neurosens.training.loading import make_model
 from neurosens.training.step import (
     TrainState,
     TrainStep,
@@ -98,23 +99,6 @@ class Result(NamedTuple):
     validation_accuracy: float | None
 
 
-def make_model(config: config_lib.Config) -> nn.Module:
-    """The model of a config, with the input normalisation of its data set inside.
-
-    Raises:
-      ValueError: the data set, the model or one of its options is unknown.
-    """
-    info = data.info(config.dataset)
-    return models.create(
-        config.model,
-        num_classes=info.num_classes,
-        mean=info.mean,
-        std=info.std,
-        dtype=jnp.dtype(config.dtype),
-        **config.model_options,
-    )
-
-
 def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     """Builds everything an experiment needs and finds every mistake in its config.
 
@@ -142,7 +126,9 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         'objective', config.objective, config.objective_options, objectives.OBJECTIVES
     )
     if config.augmentation not in data.augmentation_names():
-        data.augment(config.augmentation, jnp.zeros((1, *info.image_shape)), None, None)
+        raise config_lib.ConfigError(
+            _validate.unknown('augmentation', config.augmentation, data.augmentation_names())
+        )
     data_dir = config.data_dir or None
     source = data.open(config.dataset, 'train', data_dir, config.validation_size)
     validation = (
@@ -324,7 +310,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
             pending = None
             scored = validate and experiment.validation is not None
             if scored:
-                validation_accuracy = _validate(experiment, state, log, step)
+                validation_accuracy = _score(experiment, state, log, step)
             checkpoints.save(
                 checkpointer,
                 step,
@@ -340,7 +326,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
     return Result(experiment.total_steps, state, validation_accuracy)
 
 
-def _validate(experiment: Experiment, state: TrainState, log: logs.Log, step: int) -> float:
+def _score(experiment: Experiment, state: TrainState, log: logs.Log, step: int) -> float:
     assert experiment.validation is not None
     predictions = accuracy.predict(
         experiment.forward,
@@ -403,7 +389,9 @@ def _stop_requests() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     for number in previous:
         signal.signal(number, handle)
     try:

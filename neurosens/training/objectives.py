@@ -141,7 +141,7 @@ def create(
     parameters = inspect.signature(registry[name]).parameters
     for option in options:
         if option not in parameters:
-            raise ValueError(_validate.unknown(f'option of {kind} {name!r}', option, parameters))
+            raise ValueError(_validate.unknown(f'{kind} {name} option', option, parameters))
     missing = [
         option
         for option, parameter in parameters.items()

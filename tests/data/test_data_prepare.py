@@ -182,7 +182,8 @@ def test_imagenet_asks_for_tensorflow_where_it_is_missing(tmp_path, monkeypatch)
 def test_command_line_reports_failures_in_one_sentence_with_exit_code_2(tmp_path, capsys):
     assert command_line.main(['prepare', 'cifr10', '--data_dir', str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "unknown data set 'cifr10': the closest valid names are cifar10, cifar100\n"
+        "Unknown data set 'cifr10'; valid names are digits, mnist, fashion_mnist, cifar10, "
+        'cifar100, imagenet2012.\n'
     )
     assert command_line.main(['prepare', 'imagenet2012', '--data_dir', str(tmp_path)]) == 2
     assert capsys.readouterr().err.count('\n') == 1

@@ -23,9 +23,9 @@ def test_every_data_set_is_described_consistently():
 
 
 def test_unknown_names_are_answered_with_the_closest():
-    with pytest.raises(ValueError, match=r"unknown data set 'cifr10'.*cifar10"):
+    with pytest.raises(ValueError, match=r"Unknown data set 'cifr10'.*cifar10"):
         data.info('cifr10')
-    with pytest.raises(ValueError, match=r"unknown split 'tset'.*test"):
+    with pytest.raises(ValueError, match=r"Unknown split 'tset'.*test"):
         data.load('digits', 'tset')
 
 

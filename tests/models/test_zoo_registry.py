@@ -96,14 +96,13 @@ def test_equal_models_share_a_compilation():
         (
             'resnt18',
             {},
-            "Unknown model 'resnt18': the closest names are resnet18, resnet50, preact_resnet18.",
+            "Unknown model 'resnt18'; the closest names are resnet18, resnet50, preact_resnet18.",
         ),
-        ('zzz', {}, f"Unknown model 'zzz': the names are {', '.join(models.names())}."),
+        ('zzz', {}, f"Unknown model 'zzz'; valid names are {', '.join(models.names())}."),
         (
             'wide_resnet28_10',
             {'depth': 40},
-            "Unknown option 'depth' for model 'wide_resnet28_10': its options are activation, "
-            'remat.',
+            "Unknown wide_resnet28_10 option 'depth'; valid names are activation, remat.",
         ),
         ('mlp', {'num_classes': 1}, 'num_classes is 1, but it must be an integer of at least 2.'),
         (
@@ -216,7 +215,7 @@ def test_invalid_arguments(name, arguments, message):
 
 
 def test_options_of_an_unknown_name():
-    with pytest.raises(ValueError, match=r"^Unknown model 'vgg': the closest names are vgg"):
+    with pytest.raises(ValueError, match=r"^Unknown model 'vgg'; the closest names are vgg"):
         models.options('vgg')
 
 

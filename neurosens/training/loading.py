@@ -1,0 +1,93 @@
+"""Trained models out of work directories."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from neurosens import config as config_lib
+from neurosens import data, models, parallel
+from neurosens.forward import LinenForward, Variables
+from neurosens.training import checkpoints
+
+
+class TrainedModel(NamedTuple):
+    """A model as training left it.
+
+    Attributes:
+      forward: the model in evaluation mode.
+      variables: its variables, replicated over the mesh; the averaged parameters where training
+        kept an average.
+      config: the config it was trained with.
+      step: the training step it was saved at.
+    """
+
+    forward: LinenForward
+    variables: Variables
+    config: config_lib.Config
+    step: int
+
+
+def make_model(config: config_lib.Config) -> nn.Module:
+    """The model of a config, with the input normalisation of its data set inside.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      An uninitialised Linen module.
+
+    Raises:
+      ValueError: the data set, the model or one of its options is unknown.
+    """
+    info = data.info(config.dataset)
+    return models.create(
+        config.model,
+        num_classes=info.num_classes,
+        mean=info.mean,
+        std=info.std,
+        dtype=jnp.dtype(config.dtype),
+        **config.model_options,
+    )
+
+
+def load(
+    workdir: str | pathlib.Path, which: str = 'best', mesh: Mesh | None = None
+) -> TrainedModel:
+    """Loads a trained model from a work directory of `train.py`.
+
+    Args:
+      workdir: the work directory.
+      which: `'best'` (highest validation accuracy, else the latest), `'latest'` or a step number.
+      mesh: devices to put the variables on; all by default.
+
+    Returns:
+      The model, ready to call: `model.forward(model.variables, x)`.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    step, config = checkpoints.read_config(workdir, which)
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    module = make_model(config)
+    image = jax.ShapeDtypeStruct((1, *data.info(config.dataset).image_shape), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    sharding = parallel.replicated(mesh)
+    abstract = {
+        'variables': jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        )
+    }
+    averaged = config.optimizer.ema_decay > 0
+    if averaged:
+        abstract['average'] = abstract['variables']['params']
+    items = checkpoints.read_items(workdir, step, abstract)
+    variables = items['variables']
+    if averaged:
+        variables = {**variables, 'params': items['average']}
+    return TrainedModel(LinenForward(module, {'train': False}), variables, config, step)
