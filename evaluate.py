@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     with scripts.user_errors():
-        changes, values = config_lib.override(config_lib.Config(), arguments, _flags())
         scripts.check_changes(arguments, allowed=('data_dir', 'cpu_devices', 'evaluation'))
+        changes, values = config_lib.override(config_lib.Config(), arguments, _flags())
         scripts.start_jax(values, changes.cpu_devices)
         workdir = pathlib.Path(values['workdir'])
         model = training.load(workdir, values['checkpoint'])

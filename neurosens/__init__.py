@@ -1,5 +1,7 @@
 """neurosens: which neurons make a classifier fragile, measured and trained away in JAX."""
 
+from neurosens import attacks, data, evaluation, models, parallel, training
+from neurosens.attacks import Threat
 from neurosens.forward import (
     Forward,
     LayerError,
@@ -15,7 +17,14 @@ __all__ = [
     'LayerError',
     'LinenForward',
     'NNXForward',
+    'Threat',
+    'attacks',
+    'data',
+    'evaluation',
     'layers',
+    'models',
+    'parallel',
+    'training',
     'with_edits',
     'with_input_transform',
 ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -143,8 +144,17 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: T) -> T:
-    """Copies a pytree, equal on every process, to every device."""
-    return jax.device_put(tree, replicated(mesh))
+    """Copies a pytree of arrays or typed keys, equal on every process, to every device."""
+    sharding = replicated(mesh)
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            # Typed keys cannot be put onto the devices of other processes; their bits can.
+            bits = copy(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(copy, tree)
 
 
 def shard(mesh: Mesh, batch: T) -> T:

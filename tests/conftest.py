@@ -3,10 +3,9 @@
 import os
 import pathlib
 
-import pytest
-
 # Must happen before the first JAX computation of the process.
 import jax
+import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 COMPILATION_CACHE = pathlib.Path(os.environ.get('NEUROSENS_TEST_CACHE', REPOSITORY / '.jax_cache'))

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS_FILE = 'metrics.jsonl'
@@ -81,6 +80,9 @@ class Log:
         if path.exists():
             _keep_lines_until(path, first_step)
         self._file = path.open('a', encoding='utf-8')
+        # Imported late because it imports PyTorch, where that is installed, and takes seconds.
+        from tensorboardX import SummaryWriter
+
         self._tensorboard = SummaryWriter(
             str(workdir / TENSORBOARD_DIRECTORY), purge_step=first_step + 1 if first_step else None
         )

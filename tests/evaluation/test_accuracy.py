@@ -1,0 +1,99 @@
+"""Evaluation visits every example once, in order, whatever the batches and devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from neurosens import attacks, data, models, parallel
+from neurosens.evaluation import accuracy
+from neurosens.forward import LinenForward
+
+COUNT = 53  # Divides by no batch size below.
+
+
+@pytest.fixture(scope='module')
+def source():
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
+    labels = generator.integers(0, 10, COUNT).astype(np.int32)
+    return data.ArrayDataset(images, labels, data.info('digits'))
+
+
+@pytest.fixture(scope='module')
+def model():
+    module = models.create('mlp', num_classes=10, hidden=(8,))
+    return LinenForward(module), module.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+
+
+def predict(model, source, devices, batch_size, **options):
+    mesh = parallel.data_mesh(devices)
+    forward, variables = model
+    variables = parallel.replicate(mesh, variables)
+    return accuracy.predict(forward, variables, source, mesh, batch_size=batch_size, **options)
+
+
+@pytest.mark.parametrize(('devices', 'batch_size'), [(1, 53), (1, 10), (8, 16), (8, 11), (3, 100)])
+def test_predictions_are_those_of_one_plain_pass(model, source, devices, batch_size):
+    result = predict(model, source, devices, batch_size)
+    forward, variables = model
+    logits = np.asarray(forward(variables, data.to_float(source.images))[0], np.float64)
+    assert np.array_equal(result.labels, source.labels)
+    assert np.array_equal(result.predictions, logits.argmax(-1))
+    shifted = logits - logits.max(-1, keepdims=True)
+    expected = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(COUNT), source.labels]
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-5)
+    assert result.accuracy == np.mean(logits.argmax(-1) == source.labels)
+
+
+def test_limit_takes_the_first_examples(model, source):
+    whole, part = predict(model, source, 8, 16), predict(model, source, 8, 16, limit=21)
+    assert np.array_equal(part.predictions, whole.predictions[:21])
+
+
+def test_progress_wraps_the_batches(model, source):
+    seen = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append(int(batch.mask.sum()))
+            yield batch
+
+    predict(model, source, 8, 16, progress=progress)
+    assert seen == [16, 16, 16, 5]
+
+
+def test_attacks_give_the_same_images_for_any_batches_and_devices(model, source):
+    forward, variables = model
+    results = []
+    for devices, batch_size in ((1, 53), (8, 16), (8, 56)):
+        mesh = parallel.data_mesh(devices)
+        run = functools.partial(_pgd, forward, parallel.replicate(mesh, variables))
+        results.append(
+            accuracy.attack(
+                run,
+                forward,
+                parallel.replicate(mesh, variables),
+                source,
+                mesh,
+                batch_size=batch_size,
+                keep=20,
+            )
+        )
+    for result in results[1:]:
+        assert np.array_equal(result.success, results[0].success)
+        assert np.array_equal(result.predictions, results[0].predictions)
+        np.testing.assert_allclose(result.x_adv, results[0].x_adv, atol=1e-6)
+    first = results[0]
+    assert first.x_adv.shape == (20, 8, 8, 1)
+    assert np.array_equal(first.x, source.images[:20])
+    assert np.abs(first.x_adv - first.x / 255).max() <= 0.1 + 1e-6
+    # Misclassified after the attack means exactly that the judge disagrees with the label.
+    assert np.array_equal(first.success, first.predictions != source.labels)
+
+
+def _pgd(forward, variables, x, y, index):
+    threat = attacks.Threat('linf', 0.1)
+    key = jax.random.key(3)
+    return attacks.pgd(forward, variables, x, y, key, threat=threat, steps=4, index=index)

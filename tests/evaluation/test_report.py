@@ -1,0 +1,77 @@
+"""Reports say what was measured: the table, the files and the pictures agree."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from neurosens import data, evaluation, metrics
+
+
+@pytest.fixture
+def report():
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3], np.int32)
+    predictions = evaluation.Predictions(
+        labels, np.array([0, 0, 1, 1, 2, 2, 3, 0], np.int32), np.full(8, 0.5, np.float32)
+    )
+
+    def outcome(attack, eps, broken):
+        success = np.isin(np.arange(8), [*broken, 7])
+        images = np.zeros((2, 8, 8, 1), np.uint8)
+        attacked = evaluation.Attacked(
+            success, np.where(success, -1.0, 1.0), labels, images + np.float32(eps), images
+        )
+        return evaluation.AttackOutcome(attack, 'linf', eps, attacked)
+
+    outcomes = (
+        outcome('fgsm', 0.1, [0]),
+        outcome('fgsm', 0.2, [0, 1]),
+        outcome('pgd', 0.1, [1]),
+        outcome('pgd', 0.2, [0, 1, 2]),
+    )
+    return evaluation.RobustnessReport(data.info('digits'), 'test', predictions, outcomes)
+
+
+def test_worst_case_is_per_image(report):
+    values = {key: interval.value for key, interval, _ in evaluation.rows(report)}
+    assert values['clean_accuracy'] == 7 / 8
+    assert values['robust_accuracy/fgsm-linf-0.1'] == 6 / 8
+    assert values['robust_accuracy/pgd-linf-0.1'] == 6 / 8
+    assert values['robust_accuracy/worst-linf-0.1'] == 5 / 8
+    assert values['robust_accuracy/worst-linf-0.2'] == 4 / 8
+    assert values['class_accuracy/3'] == 1 / 2
+    assert 'class_accuracy/4' not in values, 'a class without images has no accuracy'
+
+
+def test_files_agree_with_the_rows(report, tmp_path):
+    stale = tmp_path / 'examples-cw-l2-9.png'
+    stale.touch()
+    written = evaluation.write(report, tmp_path, {'step': 3})
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+    assert 'examples-pgd-linf-0.2.png' in {path.name for path in written}
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['step'] == 3 and results['images'] == 8 and results['clean_loss'] == 0.5
+    with (tmp_path / 'results.csv').open() as file:
+        table = {line['measurement']: line for line in csv.DictReader(file)}
+    for key, interval, count in evaluation.rows(report):
+        assert results[key] == float(table[key]['value']) == interval.value
+        assert results[f'{key}/low'] == interval.low == float(table[key]['low'])
+        assert int(table[key]['images']) == count
+
+
+def test_table_lines_up_and_shows_every_accuracy(report):
+    table = evaluation.table(report)
+    blocks = [block.splitlines() for block in table.split('\n\n')]
+    for block in blocks:
+        assert len({len(line) for line in block}) == 1, 'columns must line up'
+    interval = metrics.wilson_interval(7, 8)
+    assert f'{interval.low * 100:.2f}' in blocks[0][2]
+    assert any(line.startswith('worst-linf-0.2') and '50.00' in line for line in blocks[0])
+    assert len(blocks[1]) == 2 + 4
+
+
+def test_without_attacks_there_is_no_curve(report, tmp_path):
+    clean = evaluation.RobustnessReport(report.info, 'test', report.predictions, ())
+    written = {path.name for path in evaluation.write(clean, tmp_path, {})}
+    assert written == {'results.json', 'results.csv', 'class_accuracy.png'}

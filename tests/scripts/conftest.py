@@ -1,0 +1,66 @@
+"""Runs the real scripts as a user would, in processes of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CACHE = os.environ.get('NEUROSENS_TEST_CACHE', str(REPOSITORY / '.jax_cache'))
+
+# A network small enough that a run takes seconds, on two devices.
+TINY = (
+    "--config.model_options={'features': (4,), 'hidden': (16,)}",
+    '--config.steps=120',
+    '--config.log_every=5',
+    '--config.checkpoint_every=10',
+    '--config.evaluate_every=2.0',
+    '--config.cpu_devices=2',
+)
+
+
+class Scripts:
+    """Starts scripts with the compilation cache of the tests."""
+
+    tiny = TINY
+
+    def start(self, *arguments, env=None, **options):
+        """Starts a script and returns its process."""
+        environment = {
+            **os.environ,
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_COMPILATION_CACHE_DIR': CACHE,
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+            **(env or {}),
+        }
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=options.pop('cwd', REPOSITORY),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def run(self, *arguments, status=0, **options):
+        """Runs a script to its end, checks its exit status and returns (stdout, stderr)."""
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, (process.returncode, out, err)
+        return out, err
+
+
+@pytest.fixture(scope='session')
+def scripts():
+    return Scripts()
+
+
+@pytest.fixture(scope='session')
+def trained(scripts, tmp_path_factory):
+    """A finished tiny training on digits: (work directory, what the script printed)."""
+    workdir = tmp_path_factory.mktemp('trained') / 'run'
+    out, _ = scripts.run('train.py', f'--workdir={workdir}', *TINY)
+    return workdir, out

@@ -1,0 +1,89 @@
+"""Two real processes train and evaluate like one."""
+
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from neurosens import training
+from neurosens.training import logs
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
+
+
+def run_two(scripts, *arguments):
+    """Runs a script in two processes joined through localhost; returns both outputs."""
+    port = free_port()
+    processes = [
+        scripts.start(
+            *arguments,
+            '--distributed',
+            env={
+                'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+                'JAX_NUM_PROCESSES': '2',
+                'JAX_PROCESS_ID': str(index),
+            },
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output
+    return outputs
+
+
+@pytest.fixture(scope='module')
+def workdirs(scripts, tmp_path_factory):
+    root = tmp_path_factory.mktemp('distributed')
+    short = [*scripts.tiny, '--config.steps=20', '--config.ema_decay=0.9']
+    short[-1] = '--config.optimizer.ema_decay=0.9'
+    one, two = root / 'one', root / 'two'
+    scripts.run('train.py', f'--workdir={one}', *short, '--config.cpu_devices=1')
+    outputs = run_two(scripts, 'train.py', f'--workdir={two}', *short, '--config.cpu_devices=2')
+    return one, two, outputs
+
+
+def test_parameters_and_metrics_agree_with_one_process(workdirs):
+    one, two, _ = workdirs
+    left, right = (training.load(workdir, 'latest').variables for workdir in (one, two))
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(logs.read(one), logs.read(two)):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {'images_per_second'}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_only_the_first_process_talks(workdirs):
+    _, two, ((first, _), (second, error)) = workdirs
+    assert '4 x cpu on 2 hosts' in first
+    assert f'Done. Next: python evaluate.py --workdir={two}' in first
+    # The collectives library reports its connections from C++ on both.
+    spoken = [line for line in second.splitlines() if not line.startswith('[Gloo]')]
+    assert spoken == [] and 'step/s' not in error
+
+
+def test_evaluation_agrees_with_one_process(workdirs, scripts):
+    one, _, _ = workdirs
+    arguments = (
+        'evaluate.py',
+        f'--workdir={one}',
+        '--config.evaluation.eps=(0.05,)',
+        '--config.evaluation.steps=3',
+        '--config.evaluation.limit=101',
+        '--config.cpu_devices=2',
+    )
+    scripts.run(*arguments)
+    alone = json.loads((one / 'report' / 'results.json').read_text())
+    run_two(scripts, *arguments)
+    together = json.loads((one / 'report' / 'results.json').read_text())
+    assert together['images'] == 101
+    for key in alone:
+        if key not in ('config', 'clean_loss'):
+            assert together[key] == alone[key], key

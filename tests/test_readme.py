@@ -1,0 +1,21 @@
+"""What the README shows runs as it stands there."""
+
+import pathlib
+import re
+
+README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+
+
+def test_the_library_example_runs(capsys):
+    (example,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    exec(compile(example, 'README.md', 'exec'), {'__name__': 'readme'})
+    out = capsys.readouterr().out
+    assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out
+    assert "'head': ShapeDtypeStruct(shape=(8, 10)" in out
+    assert '[[' in out, 'the change of the logits is printed'
+
+
+def test_every_config_is_listed():
+    configs = pathlib.Path(__file__).parent.parent / 'configs'
+    listed = set(re.findall(r'`(configs/[\w/]+\.py)`', README))
+    assert listed == {f'configs/{path.name}' for path in configs.glob('*.py')}
