@@ -41,7 +41,7 @@ def check_range(
         return
     bounds = [] if math.isfinite(value) else ['finite']
     if low is not None:
-        bounds.append(f'{"greater than" if low_open else "at least"} {low:g}')
+        bounds.append(f'{"greater than" if low_open else "at least"} {low:.12g}')
     if high is not None:
-        bounds.append(f'{"less than" if high_open else "at most"} {high:g}')
+        bounds.append(f'{"less than" if high_open else "at most"} {high:.12g}')
     raise ValueError(f'{name} is {value!r}; it must be {", ".join(bounds)}.')

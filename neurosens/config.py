@@ -170,7 +170,10 @@ class _DictParser(flags.ArgumentParser):
 
     def parse(self, argument: Any) -> dict:
         """Returns the dict; raises ValueError for anything else."""
-        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (SyntaxError, ValueError):
+            value = None
         if not isinstance(value, dict):
             raise ValueError('expected a dict such as "{\'hidden\': (64, 64)}"')
         return value
@@ -198,7 +201,9 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       ConfigError: a key is unknown or a value has the wrong type.
     """
-    return _build(Config, values, '')
+    config = _build(Config, values, '')
+    _check_types(config, '')
+    return config
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -210,6 +215,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f'{prefix}{name} is {value!r}; it must be a group of settings.')
             arguments[name] = _build(kind, value, f'{prefix}{name}.')  # type: ignore[arg-type]
         else:
             arguments[name] = _untuple(value) if isinstance(value, (list, dict)) else value
@@ -426,16 +433,19 @@ def override(
       ConfigError: a key or flag is unknown, or a value has the wrong type or range.
     """
     for argument in arguments:
-        if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
+        if match := re.match(r'--?(?:no)?config\.([^=]*)', argument):
             _check_key(match.group(1))
     names = list(own_flags)
     argv = ['neurosens', *arguments]
-    # Tuple fields are generic aliases, which ml_collections looks up by their origin.
-    config_flags.DEFINE_config_dataclass('config', config, flag_values=own_flags, sys_argv=argv)
     try:
+        config_flags.DEFINE_config_dataclass('config', config, flag_values=own_flags, sys_argv=argv)
         positional = own_flags(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(
+            _validate.unknown('flag', f'--{error.flagname}', [f'--{n}' for n in ('config', *names)])
+        ) from None
     except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-        raise ConfigError(_flag_sentence(str(error), config)) from None
+        raise ConfigError(_flag_sentence(str(error), config, arguments)) from None
     if positional:
         raise ConfigError(
             f'Unexpected argument {positional[0]!r}; settings are given as --config.key=value.'
@@ -445,11 +455,13 @@ def override(
     return config, {name: own_flags[name].value for name in names}
 
 
-def _flag_sentence(message: str, config: Config) -> str:
+def _flag_sentence(message: str, config: Config, arguments: Sequence[str]) -> str:
     """A parser's message as one sentence, with the expected type where a value was refused."""
     text = ' '.join(message.split()).rstrip('.')
-    if match := re.match(r'flag --config\.([\w.]+)=(.*?): ', text):
-        key, value = match.groups()
+    if match := re.match(r'flag --config\.([\w.]+)=(.*)', text):
+        # The parser's own reason, which may itself hold colons, follows the value.
+        key, value = match.group(1), match.group(2)
+        value = next((a.split('=', 1)[1] for a in arguments if f'config.{key}=' in a), value)
         holder: Any = config
         *groups, name = key.split('.')
         for group in groups:
@@ -457,6 +469,8 @@ def _flag_sentence(message: str, config: Config) -> str:
         kind = next(f.type for f in dataclasses.fields(holder) if f.name == name)
         wanted = kind.__name__ if isinstance(kind, type) and kind is not tuple else str(kind)
         return f'Config key {key!r} cannot take {value!r}; it must be of type {wanted}.'
+    if match := re.match(r'flag (--\w+)=(.*?): ', text):
+        return f'Flag {match.group(1)} cannot take {match.group(2)!r}; --help says what it takes.'
     return f'{text[:1].upper()}{text[1:]}.'
 
 

@@ -128,7 +128,14 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
     Returns:
       A mesh with the single axis `'data'`.
+
+    Raises:
+      ValueError: there are fewer devices.
     """
+    if devices is not None and not 1 <= devices <= jax.device_count():
+        raise ValueError(
+            f'devices is {devices}; it must be between 1 and the {jax.device_count()} there are.'
+        )
     chosen = jax.devices()[:devices]
     return jax.make_mesh((len(chosen),), (DATA_AXIS,), (AxisType.Auto,), devices=chosen)
 

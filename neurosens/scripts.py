@@ -105,6 +105,8 @@ def start_jax(
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger('orbax').setLevel(logging.ERROR)
+    # Orbax leaves tasks behind when it meets a damaged checkpoint; the warning about it is ours.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     warnings.showwarning = _show_warning
     distributed = values['distributed']
     reason = parallel.looks_distributed()

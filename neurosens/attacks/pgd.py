@@ -32,7 +32,7 @@ class AttackResult(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The strongest iterate so far: misclassified before not, then larger loss first."""
+    """An iterate; the strongest is misclassified, then of larger loss, then of smaller margin."""
 
     x: Array
     fools: Array
@@ -53,7 +53,9 @@ def _evaluate(forward: Forward, variables: Variables, y: Array, x: Array) -> tup
 
 
 def _stronger(new: _Best, old: _Best) -> _Best:
-    replace = (new.fools & ~old.fools) | ((new.fools == old.fools) & (new.loss > old.loss))
+    # Where float32 cross-entropies no longer differ, the margins still do.
+    larger = (new.loss > old.loss) | ((new.loss == old.loss) & (new.margin < old.margin))
+    replace = (new.fools & ~old.fools) | ((new.fools == old.fools) & larger)
     return jax.tree.map(lambda a, b: jnp.where(replace, a, b), new, old)
 
 

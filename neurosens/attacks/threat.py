@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from neurosens import _validate
@@ -69,7 +68,10 @@ def project(
     if threat.norm == 'linf':
         moved = jnp.clip(moved, clean - threat.eps, clean + threat.eps)
     else:
-        moved = clean + optax.projections.projection_l2_ball(moved - clean, threat.eps)
+        change = moved - clean
+        size = jnp.linalg.norm(change.ravel())
+        # Written so that a radius of 0 gives the clean image, not 0 / 0.
+        moved = clean + change * jnp.minimum(1.0, threat.eps / jnp.where(size > 0, size, 1.0))
     return jnp.clip(moved, *threat.bounds)
 
 
@@ -124,5 +126,8 @@ def steepest_ascent(threat: Threat, gradient: Float[Array, '...']) -> Float[Arra
     """
     if threat.norm == 'linf':
         return jnp.sign(gradient)
+    # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
+    largest = jnp.abs(gradient).max()
+    gradient = gradient / jnp.where(largest > 0, largest, 1.0)
     norm = jnp.linalg.norm(gradient.ravel())
     return gradient / jnp.where(norm > 0, norm, 1.0)

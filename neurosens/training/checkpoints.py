@@ -2,16 +2,17 @@
 
 A checkpoint holds separate Orbax checkpointables (`variables`, `optimizer`, ...), so evaluation
 reads the model alone, and a JSON record: the config, the training loop's host state, and a
-fingerprint of every checkpointable. Storage formats do not notice a flipped bit; the fingerprint
-does.
+fingerprint of every checkpointable and of itself. Storage formats do not notice a flipped bit; the
+fingerprints do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -96,11 +97,13 @@ def save(
         dict(items),
         force=True,
         metrics=None if accuracy is None else {_METRIC: accuracy},
-        custom_metadata={
-            'config': config_lib.to_dict(config),
-            'loop': dict(loop),
-            'fingerprints': fingerprints,
-        },
+        custom_metadata=_signed(
+            {
+                'config': config_lib.to_dict(config),
+                'loop': dict(loop),
+                'fingerprints': fingerprints,
+            }
+        ),
     )
 
 
@@ -127,6 +130,16 @@ def resume(
     Raises:
       CheckpointError: the checkpoint was made with another config, or all are damaged.
     """
+    unreadable = _unreadable_accuracies(_directory(workdir))
+    if unreadable and len(unreadable) == len(list(_directory(workdir).glob('[0-9]*'))):
+        raise _all_damaged(workdir, unreadable)
+    for step in unreadable:
+        warnings.warn(
+            f'Checkpoint {step} in {_directory(workdir)} is damaged (its accuracy cannot be read); '
+            'going on without it.',
+            stacklevel=2,
+        )
+    _set_aside(_directory(workdir), unreadable)
     checkpointer = open_directory(workdir, keep)
     damaged = []
     for step in reversed([checkpoint.step for checkpoint in checkpointer.checkpoints]):
@@ -150,14 +163,13 @@ def resume(
         return checkpointer, Restored(step, items, record['loop'])
     if damaged:
         checkpointer.close()
-        raise CheckpointError(
-            f'Every checkpoint in {workdir} is damaged (steps '
-            f'{", ".join(map(str, reversed(damaged)))}); choose another --workdir to start afresh.'
-        )
+        raise _all_damaged(workdir, reversed(damaged))
     return checkpointer, None
 
 
 def _set_aside(directory: pathlib.Path, steps: list[int]) -> None:
+    # All processes must have looked before the first one moves anything.
+    parallel.barrier('checkpoints inspected')
     if parallel.is_primary():
         for step in steps:
             target = directory.parent / 'damaged_checkpoints' / str(step)
@@ -188,7 +200,7 @@ def read_config(workdir: str | pathlib.Path, which: str) -> tuple[int, config_li
             step = max(scored, key=lambda c: (c.metrics[_METRIC], c.step)).step
         elif which in ('best', 'latest'):
             step = max(available)
-        elif which.isdigit() and int(which) in available:
+        elif which.isdecimal() and int(which) in available:
             step = int(which)
         else:
             steps = ', '.join(map(str, available))
@@ -236,7 +248,30 @@ def _open_to_read(workdir: str | pathlib.Path) -> ocp.training.Checkpointer:
             f'There is no checkpoint in {workdir}; train one with python train.py '
             f'--workdir={workdir}, or name the --workdir of a finished training.'
         )
+    for step in _unreadable_accuracies(directory):
+        raise CheckpointError(
+            f'Checkpoint {step} in {workdir} is damaged (its accuracy cannot be read); move '
+            f'{directory / str(step)} away to use the others.'
+        )
     return ocp.training.Checkpointer(directory)
+
+
+def _unreadable_accuracies(directory: pathlib.Path) -> list[int]:
+    """Steps whose accuracy is damaged: Orbax reads all of them on opening, and raises."""
+    steps = []
+    for file in directory.glob('*/metrics/metrics'):
+        try:
+            json.loads(file.read_text(encoding='utf-8'))[_METRIC]
+        except (OSError, ValueError, KeyError, TypeError):
+            steps.append(file.parent.parent.name)
+    return sorted(int(step) for step in steps if step.isdecimal())
+
+
+def _all_damaged(workdir: str | pathlib.Path, steps: Iterable[int]) -> CheckpointError:
+    return CheckpointError(
+        f'Every checkpoint in {workdir} is damaged (steps {", ".join(map(str, steps))}); choose '
+        'another --workdir to start afresh.'
+    )
 
 
 def _unreadable(step: int, workdir: str | pathlib.Path, error: Exception) -> CheckpointError:
@@ -251,9 +286,18 @@ class _Damaged(Exception):
 
 def _record(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
     record = checkpointer.checkpointables_metadata(step).custom_metadata or {}
-    if not {'config', 'loop', 'fingerprints'} <= record.keys():
+    if 'fingerprint' not in record:
         raise _Damaged('its record is missing')
+    unsigned = {name: value for name, value in record.items() if name != 'fingerprint'}
+    if record != _signed(unsigned):
+        raise _Damaged('its record is not what was written')
     return record
+
+
+def _signed(record: dict[str, Any]) -> dict[str, Any]:
+    """A JSON record with a fingerprint of itself."""
+    text = json.dumps(record, sort_keys=True)
+    return {**record, 'fingerprint': hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
 
 
 def _load(

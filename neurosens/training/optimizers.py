@@ -29,7 +29,8 @@ def make_schedule(
       ValueError: the name is unknown, 'onecycle' has no warm-up, or boundaries are not increasing
         and after the warm-up.
     """
-    warmup = round(schedule.warmup * updates)
+    # At least one update follows the warm-up, or a short training would learn nothing.
+    warmup = min(round(schedule.warmup * updates), updates - 1)
     after = max(updates - warmup, 1)
     if schedule.name == 'onecycle':
         if warmup < 1:

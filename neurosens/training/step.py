@@ -124,7 +124,7 @@ def make_train_step(
 
     Returns:
       A jitted function `(state, batch, key) -> (state, metrics)` that donates `state`. Metrics are
-      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `learning_rate`, and per regularizer
+      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, and per regularizer
       `<name>/penalty` and its own.
     """
     forward = LinenForward(module, {'train': False})
@@ -172,7 +172,8 @@ def make_train_step(
         metrics = {
             'loss': loss,
             'accuracy': (outcome.logits.argmax(-1) == batch.label).mean(),
-            'gradient_norm': optax.global_norm(gradients),
+            'gradient_norm': optax.tree.norm(gradients),
+            'update_norm': optax.tree.norm(updates),
             'learning_rate': schedule(state.step // accumulate),
             **metrics,
         }

@@ -130,7 +130,7 @@ MISTAKES = [
     ("--config.regularizers={'l3': {}}", "Unknown regularizer 'l3'"),
     ('--config.augmentation=crop', "Unknown augmentation 'crop'"),
     ('--config=configs/digit.py', "Config file 'configs/digit.py' does not exist"),
-    ('--wrkdir=x', "Unknown command line flag 'wrkdir'"),
+    ('--wrkdir=x', "Unknown flag '--wrkdir'; valid names are --config, --workdir"),
     ('now', "Unexpected argument 'now'"),
 ]
 

@@ -1,0 +1,391 @@
+"""Attacks: inside the threat, never weaker than doing nothing, exact where the answer is known."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import strategies as st
+
+from neurosens import models, parallel
+from neurosens.attacks import Threat, fgsm, pgd, pgd_example
+from neurosens.forward import LinenForward, NNXForward
+
+BATCH = 16
+FEW = hypothesis.settings(max_examples=15, deadline=None)
+radii = st.floats(2**-10, 1.0, width=32)
+norms = st.sampled_from(['linf', 'l2'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A small network and images, half of them with the label that it gives them."""
+
+    forward: LinenForward
+    variables: dict
+    x: jax.Array
+    y: jax.Array
+    logits: jax.Array
+
+    @property
+    def correct(self):
+        return np.asarray(self.logits.argmax(-1) == self.y)
+
+
+@pytest.fixture(scope='module')
+def net():
+    module = models.create('cnn', num_classes=4, features=(3,), hidden=(8,))
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.uniform(keys[0], (BATCH, 6, 6, 1))
+    variables = jax.jit(module.init)(keys[1], x)
+    # A sharper network, so that images differ in what it takes to fool them.
+    variables = jax.tree.map(lambda leaf: 2 * leaf, variables)
+    forward = LinenForward(module, {'train': False})
+    logits = jax.jit(forward)(variables, x)[0]
+    other = jax.random.randint(keys[2], (BATCH,), 0, 4)
+    y = jnp.where(jnp.arange(BATCH) % 2 == 0, logits.argmax(-1), other)
+    return Setting(forward, variables, x, y, logits)
+
+
+def attack(net, threat, seed=0, **options):
+    return jax.device_get(
+        pgd(
+            net.forward, net.variables, net.x, net.y, jax.random.key(seed), threat=threat, **options
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(forward, variables, x, y):
+    """Cross-entropy, margin and misclassification of a batch, written afresh."""
+    logits = forward(variables, x)[0]
+    own = jnp.take_along_axis(logits, y[:, None], 1)[:, 0]
+    others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits).max(-1)
+    return jax.nn.logsumexp(logits, -1) - own, own - others, logits.argmax(-1) != y
+
+
+def distances(norm, change):
+    return np.linalg.norm(
+        np.asarray(change, np.float64).reshape(len(change), -1),
+        np.inf if norm == 'linf' else 2,
+        axis=1,
+    )
+
+
+def assert_not_weaker(strong, weak, loss_strong, loss_weak, tolerance=0.0):
+    """Fools wherever the other does; where both or neither do, the loss is no smaller."""
+    assert (strong >= weak).all()
+    same = strong == weak
+    assert (loss_strong[same] >= loss_weak[same] - tolerance).all()
+
+
+# ------------------------------------------------------------------------------ invariants
+
+
+@FEW
+@hypothesis.given(norms, radii, st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**31 - 1))
+def test_the_result_is_inside_the_threat_and_what_it_claims(net, norm, eps, steps, restarts, seed):
+    result = attack(net, Threat(norm, eps), seed, steps=steps, restarts=restarts)
+    assert (distances(norm, result.x_adv - net.x) <= eps * (1 + 1e-5) + 1e-6).all()
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    loss, margin, fooled = evaluate(net.forward, net.variables, result.x_adv, net.y)
+    np.testing.assert_array_equal(result.success, fooled)
+    np.testing.assert_allclose(result.margin, margin, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(result.success, result.margin < 0)
+    clean_loss, _, wrong = evaluate(net.forward, net.variables, net.x, net.y)
+    assert_not_weaker(result.success, np.asarray(wrong), loss, clean_loss, 1e-5)
+    np.testing.assert_array_equal(result.x_adv[~net.correct], net.x[~net.correct])
+    np.testing.assert_array_equal(result.queries, 1 + restarts * (steps + 1))
+
+
+def test_the_setting_has_images_of_every_fate(net):
+    weak, strong = (attack(net, Threat('linf', eps), steps=5) for eps in (0.01, 0.5))
+    assert 2 <= (~net.correct).sum() <= BATCH - 6
+    assert weak.success.sum() < strong.success.sum()
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('method', [pgd, fgsm])
+def test_radius_zero_returns_the_clean_images(net, norm, method):
+    result = method(
+        net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=Threat(norm, 0.0)
+    )
+    np.testing.assert_array_equal(result.x_adv, net.x)
+    np.testing.assert_array_equal(result.success, ~net.correct)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_more_restarts_are_never_weaker(net, norm):
+    threat = Threat(norm, {'linf': 0.05, 'l2': 0.3}[norm])
+    results = [attack(net, threat, steps=3, restarts=restarts) for restarts in (1, 2, 4)]
+    losses = [
+        np.asarray(evaluate(net.forward, net.variables, result.x_adv, net.y)[0])
+        for result in results
+    ]
+    for number in (0, 1):
+        strong, weak = results[number + 1], results[number]
+        assert_not_weaker(strong.success, weak.success, losses[number + 1], losses[number], 1e-6)
+    assert (losses[2] > losses[0] + 1e-5).any()
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_pgd_is_stronger_than_doing_one_step(net, norm):
+    threat = Threat(norm, {'linf': 0.1, 'l2': 0.6}[norm])
+    one = fgsm(net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=threat)
+    many = attack(net, threat, steps=20, restarts=2)
+    gain = many.margin - one.margin
+    assert gain[net.correct].mean() < 0
+    assert many.success.sum() >= one.success.sum()
+
+
+def test_fgsm_needs_no_randomness(net):
+    results = [
+        fgsm(net.forward, net.variables, net.x, net.y, jax.random.key(seed), threat=threat)
+        for seed, threat in ((0, Threat('linf', 0.1)), (1, Threat('linf', 0.1)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    np.testing.assert_array_equal(results[0].queries, 3)
+
+
+def test_other_keys_start_elsewhere(net):
+    first, second = (attack(net, Threat('linf', 0.1), seed, steps=2) for seed in (0, 1))
+    assert (first.x_adv[net.correct] != second.x_adv[net.correct]).any()
+
+
+# ------------------------------------------------------------------------------ exactness
+
+
+class Linear(nn.Module):
+    """Two classes, one linear layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name='head')(x.reshape(len(x), -1))
+
+
+LINEAR = LinenForward(Linear())
+
+
+@pytest.fixture(scope='module')
+def linear():
+    """A linear problem whose images are all classified correctly, away from any box."""
+    generator = np.random.default_rng(0)
+    kernel = 0.3 * generator.normal(size=(12, 2)).astype(np.float32)
+    x = generator.normal(size=(8, 3, 4)).astype(np.float32)
+    variables = {'params': {'head': {'kernel': kernel, 'bias': np.zeros(2, np.float32)}}}
+    logits = x.reshape(8, -1) @ kernel
+    y = logits.argmax(-1).astype(np.int32)
+    weight = kernel[:, 0] - kernel[:, 1]
+    return variables, x, y, np.float64(weight), np.abs(logits[:, 0] - logits[:, 1])
+
+
+@pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2)])
+@pytest.mark.parametrize('eps', [0.01, 0.1, 1.0])
+def test_a_single_step_lowers_a_linear_margin_by_the_dual_norm(linear, norm, dual, eps):
+    variables, x, y, weight, margin = linear
+    threat = Threat(norm, eps, (-10.0, 10.0))
+    result = fgsm(LINEAR, variables, x, y, jax.random.key(0), threat=threat)
+    expected = margin - eps * np.linalg.norm(weight, dual)
+    np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(result.success, expected < 0)
+
+
+@pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2)])
+@pytest.mark.parametrize('start', ['clean', 'random'])
+def test_pgd_lowers_a_linear_margin_by_the_dual_norm(linear, norm, dual, start):
+    variables, x, y, weight, margin = linear
+    threat, key = Threat(norm, 0.1, (-10.0, 10.0)), jax.random.key(0)
+    result = pgd(LINEAR, variables, x, y, key, threat=threat, steps=100, start=start)
+    drop = 0.1 * np.linalg.norm(weight, dual)
+    # From a random start the l2 attack turns towards the optimum, step by step.
+    slack = 0.05 if (norm, start) == ('l2', 'random') else 1e-5
+    np.testing.assert_allclose(result.margin, margin - drop, rtol=0, atol=slack * drop + 1e-5)
+    assert (result.margin >= margin - drop - 1e-5).all()
+
+
+def test_the_box_limits_the_attack(linear):
+    variables, _, _, weight, _ = linear
+    x = np.clip(np.random.default_rng(1).normal(size=(8, 3, 4)), 0, 1).astype(np.float32)
+    y = (x.reshape(8, -1) @ variables['params']['head']['kernel']).argmax(-1).astype(np.int32)
+    result = fgsm(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.3))
+    towards = np.where(y[:, None] == 0, -np.sign(weight), np.sign(weight)).reshape(x.shape)
+    np.testing.assert_allclose(result.x_adv, np.clip(x + 0.3 * towards, 0, 1), atol=1e-6)
+
+
+def test_the_step_size_is_a_length_in_pixels(linear):
+    variables, x, y, weight, margin = linear
+    threat, key = Threat('l2', 1.0, (-10.0, 10.0)), jax.random.key(0)
+    result = pgd(
+        LINEAR, variables, x, y, key, threat=threat, steps=3, step_size=0.02, start='clean'
+    )
+    expected = margin - 3 * 0.02 * np.linalg.norm(weight)
+    np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_nnx_model_is_attacked_like_a_linen_one(linear):
+    variables, x, y, _, _ = linear
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+            self.head = nnx.Linear(12, 2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(self.drop(x.reshape(len(x), -1)))
+
+    net = Net()
+    net.head.kernel[...] = jnp.asarray(variables['params']['head']['kernel'])
+    graphdef, state = nnx.split(net)
+    options = {'threat': Threat('l2', 0.2, (-10.0, 10.0)), 'steps': 4}
+    key = jax.random.key(0)
+    result = pgd(NNXForward(graphdef), state, x, y, key, **options)
+    expected = pgd(LINEAR, variables, x, y, key, **options)
+    np.testing.assert_allclose(result.x_adv, expected.x_adv, atol=1e-6)
+    np.testing.assert_array_equal(result.success, expected.success)
+
+
+# --------------------------------------------------------- independence of batch and devices
+
+
+def assert_same_result(actual, expected):
+    np.testing.assert_allclose(actual.x_adv, expected.x_adv, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual.margin, expected.margin, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(actual.success, expected.success)
+    np.testing.assert_array_equal(actual.queries, expected.queries)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_an_example_gets_the_same_result_in_any_batch(linear, norm):
+    variables, x, y, _, _ = linear
+    threat = Threat(norm, 0.3, (-2.0, 2.0))
+    options = {'threat': threat, 'steps': 3, 'step_size': 0.03, 'restarts': 2}
+    key, index = jax.random.key(5), np.array([7, 300, 2, 90, 11, 4, 1000, 6])
+    whole = pgd(LINEAR, variables, x, y, key, index=index, **options)
+    # Three other batches: the odd rows, the even ones, and all of them backwards.
+    for rows in (np.s_[1::2], np.s_[::2], np.s_[::-1]):
+        part = pgd(LINEAR, variables, x[rows], y[rows], key, index=index[rows], **options)
+        assert_same_result(part, jax.tree.map(lambda leaf: leaf[rows], whole))
+    renamed = pgd(LINEAR, variables, x, y, key, index=index + 1, **options)
+    assert (np.abs(renamed.x_adv - whole.x_adv) > 1e-3).any()
+
+
+def test_by_default_the_place_in_the_batch_is_the_identity(linear):
+    variables, x, y, _, _ = linear
+    options = {'threat': Threat('linf', 0.3, (-2.0, 2.0)), 'steps': 3, 'restarts': 2}
+    key = jax.random.key(5)
+    implicit = pgd(LINEAR, variables, x, y, key, **options)
+    explicit = pgd(LINEAR, variables, x, y, key, index=np.arange(8), **options)
+    jax.tree.map(np.testing.assert_array_equal, implicit, explicit)
+
+
+def test_one_example_is_attacked_as_in_a_batch(linear):
+    variables, x, y, _, _ = linear
+    threat, key = Threat('l2', 0.3, (-2.0, 2.0)), jax.random.key(5)
+    batch = pgd(LINEAR, variables, x, y, key, threat=threat, steps=3, restarts=2)
+    single = jax.jit(functools.partial(pgd_example, LINEAR), static_argnames='start')
+    alone = single(
+        variables,
+        x[6],
+        y[6],
+        jax.random.fold_in(key, 6),
+        threat=threat,
+        steps=3,
+        step_size=2.5 * 0.3 / 3,
+        restarts=2,
+    )
+    assert_same_result(alone, jax.tree.map(lambda leaf: leaf[6], batch))
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_one_and_eight_devices_give_the_same_result(net, norm):
+    options = {'threat': Threat(norm, 0.2), 'steps': 4, 'restarts': 2}
+    alone = attack(net, **options)
+    mesh = parallel.data_mesh()
+    x, y, index = parallel.shard(mesh, (net.x, net.y, np.arange(BATCH)))
+    variables, key = parallel.replicate(mesh, (net.variables, jax.random.key(0)))
+    together = pgd(net.forward, variables, x, y, key, index=index, **options)
+    assert len(together.x_adv.sharding.device_set) == 8
+    assert not together.x_adv.is_fully_replicated
+    assert_same_result(together, alone)
+
+
+def test_an_attack_on_eight_devices_needs_no_communication(net):
+    mesh = parallel.data_mesh()
+    x, y, index = parallel.shard(mesh, (net.x, net.y, np.arange(BATCH)))
+    variables, key = parallel.replicate(mesh, (net.variables, jax.random.key(0)))
+
+    def run(variables, x, y, key, index):
+        return pgd(
+            net.forward, variables, x, y, key, index=index, threat=Threat('linf', 0.1), steps=3
+        )
+
+    program = jax.jit(run).lower(variables, x, y, key, index).compile().as_text()
+    found = collections.Counter(
+        re.findall(
+            r' (while|all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)'
+            r'(?:-start)?\(',
+            program,
+        )
+    )
+    assert set(found) == {'while'}
+
+
+# ------------------------------------------------------------------------- one compilation
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """A forward that counts how often it is traced."""
+
+    traces: collections.Counter = dataclasses.field(
+        default_factory=collections.Counter, compare=False
+    )
+
+    def __call__(self, variables, x, edits=None, taps=()):
+        self.traces[x.shape] += 1
+        return LINEAR(variables, x)
+
+
+def test_radii_steps_and_restarts_share_one_compiled_program(linear):
+    variables, x, y, _, _ = linear
+    forward, key = Counting(), jax.random.key(0)
+
+    def run(eps, **options):
+        pgd(forward, variables, x, y, key, threat=Threat('linf', eps), **options)
+        return forward.traces.total()
+
+    first = run(0.1, steps=2)
+    assert first > 0
+    for eps, steps, restarts, step_size in (
+        (0.1, 7, 1, None),
+        (0.25, 2, 3, None),
+        (0.0, 40, 2, 0.01),
+    ):
+        assert run(eps, steps=steps, restarts=restarts, step_size=step_size) == first
+    assert run(0.1, steps=2, start='clean') > first
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'steps': 0}, 'steps is 0 and restarts 1; both must be at least 1.'),
+        ({'restarts': 0}, 'steps is 20 and restarts 0; both must be at least 1.'),
+        ({'steps': -3, 'restarts': 2}, 'steps is -3 and restarts 2; both must be at least 1.'),
+        ({'start': 'zero'}, "start is 'zero'; it must be 'random' or 'clean'."),
+    ],
+)
+def test_an_impossible_attack_is_refused(linear, options, message):
+    variables, x, y, _, _ = linear
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+        pgd(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.1), **options)

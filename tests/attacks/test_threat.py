@@ -1,0 +1,171 @@
+"""Threat models: projections land inside, starts are uniform, steps are steepest."""
+
+import hypothesis
+import hypothesis.extra.numpy as npst
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from neurosens.attacks import Threat, inside, project, random_start, steepest_ascent
+
+SHAPE = (3, 4, 2)
+ORDER = {'linf': np.inf, 'l2': 2}
+DUAL = {'linf': 1, 'l2': 2}
+
+norms = st.sampled_from(['linf', 'l2'])
+radii = st.just(0.0) | st.floats(2**-10, 3, width=32)
+bounds = st.sampled_from([(0.0, 1.0), (-1.0, 2.0)])
+images = npst.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32, allow_subnormal=False))
+anywhere = npst.arrays(
+    np.float32, SHAPE, elements=st.floats(-5, 5, width=32, allow_subnormal=False)
+)
+keys = st.integers(0, 2**31 - 1)
+
+QUICK = hypothesis.settings(deadline=None, max_examples=50)
+
+# A threat's only leaf is its radius: one program per norm and box.
+fast_project = jax.jit(project)
+fast_start = jax.jit(lambda threat, clean, seed: random_start(threat, clean, jax.random.key(seed)))
+fast_ascent = jax.jit(steepest_ascent)
+
+
+def length(norm, change):
+    return np.linalg.norm(np.asarray(change, np.float64).ravel(), ORDER[norm])
+
+
+def assert_inside(threat, clean, moved):
+    """Checks ball and box up to rounding, without the library's own test."""
+    assert length(threat.norm, np.float64(moved) - clean) <= threat.eps * (1 + 1e-6) + 1e-6
+    assert threat.bounds[0] <= moved.min() and moved.max() <= threat.bounds[1]
+
+
+@QUICK
+@hypothesis.given(norms, radii, bounds, images, anywhere)
+def test_a_projection_lands_inside_the_ball_and_the_box(norm, eps, box, clean, moved):
+    threat = Threat(norm, eps, box)
+    projected = np.asarray(fast_project(threat, clean, moved))
+    assert_inside(threat, clean, projected)
+    assert inside(threat, clean, projected)
+
+
+@QUICK
+@hypothesis.given(norms, radii, bounds, images, anywhere)
+def test_projecting_twice_is_projecting_once(norm, eps, box, clean, moved):
+    threat = Threat(norm, eps, box)
+    once = fast_project(threat, clean, moved)
+    np.testing.assert_allclose(fast_project(threat, clean, once), once, rtol=0, atol=2e-6)
+
+
+@QUICK
+@hypothesis.given(norms, radii, bounds, images, anywhere)
+def test_a_projection_follows_its_definition(norm, eps, box, clean, moved):
+    change = np.float64(moved) - clean
+    if norm == 'linf':
+        change = np.clip(change, -eps, eps)
+    elif length(norm, change) > eps:
+        change *= eps / length(norm, change)
+    expected = np.clip(clean + change, *box)
+    actual = fast_project(Threat(norm, eps, box), clean, moved)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@QUICK
+@hypothesis.given(clean=images, moved=anywhere)
+def test_a_ball_of_radius_zero_holds_only_the_clean_image(norm, clean, moved):
+    threat = Threat(norm, 0.0)
+    np.testing.assert_array_equal(fast_project(threat, clean, moved), clean)
+    np.testing.assert_array_equal(fast_start(threat, clean, 0), clean)
+
+
+@QUICK
+@hypothesis.given(norms, radii, bounds, images, keys)
+def test_a_random_start_is_inside_the_ball_and_the_box(norm, eps, box, clean, seed):
+    threat = Threat(norm, eps, box)
+    assert_inside(threat, clean, np.asarray(fast_start(threat, clean, seed)))
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_random_starts_are_uniform_in_the_ball(norm):
+    threat, count, size = Threat(norm, 0.25, (-9.0, 9.0)), 20_000, 6
+    clean = jnp.linspace(-1, 1, size)
+    draw = jax.vmap(lambda key: random_start(threat, clean, key) - clean)
+    changes = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), count)), np.float64)
+    # The share of a ball inside a concentric one of share r of its radius is r^n.
+    radius = np.linalg.norm(changes, ORDER[norm], axis=1) / threat.eps
+    levels = np.quantile(radius**size, np.linspace(0.1, 0.9, 9))
+    np.testing.assert_allclose(levels, np.linspace(0.1, 0.9, 9), atol=0.02)
+    # No direction is preferred.
+    np.testing.assert_allclose(changes.mean(0), 0, atol=5 * threat.eps / np.sqrt(count))
+    covariance = np.cov(changes.T) / changes.var()
+    np.testing.assert_allclose(covariance, np.eye(size), atol=0.05)
+
+
+@QUICK
+@hypothesis.given(norms, anywhere)
+def test_the_steepest_direction_has_unit_norm_and_reaches_the_dual_norm(norm, gradient):
+    hypothesis.assume(np.abs(gradient).max() > 1e-10)
+    direction = np.asarray(fast_ascent(Threat(norm, 1.0), gradient), np.float64)
+    assert length(norm, direction) == pytest.approx(1, rel=1e-5)
+    dual = np.linalg.norm(np.float64(gradient).ravel(), DUAL[norm])
+    assert (direction * gradient).sum() == pytest.approx(dual, rel=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('scale', [1e-30, 1e-18, 1e18, 1e30])
+def test_the_steepest_direction_does_not_depend_on_the_size_of_the_gradient(norm, scale):
+    gradient = jnp.array([3.0, -4.0, 0.0])
+    threat = Threat(norm, 1.0)
+    np.testing.assert_allclose(
+        fast_ascent(threat, gradient * scale), fast_ascent(threat, gradient), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_without_a_gradient_there_is_no_step(norm):
+    np.testing.assert_array_equal(fast_ascent(Threat(norm, 1.0), jnp.zeros(SHAPE)), 0)
+
+
+@pytest.mark.parametrize(
+    ('norm', 'change', 'expected'),
+    [
+        ('linf', [0.1, -0.1, 0.1], True),
+        ('linf', [0.0, -0.102, 0.0], False),
+        ('l2', [0.06, 0.08, 0.0], True),
+        ('l2', [0.06, 0.08, 0.02], False),
+        ('linf', [0.0, 0.0, 0.0], True),
+    ],
+)
+def test_inside_means_inside_the_ball(norm, change, expected):
+    clean = jnp.full(3, 0.5)
+    assert inside(Threat(norm, 0.1), clean, clean + jnp.array(change)) == expected
+
+
+@pytest.mark.parametrize(('value', 'expected'), [(1.001, False), (-0.001, False), (1.0, True)])
+def test_inside_means_inside_the_box(value, expected):
+    clean = jnp.full(3, 0.5)
+    assert inside(Threat('linf', 1.0), clean, clean.at[1].set(value)) == expected
+
+
+def test_a_threat_carries_its_radius_as_its_only_leaf():
+    leaves, structure = jax.tree.flatten(Threat('l2', 0.5, (-1.0, 1.0)))
+    assert leaves == [0.5]
+    assert jax.tree.unflatten(structure, [0.25]) == Threat('l2', 0.25, (-1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('l1', 0.1), "Unknown norm 'l1'"),
+        (('linf', -0.1), 'eps is -0.1; it must be at least 0.'),
+        (('linf', float('nan')), 'eps is nan; it must be finite, at least 0.'),
+        (('l2', float('inf')), 'eps is inf; it must be finite, at least 0.'),
+        (('l2', 0.1, (1.0, 0.0)), r'bounds are \(1.0, 0.0\); the first must be below the second.'),
+        (('l2', 0.1, (0.5, 0.5)), r'bounds are \(0.5, 0.5\)'),
+    ],
+)
+def test_an_impossible_threat_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        Threat(*arguments)
