@@ -124,8 +124,8 @@ def make_train_step(
 
     Returns:
       A jitted function `(state, batch, key) -> (state, metrics)` that donates `state`. Metrics are
-      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, and per regularizer
-      `<name>/penalty` and its own.
+      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, and
+      per regularizer `<name>/penalty` and its own.
     """
     forward = LinenForward(module, {'train': False})
 
