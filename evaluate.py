@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from absl import flags
 from tqdm import tqdm
 
+from neurosens import command_line, data, evaluation, parallel, scripts, training
 from neurosens import config as config_lib
-from neurosens import data, evaluation, parallel, scripts, training
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,11 +33,11 @@ def main(arguments: Sequence[str]) -> int:
 
     with scripts.user_errors():
         scripts.check_changes(arguments, allowed=('data_dir', 'cpu_devices', 'evaluation'))
-        changes, values = config_lib.override(config_lib.Config(), arguments, _flags())
+        changes, values = command_line.override(config_lib.Config(), arguments, _flags())
         scripts.start_jax(values, changes.cpu_devices)
         workdir = pathlib.Path(values['workdir'])
         model = training.load(workdir, values['checkpoint'])
-        config, _ = config_lib.override(model.config, arguments, _flags())
+        config, _ = command_line.override(model.config, arguments, _flags())
         settings = config.evaluation
         source = data.open(
             config.dataset, settings.split, config.data_dir or None, config.validation_size

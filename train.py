@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from neurosens import config as config_lib
-from neurosens import parallel, scripts, training
+from neurosens import command_line, parallel, scripts, training
 
 CONFIGS = pathlib.Path(__file__).parent / 'configs'
 
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     with scripts.user_errors():
-        command = config_lib.parse(arguments, own_flags, CONFIGS / 'digits.py')
+        command = command_line.parse(arguments, own_flags, CONFIGS / 'digits.py')
         config = command.config
         scripts.start_jax(command.flags, config.cpu_devices, config.batch_size)
         experiment = training.prepare(config)

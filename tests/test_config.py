@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from hypothesis import strategies as st
 
+from neurosens import command_line
 from neurosens import config as config_lib
 from neurosens.config import Config, ConfigError, Evaluation, Optimizer, Schedule
 
@@ -20,7 +21,7 @@ def parse(*arguments):
     own = flags.FlagValues()
     flags.DEFINE_string('workdir', '', 'A directory.', flag_values=own)
     flags.DEFINE_boolean('progress', True, 'Whether to show it.', flag_values=own)
-    return config_lib.parse(arguments, own, DIGITS)
+    return command_line.parse(arguments, own, DIGITS)
 
 
 def overridden(*arguments):
@@ -90,7 +91,7 @@ def test_of_two_overrides_the_last_one_counts():
 
 def test_an_override_leaves_the_given_config_as_it_is():
     config = Config()
-    changed, _ = config_lib.override(
+    changed, _ = command_line.override(
         config,
         ['--config.steps=9', '--config.optimizer.momentum=0.5', '--config.evaluation.eps=(1,)'],
         flags.FlagValues(),
@@ -260,7 +261,7 @@ def test_a_flag_without_its_value_is_refused(argument):
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
 def test_every_config_file_of_the_repository_is_valid(path):
-    config = config_lib.load_file(path)
+    config = command_line.load_file(path)
     config_lib.validate(config)
     assert config_lib.from_dict(config_lib.to_dict(config)) == config
 
@@ -284,7 +285,7 @@ def test_a_config_file_is_chosen_anywhere_among_the_arguments(tmp_path, form):
 
 def test_without_a_choice_the_default_file_is_taken():
     assert parse().name == 'digits'
-    assert parse().config == config_lib.load_file(DIGITS)
+    assert parse().config == command_line.load_file(DIGITS)
 
 
 @pytest.mark.parametrize('arguments', [['--config='], ['--config'], ['--workdir=x', '--config']])

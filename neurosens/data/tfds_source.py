@@ -9,9 +9,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from google.protobuf.json_format import ParseError
+from google.protobuf.message import DecodeError
 
 from neurosens.data.catalogue import DatasetInfo
 
+# What array_record, protobuf and PIL raise, by the damage.
+_READ_ERRORS = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    LookupError,
+    SyntaxError,
+    DecodeError,
+    ParseError,
+)
 # Bounds the memory that undecoded records take while a split is read.
 _RECORDS_PER_READ = 4096
 
@@ -152,8 +164,7 @@ def damage_report(name: str, directory: pathlib.Path) -> Iterator[None]:
             f'{name} in {directory} is not stored as array_record: '
             'remove that directory or choose another data_dir, and prepare it again'
         ) from error
-    # The readers raise RuntimeError, OSError, ValueError, KeyError or IndexError, by the damage.
-    except Exception as error:
+    except _READ_ERRORS as error:
         reason = ' '.join(str(error).split())[:200]
         raise DatasetDamagedError(
             f'{name} in {directory} is damaged or incomplete ({reason}): '
