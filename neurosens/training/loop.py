@@ -37,6 +37,10 @@ from neurosens.training.step import (
 )
 
 
+# It runs once: XLA:CPU takes longer to optimise a deep network's random draws than to draw them.
+_QUICK_COMPILATION = {'xla_backend_optimization_level': 0}
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why, and what is kept."""
 
@@ -204,6 +208,7 @@ def _initializer(experiment: Experiment) -> Callable[[jax.Array], TrainState]:
             average=config.optimizer.ema_decay > 0,
         ),
         out_shardings=parallel.replicated(experiment.mesh),
+        compiler_options=_QUICK_COMPILATION if jax.default_backend() == 'cpu' else None,
     )
 
 

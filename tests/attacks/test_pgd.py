@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import flax.linen as nn
 import hypothesis
 import jax
@@ -389,3 +390,25 @@ def test_an_impossible_attack_is_refused(linear, options, message):
     variables, x, y, _, _ = linear
     with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         pgd(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.1), **options)
+
+
+def test_an_attack_runs_unchanged_under_pmap():
+    module = models.create('mlp', num_classes=3, hidden=(4,))
+    forward = LinenForward(module)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    devices = jax.device_count()
+    x = jax.random.uniform(jax.random.key(1), (devices * 2, 4, 4, 1))
+    y = jnp.arange(devices * 2) % 3
+    key, threat = jax.random.key(2), Threat('linf', 0.2)
+
+    def attack(x, y, index):
+        return pgd(forward, variables, x, y, key, threat=threat, steps=3, index=index)
+
+    def split(leaf):
+        return leaf.reshape(devices, 2, *leaf.shape[1:])
+
+    index = jnp.arange(devices * 2)
+    plain = attack(x, y, index)
+    mapped = jax.pmap(attack)(split(x), split(y), split(index))
+    merged = jax.tree.map(lambda leaf: leaf.reshape(devices * 2, *leaf.shape[2:]), mapped)
+    chex.assert_trees_all_close(merged, plain, atol=1e-6)

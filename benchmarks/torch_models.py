@@ -1,0 +1,97 @@
+"""The CIFAR ResNet-20 of `neurosens.models` in PyTorch, and the conversion of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def padded_shortcut(x: torch.Tensor, features: int, stride: int) -> torch.Tensor:
+    """Subsamples positions and pads channels with zeros, half of them on either side.
+
+    Args:
+        x: features `[B, C, H, W]`.
+        features: number of channels of the result.
+        stride: step of the subsampling.
+
+    Returns:
+        Features `[B, features, H / stride, W / stride]`.
+    """
+    missing = features - x.shape[1]
+    before = missing // 2
+    return functional.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, before, missing - before))
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a parameter-free shortcut."""
+
+    def __init__(self, inputs: int, features: int, stride: int) -> None:
+        super().__init__()
+        self.features, self.stride = features, stride
+        self.conv1 = nn.Conv2d(inputs, features, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns features `[B, features, H / stride, W / stride]`."""
+        y = functional.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        if y.shape != x.shape:
+            x = padded_shortcut(x, self.features, self.stride)
+        return functional.relu(x + y)
+
+
+class CIFARResNet20(nn.Module):
+    """ResNet-20 for CIFAR with zero-padded shortcuts; images in [0, 1] are normalised inside."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent=False)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        blocks, inputs = {}, 16
+        for i, features in enumerate((16, 32, 64), start=1):
+            for j in range(1, 4):
+                stride = 2 if i > 1 and j == 1 else 1
+                blocks[f'stage{i}_block{j}'] = BasicBlock(inputs, features, stride)
+                inputs = features
+        self.blocks = nn.ModuleDict(blocks)
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[B, K]` of images `[B, 3, H, W]`."""
+        x = (x - self.mean) / self.std
+        x = functional.relu(self.norm1(self.conv1(x)))
+        for block in self.blocks.values():
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def state_dict_from_variables(variables: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Converts Linen variables of `cifar_resnet20` to a state dict of `CIFARResNet20`."""
+    return {name: torch.from_numpy(value.copy()) for name, value in _converted(variables)}
+
+
+def _converted(variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    names = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+    for collection in ('params', 'batch_stats'):
+        flat = flax.traverse_util.flatten_dict(variables[collection])
+        for (*layer, kind), array in flat.items():
+            value = np.asarray(array)
+            if value.ndim == 4:
+                value = value.transpose(3, 2, 0, 1)
+            elif value.ndim == 2:
+                value = value.T
+            prefix = ['blocks'] if layer[0].startswith('stage') else []
+            yield '.'.join([*prefix, *layer, names.get(kind, kind)]), value
