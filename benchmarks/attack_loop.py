@@ -44,6 +44,7 @@ def prepare(*, model: str, batch_size: int, steps: int, devices: int) -> harness
     Returns:
         One unit per candidate.
     """
+    parallel.keep_freed_memory()
     parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
     mesh = parallel.data_mesh()
     info = data.info(MODELS[model])

@@ -122,13 +122,20 @@ def make_train_step(
 
 
 def prepare(
-    *, channels_last: bool, compiled: bool, batch_size: int, steps: int, data_dir: str
+    *,
+    channels_last: bool,
+    compiled: bool,
+    keep_memory: bool,
+    batch_size: int,
+    steps: int,
+    data_dir: str,
 ) -> harness.Prepared:
     """Prepares PyTorch's training step in a worker process.
 
     Args:
         channels_last: keep images and weights in channels-last memory.
         compiled: compile the network and the loss with `torch.compile`.
+        keep_memory: keep freed memory, as `train.py` does for XLA.
         batch_size: images per step.
         steps: training steps per unit of work.
         data_dir: directory of the prepared CIFAR-10, or empty.
@@ -136,6 +143,8 @@ def prepare(
     Returns:
         One unit per augmentation.
     """
+    if keep_memory:
+        parallel.keep_freed_memory()
     torch.set_num_threads(harness.cores())
     batches = training_step.load_batches(batch_size, data_dir)
 

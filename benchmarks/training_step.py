@@ -71,11 +71,14 @@ def load_batches(batch_size: int, data_dir: str) -> list[data.Batch]:
     ]
 
 
-def prepare(*, devices: int, batch_size: int, steps: int, data_dir: str) -> harness.Prepared:
+def prepare(
+    *, devices: int, keep_memory: bool, batch_size: int, steps: int, data_dir: str
+) -> harness.Prepared:
     """Prepares our training step in a worker process.
 
     Args:
         devices: XLA devices the CPU is split into; 0 for as many as `train.py` uses.
+        keep_memory: keep freed memory, as `train.py` does.
         batch_size: images per step.
         steps: training steps per unit of work.
         data_dir: directory of the prepared CIFAR-10, or empty.
@@ -83,6 +86,8 @@ def prepare(*, devices: int, batch_size: int, steps: int, data_dir: str) -> harn
     Returns:
         One unit per augmentation.
     """
+    if keep_memory:
+        parallel.keep_freed_memory()
     parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
     mesh = parallel.data_mesh()
     batches = load_batches(batch_size, data_dir)
@@ -128,18 +133,24 @@ def worker_specs(arguments: argparse.Namespace) -> dict[str, harness.WorkerSpec]
     }
     ours = 'benchmarks.training_step:prepare'
     torch_options = {
-        'PyTorch eager': (False, False),
-        'PyTorch eager, channels last': (True, False),
-        'PyTorch compiled': (False, True),
-        'PyTorch compiled, channels last': (True, True),
+        'PyTorch eager': (False, False, False),
+        'PyTorch eager, channels last': (True, False, False),
+        'PyTorch eager, channels last, keeping memory': (True, False, True),
+        'PyTorch compiled': (False, True, False),
+        'PyTorch compiled, channels last': (True, True, False),
+    }
+    our_options = {
+        OURS: (0, True),
+        'neurosens, one XLA device': (1, True),
+        'neurosens, giving freed memory back': (0, False),
     }
     specs = {
-        OURS: harness.WorkerSpec(ours, {'devices': 0, **common}),
-        'neurosens, one XLA device': harness.WorkerSpec(ours, {'devices': 1, **common}),
+        name: harness.WorkerSpec(ours, {'devices': devices, 'keep_memory': keep, **common})
+        for name, (devices, keep) in our_options.items()
     }
-    for name, (channels_last, compiled) in torch_options.items():
-        options = {'channels_last': channels_last, 'compiled': compiled, **common}
-        specs[name] = harness.WorkerSpec(_TORCH, options)
+    for name, (channels_last, compiled, keep) in torch_options.items():
+        options = {'channels_last': channels_last, 'compiled': compiled, 'keep_memory': keep}
+        specs[name] = harness.WorkerSpec(_TORCH, {**options, **common})
     return specs
 
 

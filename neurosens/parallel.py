@@ -8,6 +8,9 @@ replicated.
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -107,6 +110,37 @@ def use_cpu_devices(count: int) -> None:
       RuntimeError: the backend is already running (from JAX).
     """
     jax.config.update('jax_num_cpu_devices', count)
+
+
+def only_cpu_installed() -> bool:
+    """Whether JAX can only run on the CPU here; known without starting it."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == 'cpu'
+    plugins = importlib.metadata.entry_points(group='jax_plugins')
+    return not plugins and importlib.util.find_spec('libtpu') is None
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that it frees, for its next step to use; glibc only.
+
+    XLA:CPU allocates the temporaries of a program anew at every call. Blocks of their size are
+    mapped by the operating system and given back each time, and clearing the fresh pages takes up
+    to half of a training step. With this setting the process holds its peak memory until it ends.
+
+    Call it before JAX has started its backend, whose threads otherwise have their own arenas
+    already.
+
+    Returns:
+      Whether the C library took the setting; False where it is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    # One arena, as only the main one can grow without limit; no mapping, no trimming.
+    settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
+    return all([mallopt(name, value) for name, value in settings])
 
 
 def is_primary() -> bool:

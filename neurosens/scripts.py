@@ -103,6 +103,8 @@ def start_jax(
       ValueError: the process looks like one of several and nothing says whether it is, or no
         cluster was found.
     """
+    if parallel.only_cpu_installed():
+        parallel.keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger('orbax').setLevel(logging.ERROR)
     # Orbax leaves tasks behind when it meets a damaged checkpoint; the warning about it is ours.

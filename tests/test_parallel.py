@@ -1,5 +1,10 @@
 """One mesh over all devices: how batches and parameters are placed, and how many devices."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import hypothesis
 import jax
 import numpy as np
@@ -138,3 +143,24 @@ def test_the_processes_of_a_hand_made_cluster_are_read_from_the_environment(monk
         }
     )
     assert received == [{'coordinator_address': 'host:1234', 'num_processes': 4, 'process_id': 2}]
+
+
+def test_keeping_freed_memory_is_known_before_jax_starts():
+    script = (
+        'import jax; from neurosens import parallel\n'
+        'print(parallel.only_cpu_installed())\n'
+        'jax.config.update("jax_platforms", "cpu"); print(parallel.only_cpu_installed())\n'
+        'jax.config.update("jax_platforms", "tpu,cpu"); print(parallel.only_cpu_installed())\n'
+        'from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())\n'
+        'print(parallel.keep_freed_memory() is (sys.platform == "linux"))\n'
+    )
+    environment = {name: v for name, v in os.environ.items() if name != 'JAX_PLATFORMS'}
+    out = subprocess.run(
+        [sys.executable, '-c', 'import sys\n' + script],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert out[1:] == ['True', 'False', 'False', 'True']
