@@ -114,8 +114,9 @@ def use_cpu_devices(count: int) -> None:
 
 def only_cpu_installed() -> bool:
     """Whether JAX can only run on the CPU here; known without starting it."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == 'cpu'
+    chosen = jax.config.read('jax_platforms')
+    if chosen:
+        return chosen == 'cpu'
     plugins = importlib.metadata.entry_points(group='jax_plugins')
     return not plugins and importlib.util.find_spec('libtpu') is None
 
@@ -140,7 +141,7 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max, arena_max = -1, -4, -8
     # One arena, as only the main one can grow without limit; no mapping, no trimming.
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
-    return all([mallopt(name, value) for name, value in settings])
+    return all(mallopt(name, value) for name, value in settings)
 
 
 def is_primary() -> bool:

@@ -36,7 +36,6 @@ from neurosens.training.step import (
     make_train_step,
 )
 
-
 # It runs once: XLA:CPU takes longer to optimise a deep network's random draws than to draw them.
 _QUICK_COMPILATION = {'xla_backend_optimization_level': 0}
 
