@@ -114,7 +114,7 @@ def use_cpu_devices(count: int) -> None:
 
 def only_cpu_installed() -> bool:
     """Whether JAX can only run on the CPU here; known without starting it."""
-    chosen = jax.config.read('jax_platforms')
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     if chosen:
         return chosen == 'cpu'
     plugins = importlib.metadata.entry_points(group='jax_plugins')
