@@ -13,10 +13,10 @@ def get_config() -> Config:
         augmentation='pad_crop',
         model='cnn',
         model_options={'features': (32, 64), 'hidden': (128,)},
-        epochs=4,
+        epochs=6,
         batch_size=128,
         optimizer=Optimizer(name='sgd', learning_rate=0.05, weight_decay=5e-4),
         schedule=Schedule(name='cosine', warmup=0.1),
         log_every=50,
-        evaluation=Evaluation(eps=(0.05, 0.1, 0.2, 0.3), steps=40, limit=1000),
+        evaluation=Evaluation(eps=(0.1, 0.2, 0.3)),
     )
