@@ -1,6 +1,6 @@
 """neurosens: which neurons make a classifier fragile, measured and trained away in JAX."""
 
-from neurosens import attacks, data, evaluation, models, parallel, training
+from neurosens import attacks, data, evaluation, models, neurons, parallel, training
 from neurosens.attacks import Threat
 from neurosens.forward import (
     Forward,
@@ -23,6 +23,7 @@ __all__ = [
     'evaluation',
     'layers',
     'models',
+    'neurons',
     'parallel',
     'training',
     'with_edits',

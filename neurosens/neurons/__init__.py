@@ -1,0 +1,118 @@
+"""What single neurons do: measures for any layer of any Flax classifier.
+
+    result = measure(forward, variables, x, ..., layer=NAME, unit='channel' | 'unit')
+
+Each measure is jit-compiled, chunked and works on batches that are split over devices; beneath each
+stands the function of one example that it maps over the batch (`..._example`).
+"""
+
+from neurosens.neurons import correlation, filtering, units
+from neurosens.neurons.ablation import (
+    Ablation,
+    Fragility,
+    Response,
+    ablation,
+    ablation_example,
+    fragility,
+    response,
+    without_neurons,
+)
+from neurosens.neurons.agreement import Agreement, agreement
+from neurosens.neurons.influence import (
+    Partition,
+    class_influence,
+    influence,
+    influence_example,
+    labels,
+    partition,
+)
+from neurosens.neurons.input_gradients import (
+    Estimate,
+    GradientNorms,
+    input_gradient_norms,
+    input_gradient_norms_example,
+    probe_example,
+    probe_gradients,
+)
+from neurosens.neurons.layers import NeuronLayer, default_layers, describe
+from neurosens.neurons.logit_gradients import logit_gradients, logit_gradients_example
+from neurosens.neurons.ranking import mean_where_finite, ranking, scaled_sensitivity
+from neurosens.neurons.sensitivity import (
+    Sensitivity,
+    closed_form,
+    nearest_flip,
+    sensitivity,
+    sensitivity_example,
+)
+from neurosens.neurons.shift import (
+    Shift,
+    Targeting,
+    TargetingReport,
+    shift,
+    shift_example,
+    target,
+    targeting,
+    targeting_report,
+)
+from neurosens.neurons.statistics import (
+    Statistics,
+    merge,
+    statistics,
+)
+from neurosens.neurons.tail import Cut, LayerFacts, cut, layer_facts
+
+__all__ = [
+    'Ablation',
+    'Agreement',
+    'Cut',
+    'Estimate',
+    'Fragility',
+    'GradientNorms',
+    'LayerFacts',
+    'NeuronLayer',
+    'Partition',
+    'Response',
+    'Sensitivity',
+    'Shift',
+    'Statistics',
+    'Targeting',
+    'TargetingReport',
+    'ablation',
+    'ablation_example',
+    'agreement',
+    'class_influence',
+    'closed_form',
+    'correlation',
+    'cut',
+    'default_layers',
+    'describe',
+    'filtering',
+    'fragility',
+    'influence',
+    'influence_example',
+    'input_gradient_norms',
+    'input_gradient_norms_example',
+    'labels',
+    'layer_facts',
+    'logit_gradients',
+    'logit_gradients_example',
+    'mean_where_finite',
+    'merge',
+    'nearest_flip',
+    'partition',
+    'probe_example',
+    'probe_gradients',
+    'ranking',
+    'response',
+    'scaled_sensitivity',
+    'sensitivity',
+    'sensitivity_example',
+    'shift',
+    'shift_example',
+    'statistics',
+    'target',
+    'targeting',
+    'targeting_report',
+    'units',
+    'without_neurons',
+]

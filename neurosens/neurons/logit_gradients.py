@@ -1,0 +1,137 @@
+"""Derivatives of every logit with respect to every neuron of a layer, in the cheaper direction."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from neurosens import _validate
+from neurosens.convolution import with_fast_input_gradients
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import chunks, tail, units
+
+DIRECTIONS = ('auto', 'reverse', 'forward')
+
+
+def check_direction(direction: str) -> None:
+    """Raises a ValueError unless `direction` is known."""
+    if direction not in DIRECTIONS:
+        raise ValueError(_validate.unknown('direction', direction, DIRECTIONS))
+
+
+def logit_gradients_of_cut(
+    cut: tail.Cut,
+    *,
+    unit: str = 'channel',
+    direction: str = 'auto',
+    chunk: int | None = None,
+) -> Float[Array, 'classes neurons']:
+    """Derivatives of the logits of one example with respect to the neurons at a cut.
+
+    Args:
+      cut: the network cut at the layer.
+      unit: `'channel'` or `'unit'`, see `neurosens.neurons.units`.
+      direction: `'reverse'` pulls one cotangent per class back to the layer (K passes), `'forward'`
+        pushes one tangent per neuron to the logits (N passes), `'auto'` takes the fewer. The
+        results are the same to rounding.
+      chunk: directions at once, 16 by default.
+
+    Returns:
+      `d logit_c / d neuron_i`, `[K, N]`, in the type of the logits.
+
+    Raises:
+      ValueError: a choice is unknown or `chunk` is below 1.
+    """
+    check_direction(direction)
+    chunks.check_chunk(chunk)
+    size = chunk or chunks.DEFAULT
+    activation, logits = cut.activation, cut.logits
+    shape = activation.shape
+    neurons = units.count(shape, unit)
+    classes = jax.eval_shape(logits, activation)
+    if direction == 'auto':
+        direction = 'reverse' if classes.shape[0] <= neurons else 'forward'
+
+    if direction == 'reverse':
+        looped = not chunks.fits(classes.shape[0], size)
+        _, pull = jax.vjp(with_fast_input_gradients(logits) if looped else logits, activation)
+
+        def by_class(index: Array) -> Array:
+            cotangent = jax.nn.one_hot(index, classes.shape[0], dtype=classes.dtype)
+            return units.pool(pull(cotangent)[0].astype(classes.dtype), unit)
+
+        return chunks.map_chunks(by_class, classes.shape[0], size)
+
+    _, push = jax.linearize(logits, activation)
+
+    def by_neuron(index: Array) -> Array:
+        return push(units.direction(index, shape, unit, activation.dtype))
+
+    return chunks.map_chunks(by_neuron, neurons, size).T
+
+
+def logit_gradients_example(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, '...'],
+    *,
+    layer: str = 'head:in',
+    unit: str = 'channel',
+    direction: str = 'auto',
+    chunk: int | None = None,
+) -> Float[Array, 'classes neurons']:
+    """Derivatives of the logits with respect to a layer's neurons, for one example.
+
+    The function that `logit_gradients` maps over a batch; it has its arguments and errors, with `x`
+    one input, and returns `[K, N]`.
+    """
+    cut = tail.cut(forward, variables, x, layer)
+    return logit_gradients_of_cut(cut, unit=unit, direction=direction, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'unit', 'direction', 'chunk'))
+def logit_gradients(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    *,
+    layer: str = 'head:in',
+    unit: str = 'channel',
+    direction: str = 'auto',
+    chunk: int | None = None,
+) -> Float[Array, 'batch classes neurons']:
+    """Derivatives of every logit with respect to every neuron of a layer, jit-compiled.
+
+    Costs one pass through the network in front of the layer and min(K, N) passes through the rest.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: inputs `[B, ...]`.
+      layer: name of the layer, as in `neurosens.layers`.
+      unit: `'channel'` (the derivative along the same change at every position) or `'unit'`.
+      direction: `'auto'`, `'reverse'` (K vector-Jacobian products) or `'forward'` (N
+        Jacobian-vector products).
+      chunk: directions at once for each example, 16 by default; bounds memory, never changes
+        results beyond rounding.
+
+    Returns:
+      `[B, K, N]`, in float32 (or float64).
+
+    Raises:
+      LayerError: the layer cannot be tapped.
+      ValueError: a choice is unknown or `chunk` is below 1.
+    """
+    example = functools.partial(
+        logit_gradients_example,
+        forward,
+        variables,
+        layer=layer,
+        unit=unit,
+        direction=direction,
+        chunk=chunk,
+    )
+    return jax.vmap(example)(jnp.asarray(x))

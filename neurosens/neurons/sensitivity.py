@@ -1,0 +1,423 @@
+"""Neuron sensitivity: the smallest change of one neuron that changes the prediction.
+
+After Suri & Evans 2020, "One Neuron to Fool Them All" (https://arxiv.org/abs/2003.09372), who
+define it for the input h of the last linear layer, z = W h + b, with predicted class y:
+
+    delta_c(i, x) = (z_y - z_c) / (W[c, i] - W[y, i])        for each class c other than y,
+
+the change of neuron i that makes the logits of c and y equal. Delta(i, x) is the delta_c of
+smallest absolute value among those that leave the neuron in the range it can take (at least 0
+behind a ReLU). The first-order and the exact measure for any other layer are ours.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from neurosens import _validate
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import chunks, tail, units
+from neurosens.neurons.logit_gradients import check_direction, logit_gradients_of_cut
+
+METHODS = ('auto', 'closed_form', 'first_order', 'exact')
+UNREACHABLE = -1
+
+# Classes compared in one piece of straight-line code; more are compared in a loop over such pieces.
+_CLASSES_AT_ONCE = 16
+# Margins below this count as ties.
+_SMALLEST_MARGIN = 1e-30
+
+# The exact search tries changes of 2^-3 ... 2^8 times the first-order one, then the limit.
+_FINEST_RUNG, _RUNGS = -3, 12
+_BISECTIONS = 26
+# Where no limit is given, a neuron may move by this many times the layer's largest activation.
+_LIMIT_FACTOR = 100.0
+# First guess where the gradient is 0, as a share of the limit.
+_BLIND_GUESS = 2.0**-12
+
+Range: TypeAlias = tuple[float, float]
+
+
+class Sensitivity(NamedTuple):
+    """The smallest change of each neuron that changes the prediction.
+
+    Attributes:
+      delta: Delta(i, x) in units of the activation, signed, `[B, N]`; infinite where no change in
+        the range does it, 0 where the two largest logits are equal, NaN where a logit is.
+      flips_to: the class it changes to, int32 `[B, N]`; -1 where there is none.
+    """
+
+    delta: Float[Array, 'batch neurons']
+    flips_to: Int[Array, 'batch neurons']
+
+
+# ------------------------------------------------------------------------- from the derivatives
+
+
+class _Nearest(NamedTuple):
+    """Per neuron, the largest 1 / change in either direction and the class it belongs to."""
+
+    up: Array
+    up_class: Array
+    down: Array
+    down_class: Array
+
+
+def nearest_flip(
+    gradients: Float[Array, 'classes neurons'],
+    logits: Float[Array, ' classes'],
+    room_below: Float[Array, ' neurons'] | float = jnp.inf,
+    room_above: Float[Array, ' neurons'] | float = jnp.inf,
+) -> Sensitivity:
+    """Delta of every neuron of one example whose logits are linear in each of them.
+
+    With the weights W of a last linear layer as `gradients` this is the closed form of Suri and
+    Evans; with the derivatives of the logits at any layer it is the first-order measure.
+
+    Args:
+      gradients: derivative of each logit with respect to each neuron `[K, N]`.
+      logits: the logits `[K]`.
+      room_below: how far each neuron can fall `[N]`, at least 0; behind a ReLU its activation.
+      room_above: how far each neuron can rise `[N]`.
+
+    Returns:
+      Per neuron Delta and the class it flips to; of classes that changes equal to rounding reach,
+      one.
+    """
+    dtype = jnp.promote_types(jnp.result_type(gradients, logits), jnp.float32)
+    gradients, logits = jnp.asarray(gradients, dtype), jnp.asarray(logits, dtype)
+    classes, neurons = gradients.shape
+    predicted = logits.argmax()
+    margins = logits[predicted] - logits
+    # The smallest change m_c / (W[c, i] - W[y, i]) is that of the largest inverse: products in
+    # place of a division for every class.
+    inverse = jnp.where(
+        jnp.arange(classes) == predicted, 0.0, 1 / jnp.maximum(margins, _SMALLEST_MARGIN)
+    )
+    own = gradients[predicted]
+
+    def compare(best: _Nearest, number: Array | int, gradient: Array, inverse: Array) -> _Nearest:
+        rate = (gradient - own) * inverse
+        number = jnp.int32(number)
+        return _Nearest(
+            jnp.maximum(best.up, rate),
+            jnp.where(rate > best.up, number, best.up_class),
+            jnp.maximum(best.down, -rate),
+            jnp.where(-rate > best.down, number, best.down_class),
+        )
+
+    nothing = jnp.full(neurons, UNREACHABLE, jnp.int32)
+    best = _Nearest(jnp.zeros(neurons, dtype), nothing, jnp.zeros(neurons, dtype), nothing)
+    if classes <= 2 * _CLASSES_AT_ONCE:
+        for number in range(classes):
+            best = compare(best, number, gradients[number], inverse[number])
+    else:
+        best = _compare_in_pieces(compare, best, gradients, inverse)
+
+    rise, fall = (_tie_to_zero(1 / rate) for rate in (best.up, best.down))
+    # A change that ends exactly at the border of the range must not be lost to rounding.
+    slack = 1 - 8 * jnp.finfo(dtype).eps
+    rise = jnp.where(rise * slack <= room_above, rise, jnp.inf)
+    fall = jnp.where(fall * slack <= room_below, fall, jnp.inf)
+    upwards = rise <= fall
+    change = jnp.where(upwards, rise, fall)
+    reached = jnp.isfinite(change)
+    delta = jnp.where(upwards | ~reached, change, -change)
+    flips_to = jnp.where(reached, jnp.where(upwards, best.up_class, best.down_class), UNREACHABLE)
+    undefined = jnp.isnan(logits).any()
+    return Sensitivity(
+        jnp.where(undefined, jnp.nan, delta), jnp.where(undefined, UNREACHABLE, flips_to)
+    )
+
+
+def _tie_to_zero(change: Array) -> Array:
+    """Changes as small as those of tied logits are 0."""
+    return jnp.where(change < _SMALLEST_MARGIN / jnp.finfo(change.dtype).eps, 0.0, change)
+
+
+def _compare_in_pieces(
+    compare: Callable[..., _Nearest], best: _Nearest, gradients: Array, inverse: Array
+) -> _Nearest:
+    """The comparison of many classes as a loop over equal pieces of straight-line code."""
+    classes = len(inverse)
+    pieces = -(-classes // _CLASSES_AT_ONCE)
+    padding = pieces * _CLASSES_AT_ONCE - classes
+    # A class whose inverse margin is 0 never wins.
+    inverse = jnp.pad(inverse, (0, padding)).reshape(pieces, _CLASSES_AT_ONCE)
+    gradients = jnp.pad(gradients, ((0, padding), (0, 0)))
+    gradients = gradients.reshape(pieces, _CLASSES_AT_ONCE, -1)
+    first = jnp.arange(pieces, dtype=jnp.int32) * _CLASSES_AT_ONCE
+
+    def piece(best: _Nearest, inputs: tuple[Array, Array, Array]) -> tuple[_Nearest, None]:
+        first, gradients, inverse = inputs
+        for number in range(_CLASSES_AT_ONCE):
+            best = compare(best, first + number, gradients[number], inverse[number])
+        return best, None
+
+    return jax.lax.scan(piece, best, (first, gradients, inverse))[0]
+
+
+def closed_form(
+    features: Float[Array, ' neurons'],
+    weights: Float[Array, 'classes neurons'],
+    logits: Float[Array, ' classes'],
+    activation_range: Range = (0.0, float('inf')),
+) -> Sensitivity:
+    """Delta of one example from the features and weights of the last linear layer.
+
+    Map it over a batch with `jax.vmap(closed_form, (0, None, 0))`.
+
+    Args:
+      features: the activations h that enter the last layer `[N]`.
+      weights: its weights W `[K, N]`, one row per class (the transpose of a Flax kernel).
+      logits: z = W h + b `[K]`.
+      activation_range: smallest and largest value that a neuron can take.
+
+    Returns:
+      Delta and the class it flips to, `[N]` each (Suri & Evans 2020, section 3).
+    """
+    low, high = activation_range
+    return nearest_flip(weights, logits, features - low, high - features)
+
+
+# --------------------------------------------------------------------------------- any layer
+
+
+def sensitivity_example(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, '...'],
+    *,
+    layer: str = 'head:in',
+    method: str = 'auto',
+    unit: str = 'channel',
+    direction: str = 'auto',
+    chunk: int | None = None,
+    activation_range: Range | None = None,
+    limit: float | Float[Array, ''] | None = None,
+) -> Sensitivity:
+    """Delta of every neuron of a layer for one example.
+
+    The function that `sensitivity` maps over a batch; it has its arguments and errors, with `x` one
+    input, and returns arrays `[N]`.
+    """
+    _check(method, unit, direction, chunk, activation_range, limit)
+    facts = tail.layer_facts(forward, variables, x, layer)
+    if activation_range is None:
+        activation_range = (0.0 if facts.nonnegative else -float('inf'), float('inf'))
+    if method == 'auto':
+        method = 'closed_form' if facts.affine_tail else 'first_order'
+    if method == 'closed_form' and not facts.affine_tail:
+        raise ValueError(
+            f'The logits are not an affine function of layer {layer!r} with fixed weights, so its '
+            "sensitivity has no closed form; use method='first_order' or 'exact'."
+        )
+    cut = tail.cut(forward, variables, x, layer)
+    below, above = _room(cut.activation, unit, activation_range)
+    logits = cut.logits(cut.activation)
+    # The weights of an affine tail are those at any input; at a fixed one they are computed once
+    # and not for every example of a batch.
+    anywhere = cut
+    if method == 'closed_form':
+        anywhere = tail.cut(forward, variables, jnp.zeros(x.shape, x.dtype), layer)
+    gradients = logit_gradients_of_cut(anywhere, unit=unit, direction=direction, chunk=chunk)
+    nearest = nearest_flip(gradients, logits, below, above)
+    if method != 'exact':
+        return nearest
+    return _exact(cut, logits, nearest, below, above, unit=unit, chunk=chunk, limit=limit)
+
+
+def _room(activation: Array, unit: str, activation_range: Range) -> tuple[Array, Array]:
+    """How far each neuron can fall and rise, at all of its positions alike."""
+    values = activation.astype(jnp.promote_types(activation.dtype, jnp.float32))
+    if unit == 'unit' or values.ndim <= 1:
+        lowest = highest = values.ravel()
+    else:
+        positions = tuple(range(values.ndim - 1))
+        lowest, highest = values.min(positions), values.max(positions)
+    low, high = activation_range
+    return jnp.maximum(lowest - low, 0), jnp.maximum(high - highest, 0)
+
+
+def _exact(
+    cut: tail.Cut,
+    logits: Array,
+    nearest: Sensitivity,
+    below: Array,
+    above: Array,
+    *,
+    unit: str,
+    chunk: int | None,
+    limit: float | Array | None,
+) -> Sensitivity:
+    """The first flip of the real network: a ladder of changes, then bisection."""
+    shape, dtype = cut.activation.shape, cut.activation.dtype
+    predicted = logits.argmax()
+    apart = units.are_channels(shape, unit)
+    channel_logits = cut.channel_logits() if apart else None
+    if limit is None:
+        limit = _LIMIT_FACTOR * jnp.maximum(jnp.abs(cut.activation).max(), 1e-6)
+    limit = jnp.asarray(limit, nearest.delta.dtype)
+
+    def moved_logits(index: Array, move: Array) -> Array:
+        if channel_logits is not None:
+            channel = cut.activation.at[..., index].get(mode='clip')
+            return channel_logits(index, (channel + move).astype(dtype))
+        direction = units.direction(index, shape, unit, move.dtype)
+        return cut.logits((cut.activation + move * direction).astype(dtype))
+
+    def one_neuron(index: Array) -> tuple[Array, Array]:
+        room = jnp.array([above.at[index].get(mode='clip'), below.at[index].get(mode='clip')])
+        signs = jnp.array([1.0, -1.0], nearest.delta.dtype)
+
+        def classes(change: Array) -> Array:
+            """Predictions after a rise and a fall by up to `change` `[2]`."""
+            return jax.vmap(moved_logits, (None, 0))(
+                index, signs * jnp.minimum(change, room)
+            ).argmax(-1)
+
+        guess = jnp.abs(nearest.delta.at[index].get(mode='clip'))
+        guess = jnp.where(jnp.isfinite(guess), guess, _BLIND_GUESS * limit)
+        guess = jnp.clip(guess, 2.0**-20 * limit, limit)
+
+        def climb(rung: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            inside, outside, found = state
+            change = jnp.where(
+                rung < _RUNGS - 1,
+                jnp.minimum(guess * 2.0 ** (rung + _FINEST_RUNG).astype(guess.dtype), limit),
+                limit,
+            )
+            flips = (classes(change) != predicted).any()
+            inside = jnp.where(found | flips, inside, change)
+            outside = jnp.where(found | ~flips, outside, change)
+            return inside, outside, found | flips
+
+        inside, outside, found = jax.lax.fori_loop(
+            0, _RUNGS, climb, (jnp.zeros_like(limit), limit, jnp.zeros((), bool))
+        )
+
+        def halve(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            inside, outside = state
+            middle = (inside + outside) / 2
+            flips = (classes(middle) != predicted).any()
+            return jnp.where(flips, inside, middle), jnp.where(flips, middle, outside)
+
+        inside, outside = jax.lax.fori_loop(0, _BISECTIONS, halve, (inside, outside))
+        after = classes(outside)
+        flipped = after != predicted
+        upwards = flipped[0]
+        change = jnp.where(upwards, outside, -outside)
+        found = found & flipped.any()
+        return (
+            jnp.where(found, change, jnp.inf),
+            jnp.where(found, jnp.where(upwards, after[0], after[1]), UNREACHABLE).astype(jnp.int32),
+        )
+
+    neurons = units.count(shape, unit)
+    delta, flips_to = chunks.map_chunks(one_neuron, neurons, chunk or chunks.DEFAULT)
+    undefined = jnp.isnan(logits).any()
+    return Sensitivity(
+        jnp.where(undefined, jnp.nan, delta), jnp.where(undefined, UNREACHABLE, flips_to)
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=('layer', 'method', 'unit', 'direction', 'chunk', 'activation_range'),
+)
+def _sensitivity_batch(
+    forward: Forward, variables: Variables, x: Array, limit: Array | None, **options: Any
+) -> Sensitivity:
+    def example(x: Array) -> Sensitivity:
+        return sensitivity_example(forward, variables, x, limit=limit, **options)
+
+    return jax.vmap(example)(x)
+
+
+def sensitivity(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    *,
+    layer: str = 'head:in',
+    method: str = 'auto',
+    unit: str = 'channel',
+    direction: str = 'auto',
+    chunk: int | None = None,
+    activation_range: Range | None = None,
+    limit: float | Float[Array, ''] | None = None,
+) -> Sensitivity:
+    """The smallest change of each neuron of a layer that changes the prediction, jit-compiled.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: inputs `[B, ...]`.
+      layer: name of the layer, as in `neurosens.layers`; the input of the last layer by default.
+      method: how it is computed.
+        `'closed_form'`: from the weights, where the logits are an affine function of the layer.
+        `'first_order'`: `-m_c / (d m_c / d a_i)` with margins m_c = z_y - z_c, for any layer.
+        `'exact'`: the smallest change found that flips the real network. Changes of 1/8 to 256
+        times the first-order one, each twice the last, and then the limit are tried upwards and
+        downwards; the first that flips is refined by bisection to 2^-26 of its interval. A flip
+        that is undone again between two tries is missed.
+        `'auto'`: the closed form where there is one, else first order.
+      unit: `'channel'` (the same change at every position) or `'unit'`.
+      direction: direction of differentiation, see `logit_gradients`.
+      chunk: neurons (or derivatives) at once for each example, 16 by default; bounds memory, never
+        changes results beyond rounding.
+      activation_range: smallest and largest value that a neuron can take, static; changes that
+        would leave it are not valid. By default at least 0 where the program shows that the layer
+        cannot be negative (as behind a ReLU), else unbounded. A channel must stay inside at every
+        position.
+      limit: largest change that `'exact'` tries, in units of the activation; by default 100 times
+        the largest activation of the layer for each example.
+
+    Returns:
+      Delta and the class it flips to, `[B, N]` each; types below float32 are computed in float32
+      from the logits on.
+
+    Raises:
+      LayerError: the layer cannot be tapped.
+      ValueError: a choice is unknown or out of range, or there is no closed form.
+    """
+    _check(method, unit, direction, chunk, activation_range, limit)
+    return _sensitivity_batch(
+        forward,
+        variables,
+        jnp.asarray(x),
+        limit,
+        layer=layer,
+        method=method,
+        unit=unit,
+        direction=direction,
+        chunk=chunk,
+        activation_range=activation_range,
+    )
+
+
+def _check(
+    method: str,
+    unit: str,
+    direction: str,
+    chunk: int | None,
+    activation_range: Range | None,
+    limit: float | Array | None,
+) -> None:
+    if method not in METHODS:
+        raise ValueError(_validate.unknown('method', method, METHODS))
+    units.check_unit(unit)
+    check_direction(direction)
+    chunks.check_chunk(chunk)
+    if activation_range is not None and not activation_range[0] < activation_range[1]:
+        raise ValueError(
+            f'activation_range is {activation_range}; the first value must be below the second.'
+        )
+    if isinstance(limit, (int, float)):
+        _validate.check_range('limit', limit, low=0, low_open=True)

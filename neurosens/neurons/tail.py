@@ -1,0 +1,313 @@
+"""A classifier cut in two at a layer: the activation, and the function from it to the logits.
+
+Measures of neurons run the part of a network behind a layer many times and the part before it once.
+The cut works on the traced program of any `Forward`, so no model has to be written in two halves:
+what does not depend on the activation is evaluated when the cut is made (skip connections around
+the layer included), and only the rest is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives
+from jaxtyping import Array, Float
+
+from neurosens.forward import Forward, LayerError, Variables
+from neurosens.neurons import channels
+from neurosens.neurons.program import inner_jaxpr, result, specialize
+
+
+class Cut(NamedTuple):
+    """One example's way through a network, cut at a layer.
+
+    Attributes:
+      activation: the layer's activation for the example, `[..., C]`, in the model's own type.
+      logits: the function from such an activation to float logits `[K]`.
+      channel_logits: makes the function from the index of a channel and new values for it `[...]`
+        to the logits: the same as `logits` of the activation with that channel replaced, for less
+        work where the layer's outputs enter a convolution or a product. Make it outside of loops
+        over channels; it cannot be differentiated.
+    """
+
+    activation: Float[Array, '... channels']
+    logits: Callable[[Array], Float[Array, ' classes']]
+    channel_logits: Callable[[], Callable[[Array, Array], Float[Array, ' classes']]]
+
+
+class LayerFacts(NamedTuple):
+    """What the traced program of a network says of a layer.
+
+    Attributes:
+      shape: shape of the activation of one example.
+      nonnegative: whether it cannot be negative, whatever the input, as behind a ReLU. False means
+        that this could not be shown.
+      affine_tail: whether the logits are an affine function of it, with the same coefficients for
+        every input: true of the input of a last linear layer, and of features that are only
+        averaged on the way there.
+    """
+
+    shape: tuple[int, ...]
+    nonnegative: bool
+    affine_tail: bool
+
+
+def cut(forward: Forward, variables: Variables, x: Float[Array, '...'], layer: str) -> Cut:
+    """Cuts a network at a layer, for one example.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: one input.
+      layer: name of the layer; its value after the forward's own edits.
+
+    Returns:
+      The activation, and the function from an activation to the logits. That function can be
+      jitted, vmapped and differentiated.
+
+    Raises:
+      LayerError: the layer cannot be tapped, or is not floating-point.
+    """
+    activation = tap(forward, variables, x, layer)
+
+    def rest(h: Array) -> Array:
+        return _logits(forward, variables, x, layer, h)
+
+    program = specialize(rest, activation)
+
+    def logits(h: Array) -> Array:
+        return result(program, h.astype(activation.dtype))
+
+    def channel_logits() -> Callable[[Array, Array], Array]:
+        return channels.channel_logits(specialize(rest, activation, inline=True), activation)
+
+    return Cut(activation, logits, channel_logits)
+
+
+def tap(
+    forward: Forward, variables: Variables, x: Float[Array, '...'], layer: str
+) -> Float[Array, '... channels']:
+    """A layer's activation for one example.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: one input.
+      layer: name of the layer.
+
+    Returns:
+      The activation, without the batch axis.
+
+    Raises:
+      LayerError: the layer cannot be tapped, has no batch axis, or is not floating-point.
+    """
+    value = forward(variables, x[None], taps=(layer,))[1][layer]
+    if value.ndim == 0 or value.shape[0] != 1:
+        raise LayerError(
+            f'Layer {layer!r} has shape {value.shape} for one example; it needs a leading batch '
+            'axis to have neurons.'
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise LayerError(
+            f'Layer {layer!r} is of type {value.dtype}; only floating-point layers have neurons.'
+        )
+    return value[0]
+
+
+def _logits(forward: Forward, variables: Variables, x: Array, layer: str, h: Array) -> Array:
+    logits = forward(variables, x[None], edits={layer: lambda _: h[None]})[0][0]
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+# -------------------------------------------------------------------------------- what is known
+
+
+def layer_facts(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, '...'] | jax.ShapeDtypeStruct,
+    layer: str,
+) -> LayerFacts:
+    """What can be told of a layer from the program alone, without running it.
+
+    Args:
+      forward: the model.
+      variables: its variables, or their shapes.
+      x: one input, or its shape.
+      layer: name of the layer.
+
+    Returns:
+      Shape, sign and whether the rest of the network is affine.
+
+    Raises:
+      LayerError: the layer cannot be tapped, or is not floating-point.
+    """
+    tapped = jax.make_jaxpr(lambda v, x: tap(forward, v, x, layer))(variables, x)
+    (nonnegative,) = _nonnegative(tapped.jaxpr, [False] * len(tapped.in_avals))
+    activation = tapped.out_avals[0]
+    argument = jax.ShapeDtypeStruct(activation.shape, activation.dtype)
+    rest = jax.make_jaxpr(lambda v, x, h: _logits(forward, v, x, layer, h))(variables, x, argument)
+    roles = [_FIXED] * (len(rest.in_avals) - 2) + [_INPUT, _LINEAR]
+    (role,) = _roles(rest.jaxpr, roles)
+    return LayerFacts(activation.shape, nonnegative, role != _OTHER)
+
+
+_SAME_SIGN = frozenset(
+    {
+        'reshape',
+        'broadcast_in_dim',
+        'squeeze',
+        'expand_dims',
+        'transpose',
+        'convert_element_type',
+        'copy',
+        'slice',
+        'rev',
+        'reduce_sum',
+        'reduce_max',
+        'reduce_min',
+        'reduce_window_max',
+        'reduce_window_sum',
+        'reduce_precision',
+        'gather',
+        'dynamic_slice',
+        'sqrt',
+        'cumsum',
+        'cumprod',
+        'cummax',
+    }
+)
+_ALL_NONNEGATIVE = frozenset(
+    {
+        'add',
+        'add_any',
+        'mul',
+        'div',
+        'min',
+        'pad',
+        'concatenate',
+    }
+)
+_NEVER_NEGATIVE = frozenset(
+    {
+        'exp',
+        'exp2',
+        'abs',
+        'logistic',
+        'square',
+    }
+)
+
+
+def _nonnegative(jaxpr: jex.Jaxpr, arguments: Sequence[bool]) -> list[bool]:
+    """For each output whether it is provably at least 0, given the same of the inputs."""
+    known: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
+    known.update(zip(jaxpr.invars, arguments))
+
+    def read(atom: Any) -> bool:
+        if isinstance(atom, jex.Literal):
+            return bool(np.all(np.asarray(atom.val) >= 0))
+        return known[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        name = equation.primitive.name
+        inner = inner_jaxpr(equation)
+        if inner is not None:
+            outputs = _nonnegative(inner[0], inputs)
+        elif name == 'max':
+            outputs = [any(inputs)]
+        elif name == 'clamp':
+            outputs = [inputs[0]]
+        elif name == 'select_n':
+            outputs = [all(inputs[1:])]
+        elif name in ('scatter', 'scatter-add'):
+            outputs = [inputs[0] and inputs[2]]
+        elif name == 'integer_pow':
+            outputs = [equation.params['y'] % 2 == 0 or inputs[0]]
+        elif name in _NEVER_NEGATIVE:
+            outputs = [True]
+        elif name in _SAME_SIGN:
+            outputs = [inputs[0]]
+        else:
+            outputs = [name in _ALL_NONNEGATIVE and all(inputs)] * len(equation.outvars)
+        known.update(zip(equation.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+# What a value is to the tail: independent of input and activation, dependent on the input, affine
+# in the activation, or anything else.
+_FIXED, _INPUT, _LINEAR, _OTHER = 'fixed', 'input', 'linear', 'other'
+_LINEAR_IN_FIRST = frozenset(
+    {
+        'reshape',
+        'broadcast_in_dim',
+        'squeeze',
+        'expand_dims',
+        'transpose',
+        'convert_element_type',
+        'copy',
+        'slice',
+        'rev',
+        'neg',
+        'reduce_sum',
+        'reduce_window_sum',
+        'cumsum',
+    }
+)
+_SUMS = frozenset(
+    {
+        'add',
+        'add_any',
+        'sub',
+        'concatenate',
+        'pad',
+    }
+)
+_PRODUCTS = frozenset(
+    {
+        'mul',
+        'dot_general',
+        'conv_general_dilated',
+    }
+)
+
+
+def _roles(jaxpr: jex.Jaxpr, arguments: Sequence[str]) -> list[str]:
+    """The role of each output of a program, given those of its inputs."""
+    known: dict[Any, str] = dict.fromkeys(jaxpr.constvars, _FIXED)
+    known.update(zip(jaxpr.invars, arguments))
+
+    def read(atom: Any) -> str:
+        return _FIXED if isinstance(atom, jex.Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        if equation.primitive is primitives.jit_p:
+            outputs = _roles(equation.params['jaxpr'].jaxpr, inputs)
+        else:
+            outputs = [_role(equation.primitive.name, inputs)] * len(equation.outvars)
+        known.update(zip(equation.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _role(name: str, inputs: Sequence[str]) -> str:
+    if _OTHER in inputs:
+        return _OTHER
+    if _LINEAR not in inputs:
+        return _INPUT if _INPUT in inputs else _FIXED
+    if name in _SUMS:
+        return _LINEAR
+    others = list(inputs)
+    others.remove(_LINEAR)
+    fixed_others = all(role == _FIXED for role in others)
+    if name in _PRODUCTS and fixed_others:
+        return _LINEAR
+    if name in _LINEAR_IN_FIRST or (name == 'div' and inputs[0] == _LINEAR):
+        return _LINEAR if fixed_others else _OTHER
+    return _OTHER
