@@ -1,11 +1,13 @@
 """Evaluates a trained model: `python evaluate.py --workdir=DIR --config.evaluation.key=value`.
 
-Reports accuracy on clean images and under attack, on screen and in DIR/report. The settings are
-those of the training, where the command line does not change them.
+Reports accuracy on clean images and under attack, and what single neurons do, on screen and in
+DIR/report. The settings are those of the training, where the command line does not change them.
+With `--compare=DIR` the neurons of a second model are shown beside those of the first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -32,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     with scripts.user_errors():
-        scripts.check_changes(arguments, allowed=('data_dir', 'cpu_devices', 'evaluation'))
+        scripts.check_changes(
+            arguments, allowed=('data_dir', 'cpu_devices', 'evaluation', 'neurons')
+        )
         changes, values = command_line.override(config_lib.Config(), arguments, _flags())
         scripts.start_jax(values, changes.cpu_devices)
         workdir = pathlib.Path(values['workdir'])
@@ -42,32 +46,104 @@ def main(arguments: Sequence[str]) -> int:
         source = data.open(
             config.dataset, settings.split, config.data_dir or None, config.validation_size
         )
+        other = _load_other(values['compare'], model, config)
 
     mesh = parallel.data_mesh()
+    key = evaluation.fixed_key(config.seed)
     label = f'{config.model} on {config.dataset} {settings.split}, step {model.step} of {workdir}'
     if parallel.is_primary():
         print(label)
+    bars = functools.partial(_bar, values['progress'])
     report = evaluation.evaluate(
-        model.forward,
-        model.variables,
-        source,
-        mesh,
-        settings,
-        evaluation.fixed_key(config.seed),
-        progress=lambda name: functools.partial(
-            tqdm,
-            desc=name,
-            unit='batch',
-            leave=False,
-            disable=not (values['progress'] and parallel.is_primary()),
-        ),
+        model.forward, model.variables, source, mesh, settings, key, progress=bars
     )
     if parallel.is_primary():
         print(evaluation.table(report))
+
+    found = compared = None
+    if config.neurons.measures:
+        with scripts.user_errors():
+            measure = functools.partial(
+                evaluation.measure_neurons,
+                source=source,
+                mesh=mesh,
+                key=parallel.replicate(mesh, key),
+                split=settings.split,
+                eps=config.neurons.eps or max(settings.eps, default=0.0),
+            )
+            found = measure(model.forward, model.variables, settings=config.neurons, progress=bars)
+            if other is not None:
+                compared = measure(
+                    other.forward,
+                    other.variables,
+                    settings=_comparison(config.neurons),
+                    progress=lambda name: bars(f'compared {name}'),
+                )
+
+    if parallel.is_primary():
         facts = {'workdir': str(workdir), 'step': model.step, 'config': config_lib.to_dict(config)}
-        evaluation.write(report, workdir / 'report', facts)
-        print(f'\nWritten: results.json, results.csv and plots in {workdir / "report"}')
+        directory = workdir / 'report'
+        if found is not None:
+            print(f'\n{evaluation.neuron_table(found)}')
+            facts.update(evaluation.neuron_facts(found))
+            compare = None
+            if compared is not None:
+                facts.update(evaluation.neuron_facts(compared, 'compared'))
+                facts['compared/workdir'] = values['compare']
+                compare = (values['compare'], compared)
+            evaluation.write_neurons(
+                found,
+                directory,
+                images=_top_images(found, source, config.neurons),
+                top=config.neurons.top,
+                compare=compare,
+                name=str(workdir),
+            )
+        evaluation.write(report, directory, facts)
+        print(f'\nWritten: results.json, results.csv, plots and neurons/ in {directory}')
     return 0
+
+
+def _bar(shown: bool, name: str) -> evaluation.Progress:
+    """A progress bar over batches, on the first process."""
+    return functools.partial(
+        tqdm, desc=name, unit='batch', leave=False, disable=not (shown and parallel.is_primary())
+    )
+
+
+def _load_other(
+    workdir: str, model: training.TrainedModel, config: config_lib.Config
+) -> training.TrainedModel | None:
+    """The model of `--compare`, which has to be one of the same data set."""
+    if not workdir:
+        return None
+    if not config.neurons.measures:
+        raise ValueError('--compare compares neurons, but --config.neurons.measures is empty.')
+    other = training.load(workdir)
+    if other.config.dataset != model.config.dataset:
+        raise ValueError(
+            f'{workdir} was trained on {other.config.dataset}, not on {model.config.dataset}; '
+            'compare models of one data set.'
+        )
+    return other
+
+
+def _comparison(settings: config_lib.Neurons) -> config_lib.Neurons:
+    """What is measured of the model compared with: what the shared plots show."""
+    shared = tuple(name for name in settings.measures if name in ('statistics', 'sensitivity'))
+    return dataclasses.replace(settings, measures=shared)
+
+
+def _top_images(
+    report: evaluation.NeuronReport, source: data.Source, settings: config_lib.Neurons
+) -> dict:
+    """The images that the report shows beside its most sensitive neurons."""
+    wanted = {
+        position
+        for layer in report.layers
+        for position in evaluation.images_wanted(layer, settings.top)
+    }
+    return evaluation.fetch_images(source, wanted, settings.limit or None)
 
 
 def _flags() -> flags.FlagValues:
@@ -77,6 +153,13 @@ def _flags() -> flags.FlagValues:
     )
     flags.DEFINE_string(
         'checkpoint', 'best', "'best', 'latest' or a step number.", flag_values=own_flags
+    )
+    flags.DEFINE_string(
+        'compare',
+        '',
+        'Work directory of a second model, such as a robust one, whose neurons are plotted beside '
+        'those of the first.',
+        flag_values=own_flags,
     )
     scripts.define_common_flags(own_flags)
     return own_flags

@@ -97,6 +97,56 @@ class Evaluation:
     examples: int = 8
 
 
+MEASURES = (
+    'statistics',
+    'sensitivity',
+    'influence',
+    'ablation',
+    'targeting',
+    'input_gradients',
+    'filtering',
+)
+
+
+@dataclasses.dataclass
+class Neurons:
+    """What `evaluate.py` measures of single neurons.
+
+    Attributes:
+      measures: of 'statistics', 'sensitivity', 'influence', 'ablation', 'targeting',
+        'input_gradients' and 'filtering'; none leaves the section out. Sensitivity brings
+        statistics with it, and targeting ablation. Filtering runs the model, and FGSM on it, 3
+        times for each of its thresholds, which takes longer than all others.
+      layers: names of layers, as of `neurosens.layers`; by default the first convolution
+        (behind its nonlinearity) and the input of the last layer.
+      unit: 'channel' (a neuron is a channel) or 'unit' (every entry of an activation is one).
+      limit: measure on the first so many images; 0 means all.
+      batch_size: images per batch over all devices; results do not depend on it.
+      chunk: neurons at once for each image, which bounds memory; 0 means a measured default.
+      method: how Delta is computed, 'auto', 'closed_form', 'first_order' or 'exact'.
+      fragile: rule by which ablation calls a neuron fragile: response above the 'mean', the
+        'median' or 'zero'.
+      eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixels of
+        [0, 1]; 0 means the largest of `evaluation.eps`.
+      probes: random directions for input gradients; 0 means exact gradients, neuron by neuron.
+      thresholds: thresholds of each filtering sweep.
+      top: most sensitive neurons that are shown with their images.
+    """
+
+    measures: tuple[str, ...] = MEASURES[:-1]
+    layers: tuple[str, ...] = ()
+    unit: str = 'channel'
+    limit: int = 500
+    batch_size: int = 128
+    chunk: int = 0
+    method: str = 'auto'
+    fragile: str = 'mean'
+    eps: float = 0.0
+    probes: int = 16
+    thresholds: int = 25
+    top: int = 5
+
+
 @dataclasses.dataclass
 class Config:
     """One experiment.
@@ -126,6 +176,7 @@ class Config:
       keep_checkpoints: latest checkpoints kept, besides the best.
       cpu_devices: XLA devices a CPU is split into; 0 means one per core.
       evaluation: see `Evaluation`.
+      neurons: see `Neurons`.
     """
 
     dataset: str = 'digits'
@@ -150,10 +201,11 @@ class Config:
     keep_checkpoints: int = 2
     cpu_devices: int = 0
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    neurons: Neurons = dataclasses.field(default_factory=Neurons)
 
 
 # Settings that change neither parameters nor metrics; they may differ when training is resumed.
-FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation')
+FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation', 'neurons')
 
 
 # ------------------------------------------------------------------------------------- values
@@ -204,7 +256,7 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     values = to_dict(config) if isinstance(config, Config) else config
     flat = {}
     for name, value in values.items():
-        if isinstance(value, dict) and name in ('optimizer', 'schedule', 'evaluation'):
+        if isinstance(value, dict) and name in ('optimizer', 'schedule', 'evaluation', 'neurons'):
             flat.update({f'{name}.{key}': item for key, item in value.items()})
         else:
             flat[name] = value
@@ -294,10 +346,21 @@ def _check_ranges(config: Config) -> None:
     check('evaluation.examples', evaluation.examples, low=0)
     for eps in evaluation.eps:
         check('evaluation.eps item', eps, low=0)
+    neurons = config.neurons
+    check('neurons.limit', neurons.limit, low=0)
+    check('neurons.batch_size', neurons.batch_size, low=1)
+    check('neurons.chunk', neurons.chunk, low=0)
+    check('neurons.eps', neurons.eps, low=0)
+    check('neurons.probes', neurons.probes, low=0)
+    check('neurons.thresholds', neurons.thresholds, low=3)
+    check('neurons.top', neurons.top, low=0)
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
         'evaluation.split': (evaluation.split, ('test', 'validation')),
         'evaluation.norm': (evaluation.norm, ('linf', 'l2')),
+        'neurons.unit': (neurons.unit, ('channel', 'unit')),
+        'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
+        'neurons.fragile': (neurons.fragile, ('mean', 'median', 'zero')),
     }
     for key, (value, valid) in choices.items():
         if value not in valid:
@@ -305,3 +368,6 @@ def _check_ranges(config: Config) -> None:
     for attack in evaluation.attacks:
         if attack not in ('fgsm', 'pgd'):
             raise ConfigError(_validate.unknown('evaluation.attacks item', attack, ('fgsm', 'pgd')))
+    for measure in neurons.measures:
+        if measure not in MEASURES:
+            raise ConfigError(_validate.unknown('neurons.measures item', measure, MEASURES))

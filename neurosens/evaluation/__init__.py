@@ -1,6 +1,23 @@
 """Evaluation over whole data sets, and its reports."""
 
-from neurosens.evaluation.accuracy import Attacked, Predictions, attack, predict, stream
+from neurosens.evaluation.accuracy import (
+    Attacked,
+    Predictions,
+    Progress,
+    attack,
+    predict,
+    stream,
+)
+from neurosens.evaluation.neuron_files import neuron_table, write_neurons
+from neurosens.evaluation.neuron_plots import images_wanted
+from neurosens.evaluation.neuron_report import (
+    LayerReport,
+    NeuronReport,
+    fetch_images,
+)
+from neurosens.evaluation.neuron_report import arrays as neuron_arrays
+from neurosens.evaluation.neuron_report import facts as neuron_facts
+from neurosens.evaluation.neuron_report import measure as measure_neurons
 from neurosens.evaluation.report import results, rows, table, write
 from neurosens.evaluation.robustness import (
     AttackOutcome,
@@ -10,6 +27,16 @@ from neurosens.evaluation.robustness import (
 )
 
 __all__ = [
+    'images_wanted',
+    'write_neurons',
+    'neuron_table',
+    'measure_neurons',
+    'neuron_facts',
+    'neuron_arrays',
+    'fetch_images',
+    'NeuronReport',
+    'LayerReport',
+    'Progress',
     'AttackOutcome',
     'Attacked',
     'Predictions',

@@ -12,7 +12,7 @@ from neurosens import metrics
 from neurosens.evaluation.robustness import AttackOutcome, RobustnessReport
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _DPI = 150
 
 
@@ -21,7 +21,8 @@ def save(figure: Figure, path: pathlib.Path) -> None:
     figure.savefig(path, format='png', dpi=_DPI, bbox_inches='tight')
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Takes away the frame where it says nothing, and adds faint horizontal lines."""
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='0.9')
     axes.set_axisbelow(True)
@@ -31,7 +32,7 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
     """Accuracy of each attack against its radius, with 95 % Wilson bands; radius 0 is clean."""
     figure = Figure(figsize=(5.5, 3.8), layout='constrained')
     axes = figure.subplots()
-    for color, attack in zip(_COLORS, dict.fromkeys(o.attack for o in report.outcomes)):
+    for color, attack in zip(COLORS, dict.fromkeys(o.attack for o in report.outcomes)):
         points = [(0.0, report.predictions.correct)]
         points += [(o.eps, ~o.attacked.success) for o in report.outcomes if o.attack == attack]
         points.sort(key=lambda point: point[0])
@@ -49,7 +50,7 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     axes.set_title(f'{report.info.name} {report.split}, {len(report.predictions.labels):,} images')
-    _style(axes)
+    style(axes)
     return figure
 
 
@@ -68,11 +69,11 @@ def class_accuracy(report: RobustnessReport) -> Figure:
     figure = Figure(figsize=(width, 3.6), layout='constrained')
     axes = figure.subplots()
     place = np.arange(len(present))
-    axes.bar(place, values, color=_COLORS[0], width=0.7)
+    axes.bar(place, values, color=COLORS[0], width=0.7)
     axes.errorbar(
         place, values, [values - lows, highs - values], fmt='none', ecolor='0.2', elinewidth=1
     )
-    axes.axhline(predictions.accuracy * 100, color=_COLORS[1], linewidth=1)
+    axes.axhline(predictions.accuracy * 100, color=COLORS[1], linewidth=1)
     axes.set_title(f'clean accuracy by class; all classes {predictions.accuracy:.2%}')
     axes.set_ylabel('accuracy (%)')
     axes.set_ylim(max(0.0, 10 * np.floor((lows.min() - 5) / 10)), 101)
@@ -84,7 +85,7 @@ def class_accuracy(report: RobustnessReport) -> Figure:
             axes.tick_params(axis='x', rotation=45)
     else:
         axes.set_xlabel('class')
-    _style(axes)
+    style(axes)
     return figure
 
 
@@ -117,7 +118,7 @@ def example_grid(report: RobustnessReport, outcome: AttackOutcome) -> Figure:
             for spine in axes.spines.values():
                 spine.set_color('0.7')
         for row, prediction in ((0, before), (2, after)):
-            color = _COLORS[2] if prediction == label else _COLORS[1]
+            color = COLORS[2] if prediction == label else COLORS[1]
             grid[row, column].set_xlabel(names[prediction], color=color, fontsize=9)
         grid[1, column].set_xlabel(f'max {np.abs(change[column]).max():.3f}', fontsize=7)
     for row, title in enumerate(('clean', 'perturbation', 'attacked')):

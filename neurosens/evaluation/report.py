@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from neurosens import metrics
-from neurosens.evaluation import plots
+from neurosens.evaluation import files, plots
 from neurosens.evaluation.robustness import RobustnessReport
 
 
@@ -58,8 +58,8 @@ def table(report: RobustnessReport) -> str:
         classes = sorted(classes, key=lambda row: row[1].value)
         classes = classes[:5] + classes[-5:]
     columns = ['accuracy', '95 % interval', 'images']
-    lines = _aligned(['', *columns], [_cells(row) for row in main])
-    lines += ['', *_aligned(['class', *columns], [_cells(row) for row in classes])]
+    lines = aligned(['', *columns], [_cells(row) for row in main])
+    lines += ['', *aligned(['class', *columns], [_cells(row) for row in classes])]
     return '\n'.join(lines)
 
 
@@ -70,7 +70,16 @@ def _cells(row: tuple[str, metrics.Interval, int]) -> list[str]:
     return [label, f'{interval.value * 100:.2f}', span, f'{count:,}']
 
 
-def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a text table: first column to the left, all others to the right.
+
+    Args:
+      header: names of the columns.
+      body: cells of each line.
+
+    Returns:
+      The header, a rule, and one line for each of `body`, all of one length.
+    """
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     rule = '-' * (sum(widths) + 3 * (len(widths) - 1))
 
@@ -119,33 +128,26 @@ def write(
       The files written.
     """
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
-
-    def target(name: str) -> pathlib.Path:
-        written.append(directory / name)
-        return directory / f'.{name}.partial'
-
-    text = json.dumps(results(report, facts), indent=2) + '\n'
-    target('results.json').write_text(text, encoding='utf-8')
-    with target('results.csv').open('w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow(['measurement', 'value', 'low', 'high', 'images'])
-        for key, interval, count in rows(report):
-            writer.writerow([key, *interval, count])
-    plots.save(plots.class_accuracy(report), target('class_accuracy.png'))
-    if report.outcomes:
-        plots.save(plots.accuracy_against_eps(report), target('accuracy_against_eps.png'))
-    for outcome in _strongest_radius(report):
-        if len(outcome.attacked.x):
-            figure = plots.example_grid(report, outcome)
-            plots.save(figure, target(f'examples-{outcome.name}.png'))
-    for path in written:
-        path.with_name(f'.{path.name}.partial').replace(path)
+    with files.WholeFiles(directory) as output:
+        text = json.dumps(results(report, facts), indent=2) + '\n'
+        output.path('results.json').write_text(text, encoding='utf-8')
+        with output.path('results.csv').open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['measurement', 'value', 'low', 'high', 'images'])
+            for key, interval, count in rows(report):
+                writer.writerow([key, *interval, count])
+        plots.save(plots.class_accuracy(report), output.path('class_accuracy.png'))
+        if report.outcomes:
+            figure = plots.accuracy_against_eps(report)
+            plots.save(figure, output.path('accuracy_against_eps.png'))
+        for outcome in _strongest_radius(report):
+            if len(outcome.attacked.x):
+                figure = plots.example_grid(report, outcome)
+                plots.save(figure, output.path(f'examples-{outcome.name}.png'))
     # Examples of an earlier evaluation with other attacks would pass for this one's.
-    for stale in set(directory.glob('examples-*.png')) - set(written):
+    for stale in set(directory.glob('examples-*.png')) - set(output.written):
         stale.unlink()
-    return written
+    return output.written
 
 
 def _strongest_radius(report: RobustnessReport) -> list:
