@@ -47,6 +47,10 @@ def main(arguments: Sequence[str]) -> int:
             config.dataset, settings.split, config.data_dir or None, config.validation_size
         )
         other = _load_other(values['compare'], model, config)
+        # What is wrong with a layer should not show only after long attacks.
+        for each in filter(None, (model, other)):
+            if config.neurons.measures:
+                evaluation.neuron_layers(each.forward, each.variables, source.info, config.neurons)
 
     mesh = parallel.data_mesh()
     key = evaluation.fixed_key(config.seed)
@@ -62,23 +66,22 @@ def main(arguments: Sequence[str]) -> int:
 
     found = compared = None
     if config.neurons.measures:
-        with scripts.user_errors():
-            measure = functools.partial(
-                evaluation.measure_neurons,
-                source=source,
-                mesh=mesh,
-                key=parallel.replicate(mesh, key),
-                split=settings.split,
-                eps=config.neurons.eps or max(settings.eps, default=0.0),
+        measure = functools.partial(
+            evaluation.measure_neurons,
+            source=source,
+            mesh=mesh,
+            key=parallel.replicate(mesh, key),
+            split=settings.split,
+            eps=config.neurons.eps or max(settings.eps, default=0.0),
+        )
+        found = measure(model.forward, model.variables, settings=config.neurons, progress=bars)
+        if other is not None:
+            compared = measure(
+                other.forward,
+                other.variables,
+                settings=_comparison(config.neurons),
+                progress=lambda name: bars(f'compared {name}'),
             )
-            found = measure(model.forward, model.variables, settings=config.neurons, progress=bars)
-            if other is not None:
-                compared = measure(
-                    other.forward,
-                    other.variables,
-                    settings=_comparison(config.neurons),
-                    progress=lambda name: bars(f'compared {name}'),
-                )
 
     if parallel.is_primary():
         facts = {'workdir': str(workdir), 'step': model.step, 'config': config_lib.to_dict(config)}

@@ -7,12 +7,15 @@ README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text(encoding
 
 
 def test_the_library_example_runs(capsys):
-    (example,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    exec(compile(example, 'README.md', 'exec'), {'__name__': 'readme'})
+    examples = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    assert len(examples) == 2
+    # The second goes on where the first ends.
+    exec(compile('\n'.join(examples), 'README.md', 'exec'), {'__name__': 'readme'})
     out = capsys.readouterr().out
     assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out
     assert "'head': ShapeDtypeStruct(shape=(8, 10)" in out
     assert '[[' in out, 'the change of the logits is printed'
+    assert '(8, 16)' in out, 'one Delta per image and neuron'
 
 
 def test_every_config_is_listed():

@@ -16,6 +16,7 @@ from neurosens.evaluation.neuron_report import (
     fetch_images,
 )
 from neurosens.evaluation.neuron_report import arrays as neuron_arrays
+from neurosens.evaluation.neuron_report import chosen_layers as neuron_layers
 from neurosens.evaluation.neuron_report import facts as neuron_facts
 from neurosens.evaluation.neuron_report import measure as measure_neurons
 from neurosens.evaluation.report import results, rows, table, write
@@ -33,6 +34,7 @@ __all__ = [
     'measure_neurons',
     'neuron_facts',
     'neuron_arrays',
+    'neuron_layers',
     'fetch_images',
     'NeuronReport',
     'LayerReport',

@@ -139,6 +139,38 @@ class NeuronReport:
     layers: tuple[LayerReport, ...]
 
 
+def chosen_layers(
+    forward: Forward,
+    variables: Variables,
+    info: data.DatasetInfo,
+    settings: config_lib.Neurons,
+) -> tuple[neurons.NeuronLayer, ...]:
+    """The layers to measure, without running the model: what is wrong with them shows here.
+
+    Args:
+      forward: the model.
+      variables: its variables, or their shapes.
+      info: the data set.
+      settings: layers and measures.
+
+    Returns:
+      The layers named in the settings, or the default ones.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+      ValueError: the method of sensitivity does not fit a layer.
+    """
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+    names = settings.layers or neurons.default_layers(forward, variables, image)
+    layers = tuple(
+        neurons.describe(forward, variables, image, name, unit=settings.unit) for name in names
+    )
+    for layer in layers:
+        if 'sensitivity' in settings.measures and settings.method == 'closed_form':
+            neurons.check_closed_form(layer.facts, layer.name)
+    return layers
+
+
 def measure(
     forward: Forward,
     variables: Variables,
@@ -171,11 +203,7 @@ def measure(
       LayerError: a layer cannot be tapped.
       ValueError: a measure does not fit a layer.
     """
-    image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jnp.float32)
-    names = settings.layers or neurons.default_layers(forward, variables, image)
-    layers = [
-        neurons.describe(forward, variables, image, name, unit=settings.unit) for name in names
-    ]
+    layers = chosen_layers(forward, variables, source.info, settings)
     run = functools.partial(
         accuracy.stream,
         source,

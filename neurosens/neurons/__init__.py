@@ -39,6 +39,7 @@ from neurosens.neurons.logit_gradients import logit_gradients, logit_gradients_e
 from neurosens.neurons.ranking import mean_where_finite, ranking, scaled_sensitivity
 from neurosens.neurons.sensitivity import (
     Sensitivity,
+    check_closed_form,
     closed_form,
     nearest_flip,
     sensitivity,
@@ -80,6 +81,7 @@ __all__ = [
     'ablation',
     'ablation_example',
     'agreement',
+    'check_closed_form',
     'class_influence',
     'closed_form',
     'correlation',

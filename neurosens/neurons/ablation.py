@@ -174,13 +174,17 @@ def without_neurons(
       A forward with the same variables and layers.
     """
     units.check_unit(unit)
-    edit = functools.partial(_mask, unit)
-    return with_edits(forward, {layer: jax.tree_util.Partial(edit, jnp.asarray(removed))})
+    # Always the same function object: another one would be another program.
+    mask = _mask_channels if unit == 'channel' else _mask_units
+    return with_edits(forward, {layer: jax.tree_util.Partial(mask, jnp.asarray(removed))})
 
 
-def _mask(unit: str, removed: Array, activation: Array) -> Array:
-    mask = units.spread(removed, activation.shape[1:], unit)
-    return jnp.where(mask, jnp.zeros((), activation.dtype), activation)
+def _mask_channels(removed: Array, activation: Array) -> Array:
+    return jnp.where(removed, jnp.zeros((), activation.dtype), activation)
+
+
+def _mask_units(removed: Array, activation: Array) -> Array:
+    return _mask_channels(removed.reshape(activation.shape[1:]), activation)
 
 
 # --------------------------------------------------------------------------------- on the host

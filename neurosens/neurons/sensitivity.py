@@ -213,11 +213,8 @@ def sensitivity_example(
         activation_range = (0.0 if facts.nonnegative else -float('inf'), float('inf'))
     if method == 'auto':
         method = 'closed_form' if facts.affine_tail else 'first_order'
-    if method == 'closed_form' and not facts.affine_tail:
-        raise ValueError(
-            f'The logits are not an affine function of layer {layer!r} with fixed weights, so its '
-            "sensitivity has no closed form; use method='first_order' or 'exact'."
-        )
+    if method == 'closed_form':
+        check_closed_form(facts, layer)
     cut = tail.cut(forward, variables, x, layer)
     below, above = _room(cut.activation, unit, activation_range)
     logits = cut.logits(cut.activation)
@@ -231,6 +228,20 @@ def sensitivity_example(
     if method != 'exact':
         return nearest
     return _exact(cut, logits, nearest, below, above, unit=unit, chunk=chunk, limit=limit)
+
+
+def check_closed_form(facts: tail.LayerFacts, layer: str) -> None:
+    """Raises a ValueError unless Delta of a layer has a closed form.
+
+    Args:
+      facts: of the layer.
+      layer: its name.
+    """
+    if not facts.affine_tail:
+        raise ValueError(
+            f'The logits are not an affine function of layer {layer!r} with fixed weights, so its '
+            "sensitivity has no closed form; use method='first_order' or 'exact'."
+        )
 
 
 def _room(activation: Array, unit: str, activation_range: Range) -> tuple[Array, Array]:

@@ -77,13 +77,23 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
         '--config.evaluation.eps=(0.05,)',
         '--config.evaluation.steps=3',
         '--config.evaluation.limit=101',
+        '--config.neurons.limit=45',
+        "--config.neurons.layers=('act1',)",
         '--config.cpu_devices=2',
     )
     scripts.run(*arguments)
     alone = json.loads((one / 'report' / 'results.json').read_text())
+    arrays = dict(np.load(one / 'report' / 'neurons' / 'act1.npz'))
+    assert arrays['delta'].shape == (45, 4)
     run_two(scripts, *arguments)
     together = json.loads((one / 'report' / 'results.json').read_text())
+    arrays_together = dict(np.load(one / 'report' / 'neurons' / 'act1.npz'))
     assert together['images'] == 101
+    assert together.keys() == alone.keys()
     for key in alone:
-        if key not in ('config', 'clean_loss'):
+        if key.startswith('neurons/') and isinstance(alone[key], float):
+            assert together[key] == pytest.approx(alone[key], abs=1e-3), key
+        elif key not in ('config', 'clean_loss') and not key.endswith('_rule'):
             assert together[key] == alone[key], key
+    for name in arrays:
+        np.testing.assert_allclose(arrays_together[name], arrays[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,41 @@
+"""The easiest neuron to flip comes first, and dead ones last."""
+
+import numpy as np
+import pytest
+
+from neurosens.neurons.ranking import mean_where_finite, ranking, scaled_sensitivity
+
+DELTA = np.array([[2.0, -6.0, np.inf, 1.0], [-1.0, 3.0, 4.0, np.nan]], np.float32)
+MEAN, STD = np.array([1.0, 0.0, 0.0, 5.0]), np.array([0.5, 3.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ('kind', 'scores', 'order'),
+    [
+        ('scaled', [[2, -2, np.inf, np.inf], [-4, 1, 4, np.nan]], [[1, 0, 2, 3], [0, 1, 2, 3]]),
+        ('absolute', [[2, 6, np.inf, 1], [1, 3, 4, np.nan]], [[3, 0, 1, 2], [0, 1, 2, 3]]),
+        (
+            'scaled_absolute',
+            [[4, 2, np.inf, np.inf], [2, 1, 4, np.nan]],
+            [[1, 0, 2, 3], [1, 0, 2, 3]],
+        ),
+    ],
+)
+def test_scores_and_order_by_hand(kind, scores, order):
+    found = scaled_sensitivity(DELTA, MEAN, STD, kind)
+    np.testing.assert_allclose(found, scores, rtol=1e-6)
+    np.testing.assert_array_equal(ranking(found), order)
+
+
+def test_of_equal_scores_the_lowest_index_comes_first():
+    assert ranking(np.array([1.0, 0.0, 1.0, 0.0])).tolist() == [1, 3, 0, 2]
+
+
+def test_the_summary_leaves_out_what_is_not_finite():
+    found = mean_where_finite(scaled_sensitivity(DELTA, MEAN, STD))
+    np.testing.assert_allclose(found, [-1, -0.5, 4, np.nan])
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="Unknown kind 'relative'; valid names are scaled"):
+        scaled_sensitivity(DELTA, MEAN, STD, 'relative')
