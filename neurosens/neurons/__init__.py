@@ -57,6 +57,9 @@ from neurosens.neurons.shift import (
 )
 from neurosens.neurons.statistics import (
     Statistics,
+    Summary,
+    activation_summary,
+    from_summary,
     merge,
     statistics,
 )
@@ -76,10 +79,12 @@ __all__ = [
     'Sensitivity',
     'Shift',
     'Statistics',
+    'Summary',
     'Targeting',
     'TargetingReport',
     'ablation',
     'ablation_example',
+    'activation_summary',
     'agreement',
     'check_closed_form',
     'class_influence',
@@ -90,6 +95,7 @@ __all__ = [
     'describe',
     'filtering',
     'fragility',
+    'from_summary',
     'influence',
     'influence_example',
     'input_gradient_norms',

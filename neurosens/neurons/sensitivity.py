@@ -13,6 +13,7 @@ behind a ReLU). The first-order and the exact measure for any other layer are ou
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,6 +33,8 @@ UNREACHABLE = -1
 _CLASSES_AT_ONCE = 16
 # Margins below this count as ties.
 _SMALLEST_MARGIN = 1e-30
+# Room for the change of 0 that tied logits need.
+_SMALLEST_ROOM = 1e-20
 
 # The exact search tries changes of 2^-3 ... 2^8 times the first-order one, then the limit.
 _FINEST_RUNG, _RUNGS = -3, 12
@@ -72,8 +75,8 @@ class _Nearest(NamedTuple):
 def nearest_flip(
     gradients: Float[Array, 'classes neurons'],
     logits: Float[Array, ' classes'],
-    room_below: Float[Array, ' neurons'] | float = jnp.inf,
-    room_above: Float[Array, ' neurons'] | float = jnp.inf,
+    room_below: Float[Array, ' neurons'] | float = math.inf,
+    room_above: Float[Array, ' neurons'] | float = math.inf,
 ) -> Sensitivity:
     """Delta of every neuron of one example whose logits are linear in each of them.
 
@@ -120,25 +123,22 @@ def nearest_flip(
     else:
         best = _compare_in_pieces(compare, best, gradients, inverse)
 
-    rise, fall = (_tie_to_zero(1 / rate) for rate in (best.up, best.down))
-    # A change that ends exactly at the border of the range must not be lost to rounding.
-    slack = 1 - 8 * jnp.finfo(dtype).eps
-    rise = jnp.where(rise * slack <= room_above, rise, jnp.inf)
-    fall = jnp.where(fall * slack <= room_below, fall, jnp.inf)
-    upwards = rise <= fall
-    change = jnp.where(upwards, rise, fall)
-    reached = jnp.isfinite(change)
-    delta = jnp.where(upwards | ~reached, change, -change)
-    flips_to = jnp.where(reached, jnp.where(upwards, best.up_class, best.down_class), UNREACHABLE)
-    undefined = jnp.isnan(logits).any()
-    return Sensitivity(
-        jnp.where(undefined, jnp.nan, delta), jnp.where(undefined, UNREACHABLE, flips_to)
+    # All in inverse changes, so that there is one division and one pass over memory. A change that
+    # ends exactly at the border of the range must not be lost to rounding.
+    enough = 1 - 8 * jnp.finfo(dtype).eps
+    up, down = (
+        rate
+        if isinstance(room, float) and math.isinf(room)
+        else jnp.where(rate * jnp.maximum(room, _SMALLEST_ROOM) >= enough, rate, 0.0)
+        for rate, room in ((best.up, room_above), (best.down, room_below))
     )
-
-
-def _tie_to_zero(change: Array) -> Array:
-    """Changes as small as those of tied logits are 0."""
-    return jnp.where(change < _SMALLEST_MARGIN / jnp.finfo(change.dtype).eps, 0.0, change)
+    upwards = up >= down
+    rate = jnp.where(upwards, up, -down)
+    tied = jnp.abs(rate) > jnp.finfo(dtype).eps / _SMALLEST_MARGIN
+    undefined = jnp.isnan(logits).any()
+    delta = jnp.where(undefined, jnp.nan, jnp.where(tied, 0.0, 1 / rate))
+    flips_to = jnp.where(upwards, best.up_class, best.down_class)
+    return Sensitivity(delta, jnp.where(undefined, UNREACHABLE, flips_to))
 
 
 def _compare_in_pieces(
@@ -183,7 +183,10 @@ def closed_form(
       Delta and the class it flips to, `[N]` each (Suri & Evans 2020, section 3).
     """
     low, high = activation_range
-    return nearest_flip(weights, logits, features - low, high - features)
+    # No bound costs no work.
+    below = features - low if math.isfinite(low) else math.inf
+    above = high - features if math.isfinite(high) else math.inf
+    return nearest_flip(weights, logits, below, above)
 
 
 # --------------------------------------------------------------------------------- any layer
