@@ -27,7 +27,7 @@ import numpy as np
 
 Unit: TypeAlias = Callable[[], object]
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'captum')
 _STOP_SECONDS = 10.0
 
 

@@ -118,18 +118,24 @@ def _elementwise(
     if instruction.primitive.name not in _ELEMENTWISE:
         return None
     axes = {value.axis for value in current if isinstance(value, _Channel)}
-    shapes = {np.shape(plain) for plain in unchanged} - {()}
+    shapes = [np.shape(plain) for plain in unchanged]
     # A value that changed as a whole leaves nothing to gain.
     dense = any(v is not u and not isinstance(v, _Channel) for v, u in zip(current, unchanged))
-    if dense or len(axes) != 1 or len(shapes) != 1:
+    if dense or len(axes) != 1 or len({len(shape) for shape in shapes if shape}) != 1:
         return None
     (axis,) = axes
+    # Sizes of 1 are broadcast; a changed channel must remain one of as many.
+    channels = max(shape[axis] for shape in shapes if shape)
     inputs = []
-    for value in current:
+    for value, shape in zip(current, shapes):
         if isinstance(value, _Channel):
+            if shape[axis] != channels:
+                return None
             inputs.append(value.values)
+        elif shape and shape[axis] > 1:
+            inputs.append(_slice(jnp.asarray(value), index, axis))
         else:
-            inputs.append(value if np.ndim(value) == 0 else _slice(jnp.asarray(value), index, axis))
+            inputs.append(value)
     return _Channel(axis, instruction.run(*inputs)[0])
 
 

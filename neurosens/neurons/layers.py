@@ -121,7 +121,8 @@ def default_layers(
         if name in kernels:
             break
         same_shape = shapes[name].shape == shapes[first].shape
-        if same_shape and tail.layer_facts(forward, variables, _one(x), name).nonnegative:
+        alike = same_shape and jnp.issubdtype(shapes[name].dtype, jnp.floating)
+        if alike and tail.layer_facts(forward, variables, _one(x), name).nonnegative:
             chosen = name
             break
     return chosen, f'{last}:in'

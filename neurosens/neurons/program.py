@@ -70,7 +70,7 @@ def specialize(
     closed = jax.make_jaxpr(function)(argument)
     later = Later()
     instructions: list[Instruction] = []
-    (output,) = _split(closed.jaxpr, closed.consts, [later], instructions, inline)
+    (output,) = _split(closed.jaxpr, closed.consts, [later], instructions, inline, later)
     return Program(later, instructions, output)
 
 
@@ -108,6 +108,7 @@ def _split(
     arguments: Sequence[Any],
     instructions: list[Instruction],
     inline: bool,
+    argument: Later,
 ) -> list[Any]:
     """Evaluates what does not depend on a `Later` argument; appends the rest to a program."""
     values: dict[jex.Var, Any] = {}
@@ -121,8 +122,11 @@ def _split(
         inputs = [read(atom) for atom in equation.invars]
         waits = any(isinstance(value, Later) for value in inputs)
         inner = inner_jaxpr(equation) if waits else None
-        if inner is not None and (inline or equation.primitive is primitives.jit_p):
-            outputs: Sequence[Any] = _split(*inner, inputs, instructions, inline)
+        # The argument itself enters a rematerialized block only if the layer lies inside it.
+        apart = inline or equation.primitive is primitives.jit_p
+        apart |= equation.primitive is primitives.remat_p and any(v is argument for v in inputs)
+        if inner is not None and apart:
+            outputs: Sequence[Any] = _split(*inner, inputs, instructions, inline, argument)
         else:
             results = [Later() for _ in equation.outvars]
             instruction = Instruction(equation.primitive, equation.params, inputs, results)

@@ -288,12 +288,23 @@ def _roles(jaxpr: jex.Jaxpr, arguments: Sequence[str]) -> list[str]:
 
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
-        if equation.primitive is primitives.jit_p:
-            outputs = _roles(equation.params['jaxpr'].jaxpr, inputs)
+        inner = inner_jaxpr(equation)
+        # Not custom derivatives, which need not be those of the function.
+        if inner is not None and equation.primitive in (primitives.jit_p, primitives.remat_p):
+            outputs = _roles(inner[0], inputs)
+        elif _rounds(equation) and _LINEAR in inputs:
+            outputs = [_OTHER]
         else:
             outputs = [_role(equation.primitive.name, inputs)] * len(equation.outvars)
         known.update(zip(equation.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _rounds(equation: Any) -> bool:
+    """Whether an operation converts to integers."""
+    if equation.primitive.name != 'convert_element_type':
+        return False
+    return not jnp.issubdtype(equation.params['new_dtype'], jnp.inexact)
 
 
 def _role(name: str, inputs: Sequence[str]) -> str:

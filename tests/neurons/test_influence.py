@@ -1,14 +1,18 @@
 """Influence is activation times gradient, and front and tail are its ends."""
 
+import functools
+import math
 import re
 
 import flax.linen as nn
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from neurosens.forward import LinenForward
+from neurosens.forward import LayerError, LinenForward
 from neurosens.neurons.influence import class_influence, influence, labels, partition
 
 
@@ -65,13 +69,27 @@ def test_a_rectified_layer_by_hand():
     kernel = np.array([[1, 2], [-1, 1], [0.5, -0.5]], np.float32).T
     head = np.array([[1, -1, 2], [0, 0, 0]], np.float32).T
     variables = {'params': {'dense': {'kernel': kernel}, 'head': {'kernel': head}}}
-    x = np.array([[0.3, 0.6]], np.float32)
-    values = influence(LinenForward(Rectified()), variables, x, np.array([0]))
+    x, forward = np.array([[0.3, 0.6]], np.float32), LinenForward(Rectified())
+    values = influence(forward, variables, x, np.array([0]))
     np.testing.assert_allclose(values[0], [1.5, -0.3, 0], rtol=1e-6)
-    # The gradient of front minus tail: h_0 - h_1.
     part = partition(values[0], front=1, tail=1)
     assert part.front.tolist() == [0] and part.tail.tolist() == [1]
-    np.testing.assert_allclose(kernel[:, 0] - kernel[:, 1], [2, 1])
+
+    def front_minus_tail(x):
+        h = forward(variables, x, taps=('head:in',))[1]['head:in'][0]
+        return h[part.front].sum() - h[part.tail].sum()
+
+    np.testing.assert_allclose(jax.grad(front_minus_tail)(x)[0], [2, 1], rtol=1e-6)
+
+
+def test_neurons_behind_a_rectifier_that_are_off_are_tied():
+    """Their influence is 0 or -0, which are equal: the lowest index comes first."""
+    values = of_features([0, 0, 0, 1], [[-1, 2, -3, 1], [0, 0, 0, 0]], 0)
+    assert np.signbit(values).tolist() == [True, False, True, False]
+    part = partition(values, front=3, tail=1)
+    assert part.front.tolist() == [3, 0, 1] and part.tail.tolist() == [2]
+    part = partition(-values, front=1, tail=2)
+    assert part.front.tolist() == [0] and part.tail.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(('front', 'tail'), [(1, 5), (3, 0), (0, 0), (2, 4)])
@@ -86,12 +104,46 @@ def test_front_is_falling_and_tail_is_rising():
     assert part.front.tolist() == [2, 4] and part.tail.tolist() == [1, 3]
 
 
-def test_a_partition_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match='front 4 and tail 3 do not fit into 6 neurons'):
-        partition(jnp.zeros(6), front=4, tail=3)
+numbers = st.floats(width=32, allow_nan=False, allow_subnormal=False) | st.sampled_from(
+    [0.0, -0.0, 1.0]
+)
 
 
-def test_influences_of_a_network_without_bias_sum_to_the_logit():
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.lists(numbers, min_size=5, max_size=5), st.integers(0, 5))
+@hypothesis.example([math.inf, math.inf, 0.0, 0.0, 0.0], 1)
+def test_front_and_tail_are_the_two_ends_of_one_order(values, front):
+    part = ends(jnp.array(values, jnp.float32), front)
+    tail = 5 - front
+    # Sorting in Python is stable: of equal numbers, the first comes first.
+    falling = sorted(range(5), key=lambda i: -values[i])[:front]
+    rising = sorted(set(range(5)) - set(falling), key=lambda i: values[i])[:tail]
+    assert part.front.tolist() == falling
+    assert part.tail.tolist() == rising
+    expected = [1 if i in falling else -1 for i in range(5)]
+    assert labels(part, 5).tolist() == expected
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def ends(values, front):
+    return partition(values, front=front, tail=5 - front)
+
+
+def test_a_batch_is_divided_row_by_row():
+    batch = np.array([[1, 2, 3], [3, 1, 2], [0, 0, 0]], np.float32)
+    part = jax.vmap(lambda row: partition(row, front=1, tail=1))(batch)
+    assert part.front.tolist() == [[2], [0], [0]]
+    assert part.tail.tolist() == [[0], [1], [1]]
+    assert part.front.dtype == part.tail.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(('front', 'tail'), [(4, 3), (-1, 3), (2, -1)])
+def test_a_partition_that_does_not_fit_is_refused(front, tail):
+    with pytest.raises(ValueError, match=f'front {front} and tail {tail} do not fit into 6'):
+        partition(jnp.zeros(6), front=front, tail=tail)
+
+
+def test_influences_of_a_network_without_bias_sum_to_the_logit(random_variables):
     """A ReLU network without biases is homogeneous: sum_i h_i dz/dh_i = z at every layer."""
 
     class Plain(nn.Module):
@@ -102,24 +154,50 @@ def test_influences_of_a_network_without_bias_sum_to_the_logit():
                 x = nn.Dropout(0.0, deterministic=True, name=f'act{k}')(x)
             return nn.Dense(4, use_bias=False, name='head')(x.reshape(len(x), -1))
 
-    x = jax.random.uniform(jax.random.key(0), (5, 6, 6, 1))
-    forward = LinenForward(Plain())
-    variables = jax.jit(Plain().init)(jax.random.key(1), x)
-    logits = forward(variables, x)[0]
-    for layer in ('act1', 'act2', 'head:in'):
+    x = np.random.default_rng(0).normal(size=(5, 4, 4, 1)).astype(np.float32)
+    forward, variables = LinenForward(Plain()), random_variables(Plain(), x)
+    logits = np.asarray(forward(variables, x)[0])
+    assert len(set(logits.argmax(-1))) > 1
+    rows = np.arange(5)
+    y = np.array([3, 1, 0, 2, 2])
+    for layer in ('act1', 'act2'):
         for unit in ('channel', 'unit'):
-            total = influence(forward, variables, x, layer=layer, unit=unit).sum(-1)
-            np.testing.assert_allclose(total, logits.max(-1), rtol=1e-4)
-    y = jnp.array([3, 1, 0, 2, 2])
-    total = influence(forward, variables, x, y, layer='act1').sum(-1)
-    np.testing.assert_allclose(total, jnp.take_along_axis(logits, y[:, None], 1)[:, 0], rtol=1e-4)
+            total = influence(forward, variables, x, y, layer=layer, unit=unit).sum(-1)
+            # Rounded sums of terms that are larger than the logit.
+            np.testing.assert_allclose(total, logits[rows, y], rtol=1e-4, atol=1e-5)
+    predicted = influence(forward, variables, x, layer='act2').sum(-1)
+    np.testing.assert_allclose(predicted, logits.max(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_predicted_class_is_explained_unless_another_is_given(small_net):
+    forward, variables, x, y, _ = small_net
+    for score in ('logit', 'probability'):
+        run = functools.partial(influence, forward, variables, x, layer='head:in', score=score)
+        predicted = np.asarray(forward(variables, x)[0]).argmax(-1)
+        assert (predicted != y).any() and (predicted == y).any()
+        by_default, of_prediction, of_label = run(), run(predicted), run(y)
+        np.testing.assert_allclose(by_default, of_prediction, rtol=1e-6)
+        differs = np.abs(of_label - of_prediction).max(-1) > 1e-4
+        np.testing.assert_array_equal(differs, predicted != y)
+
+
+@pytest.mark.parametrize('score', ['logit', 'probability'])
+def test_an_nnx_network_has_the_influences_of_its_linen_twin(small_net, nnx_net, score):
+    for layer in ('conv2', 'head:in'):
+        ours, theirs = (
+            influence(net.forward, net.variables, net.x, net.y, layer=layer, score=score)
+            for net in (nnx_net, small_net)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert np.abs(theirs).max() > 1e-2
 
 
 def test_a_channel_sums_its_positions_and_equals_autodiff(small_net):
     forward, variables, x, *_ = small_net
+    x = x[:3]
     units = influence(forward, variables, x, layer='act1', unit='unit')
     channels = influence(forward, variables, x, layer='act1')
-    np.testing.assert_allclose(units.reshape(16, 64, 4).sum(1), channels, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(units.reshape(3, 64, 4).sum(1), channels, rtol=1e-4, atol=1e-6)
 
     def logit(change, x):
         return forward(variables, x[None], edits={'act1': lambda h: h + change})[0].max()
@@ -127,7 +205,7 @@ def test_a_channel_sums_its_positions_and_equals_autodiff(small_net):
     change = jnp.zeros((8, 8, 4))
     gradient = jax.jit(jax.vmap(jax.grad(logit), (None, 0)))(change, x)
     activation = forward(variables, x, taps=('act1',))[1]['act1']
-    expected = (gradient * activation).reshape(16, -1)
+    expected = (gradient * activation).reshape(3, -1)
     np.testing.assert_allclose(units, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -160,3 +238,8 @@ def test_devices_agree_without_communication(small_net, assert_splits_over_devic
 def test_a_mistake_is_one_sentence(small_net, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         influence(small_net.forward, small_net.variables, small_net.x, **options)
+
+
+def test_an_unknown_layer_is_answered_with_close_names(small_net):
+    with pytest.raises(LayerError, match=r"Unknown layer 'act9'.*'act1'"):
+        influence(small_net.forward, small_net.variables, small_net.x, layer='act9')

@@ -27,6 +27,20 @@ def test_scores_and_order_by_hand(kind, scores, order):
     np.testing.assert_array_equal(ranking(found), order)
 
 
+@pytest.mark.parametrize('kind', ['scaled', 'scaled_absolute'])
+def test_a_dead_neuron_comes_last_however_easy_it_looks(kind):
+    score = scaled_sensitivity(np.array([0.0, 5.0, -5.0]), np.zeros(3), np.array([0, 1, 1.0]), kind)
+    assert np.isposinf(score[0]) and np.isfinite(score[1:]).all()
+    assert ranking(score)[-1] == 0
+
+
+def test_infinities_come_last_and_behind_them_what_is_undefined():
+    delta = np.array([[np.nan, np.inf, -1, 2], [np.inf, np.inf, np.nan, np.nan]])
+    score = scaled_sensitivity(delta, np.ones(4), np.ones(4))
+    np.testing.assert_array_equal(ranking(score), [[2, 3, 1, 0], [0, 1, 2, 3]])
+    assert ranking(score).dtype == np.int32
+
+
 def test_of_equal_scores_the_lowest_index_comes_first():
     assert ranking(np.array([1.0, 0.0, 1.0, 0.0])).tolist() == [1, 3, 0, 2]
 

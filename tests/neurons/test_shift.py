@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from neurosens.attacks import Threat, fgsm
 from neurosens.forward import LinenForward
@@ -57,12 +58,51 @@ def test_scores_by_hand(passing):
     np.testing.assert_allclose(moved.mean_log, expected, rtol=1e-6)
 
 
+def test_single_units_have_scores_of_their_own(passing):
+    clean = np.array([[[3, 0], [4, -2]]], np.float32)
+    attacked = np.array([[[3, 0.5], [2, -2.5]]], np.float32)
+    moved = shift(*passing, clean, attacked, layer='map', unit='unit')
+    np.testing.assert_array_equal(moved.mean, [[0, 0.5, -2, -0.5]])
+    np.testing.assert_array_equal(moved.l2, [[0, 0.5, 2, 0.5]])
+    # The silent unit is compared with a thousandth of the mean size, 9 / 4.
+    np.testing.assert_allclose(moved.relative_l2, [[0, 0.5 / 0.00225, 0.5, 0.25]], rtol=1e-5)
+    logarithms = [math.log(1e-12), math.log(0.5), math.log(2), math.log(0.5)]
+    np.testing.assert_allclose(moved.mean_log, [logarithms], rtol=1e-6)
+
+
+def test_the_floor_is_that_of_each_example(passing):
+    """A loud example leaves the relative scores of a faint one alone."""
+    clean = np.array([[[3, 0], [4, 0]], [[3000, 0], [4000, 0]]], np.float32)
+    moved = shift(*passing, clean, clean + 1, layer='map')
+    np.testing.assert_allclose(moved.relative_l2[:, 1], 2**0.5 / np.array([2.5e-3, 2.5]), rtol=1e-5)
+
+
+def test_a_silent_layer_has_finite_scores(passing):
+    clean = np.zeros((1, 2, 2), np.float32)
+    moved = shift(*passing, clean, clean + 1, layer='map')
+    np.testing.assert_allclose(moved.relative_l2, 2**0.5 / 1e-12, rtol=1e-5)
+    still = shift(*passing, clean, clean, layer='map')
+    np.testing.assert_array_equal(still.relative_l2, np.zeros((1, 2)))
+
+
+def test_half_precision_is_measured_in_float32(passing):
+    clean = np.zeros((1, 2, 2), jnp.bfloat16)
+    attacked = np.array([[[1, 0], [1 / 16, 0]]], jnp.bfloat16)
+    moved = shift(*passing, clean, attacked, layer='map')
+    assert all(values.dtype == jnp.float32 for values in moved)
+    # In bfloat16, the norm would be 1.
+    np.testing.assert_allclose(moved.l2[0, 0], (1 + 1 / 256) ** 0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(('score', 'target'), [('l2', 0), ('relative_l2', 1), ('mean_log', 1)])
 def test_the_targeted_neuron_has_the_largest_score(passing, score, target):
     clean = np.array([[[3, 0.1], [4, 0.1]]], np.float32)
     attacked = np.array([[[3, 0.6], [2, -0.4]]], np.float32)
     result = targeting(*passing, clean, attacked, layer='map', score=score)
     assert result.targeted.tolist() == [target]
+    assert result.targeted.dtype == jnp.int32
+    moved = shift(*passing, clean, attacked, layer='map')
+    np.testing.assert_array_equal(result.scores, getattr(moved, score))
 
 
 def test_of_equal_scores_the_first_is_targeted(passing):
@@ -99,6 +139,22 @@ def test_histograms_count_every_image_once():
     assert found.histogram.sum() == 50
     np.testing.assert_allclose(found.mean_score, scores.mean(0))
     assert found.score_partial is None and found.histogram_partial is None
+
+
+def test_correlations_are_those_of_the_scores_and_of_the_histogram():
+    generator = np.random.default_rng(2)
+    scores, responses, norms = generator.random((60, 9)), generator.random(9), generator.random(9)
+    found = report(scores, responses, norms)
+    values = {'score': scores.mean(0), 'histogram': np.bincount(scores.argmax(-1), minlength=9)}
+    for name, value in values.items():
+        raw = scipy.stats.spearmanr(value, responses).statistic
+        assert getattr(found, f'{name}_correlation').value == pytest.approx(raw)
+        a, b, c = (scipy.stats.rankdata(v) for v in (value, responses, norms))
+        ab, ac, bc = (np.corrcoef(*pair)[0, 1] for pair in ((a, b), (a, c), (b, c)))
+        # The textbook formula for one control.
+        partial = (ab - ac * bc) / math.sqrt((1 - ac**2) * (1 - bc**2))
+        assert getattr(found, f'{name}_partial').value == pytest.approx(partial)
+        assert abs(partial - raw) > 1e-3
 
 
 def test_a_correlation_through_the_norm_alone_vanishes_when_it_is_controlled_for():

@@ -1,0 +1,669 @@
+"""Speed of the neuron measures, against floors and against PyTorch.
+
+    python -m benchmarks.neurons SUBJECT [--rounds N] [--json PATH]
+
+Subjects: `delta`, `input_gradients`, `probes`, `logit_gradients`, `ablation`, `memory`, `scaling`.
+The inputs are those of `benchmarks.neuron_problems`, the peers those of `benchmarks.torch_neurons`.
+Before timing, the results of both sides are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import pathlib
+import resource
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import harness, neuron_problems
+from neurosens import models, neurons, parallel
+from neurosens.forward import LinenForward, with_edits
+
+DELTA = {'images': 10_000, 'neurons': 512, 'classes': 10, 'seed': 0}
+GRADIENT_IMAGES = 64
+LOGIT_LAYER = 'stage2_block3'
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+DEPTHS = (20, 32, 44, 56)
+CHUNKS = (1, 2, 4, 8, 16, 32, 65)
+_MULTIPLIES = 64
+_AGREEING = 0.97
+
+
+def _blocking(function: Callable[[], Any]) -> harness.Unit:
+    return lambda: jax.block_until_ready(function())
+
+
+def _prepared(units: Mapping[str, harness.Unit], **details: Any) -> harness.Prepared:
+    return harness.Prepared(units, {**details, 'units': list(units)})
+
+
+def _mesh(devices: int = 0) -> jax.sharding.Mesh:
+    """One XLA device per core, as the scripts have it."""
+    parallel.keep_freed_memory()
+    parallel.use_cpu_devices(devices or parallel.cpu_device_count())
+    return parallel.data_mesh()
+
+
+def _place(mesh: jax.sharding.Mesh, variables: Any) -> Any:
+    return parallel.replicate(mesh, jax.tree.map(jnp.asarray, variables))
+
+
+def _save(output: str, **arrays: Any) -> None:
+    if output:
+        np.savez(output, **{name: np.asarray(value) for name, value in arrays.items()})
+
+
+# -------------------------------------------------------------------------------------- delta
+
+
+def prepare_delta(
+    *, images: int, neurons: int, classes: int, seed: int, devices: int = 0, output: str = ''
+) -> harness.Prepared:
+    """Prepares Delta of every neuron on every image, and its floors, in a worker process.
+
+    Args:
+        images: number of images.
+        neurons: width of the last layer's input.
+        classes: number of logits.
+        seed: seed of the problem.
+        devices: XLA devices; 0 for one per core.
+        output: `.npz` file for the results, or empty.
+
+    Returns:
+        The measure, a plain formulation of it, and units that only do its arithmetic or traffic.
+    """
+    mesh = _mesh(devices)
+    problem = neuron_problems.delta_problem(images, neurons, classes, seed)
+    features, logits = parallel.shard(mesh, (problem.features, problem.logits()))
+    weights = _place(mesh, problem.weights)
+    ours = jax.jit(jax.vmap(_closed_form, (0, None, 0)))
+    alone = jax.jit(jax.vmap(lambda *inputs: _closed_form(*inputs).delta, (0, None, 0)))
+    plain = jax.jit(jax.vmap(_plain_delta, (0, None, 0)))
+    result = ours(features, weights, logits)
+    _save(output, delta=result.delta, flips_to=result.flips_to)
+    vectors = parallel.shard(mesh, np.ones(2**20 * mesh.size, np.float32))
+    arithmetic = jax.jit(_multiply_compare)
+    traffic = jax.jit(lambda h: (-h, h.astype(jnp.int32)))
+    units = {
+        'neurosens': _blocking(lambda: ours(features, weights, logits)),
+        'neurosens, Delta without its class': _blocking(lambda: alone(features, weights, logits)),
+        'plain jitted definition': _blocking(lambda: plain(features, weights, logits)),
+        'arithmetic': _blocking(lambda: arithmetic(vectors)),
+        'traffic': _blocking(lambda: traffic(features)),
+    }
+    return _prepared(units, devices=mesh.size, multiply_compares=_MULTIPLIES * vectors.size)
+
+
+def _closed_form(features: jax.Array, weights: jax.Array, logits: jax.Array) -> Any:
+    return neurons.closed_form(features, weights, logits)
+
+
+def _plain_delta(features: jax.Array, weights: jax.Array, logits: jax.Array) -> Any:
+    """The definition in array operations, with a division for every class."""
+    predicted = logits.argmax()
+    slopes = weights - weights[predicted]
+    delta = jnp.where(slopes == 0, jnp.inf, (logits[predicted] - logits)[:, None] / slopes)
+    delta = jnp.where(features + delta >= 0, delta, jnp.inf)
+    best = jnp.abs(delta).argmin(0)
+    return jnp.take_along_axis(delta, best[None], 0)[0], best
+
+
+def _multiply_compare(values: jax.Array) -> jax.Array:
+    """Many independent multiplications, each with a maximum, on values that stay in registers."""
+    largest = values
+    for number in range(_MULTIPLIES):
+        largest = jnp.maximum(largest, values * (1.0 + 0.001 * number))
+    return largest
+
+
+def delta(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures Delta against PyTorch and prints the table."""
+    slice_options = {**DELTA, 'slice': arguments.slice}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ours = _start(stack, 'neurons:prepare_delta', DELTA, folder, 'ours')
+        peers = _start(stack, 'torch_neurons:prepare_delta', slice_options, folder, 'torch')
+        _compare(folder, ('delta', 'flips_to'), rtol=1e-4)
+        units = {name: ours.unit(name) for name in ours.details['units']}
+        units |= {name: peers.unit(name) for name in peers.details['units']}
+        measurement = harness.alternate(units, rounds=arguments.rounds)
+    # Everything in seconds for the whole problem.
+    pairs = DELTA['images'] * DELTA['neurons']
+    scale = dict.fromkeys(ours.details['units'], 1.0)
+    scale |= {name: pairs / done for name, done in peers.details['pairs'].items()}
+    scale['arithmetic'] = pairs * DELTA['classes'] / ours.details['multiply_compares']
+    whole = harness.Measurement(
+        {
+            name: tuple(scale[name] * value for value in values)
+            for name, values in measurement.seconds.items()
+        }
+    )
+    names = {
+        'arithmetic': 'floor: one multiply and compare per class at the peak vector rate',
+        'traffic': 'floor: inputs and outputs through memory once',
+    }
+    rows = []
+    for name in whole.seconds:
+        summary = whole.summary(name)
+        note = '' if scale[name] == 1 or name == 'arithmetic' else ' (scaled from a slice)'
+        rows.append(
+            (
+                names.get(name, name) + note,
+                _milliseconds(summary.median),
+                f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
+                '1' if name == 'neurosens' else _ratio(whole.ratio(name, 'neurosens')),
+            )
+        )
+    header = ('Candidate', 'ms', 'quartiles', 'time / neurosens')
+    _print_table(arguments, f'{DELTA}', header, rows)
+    return {'delta': whole}
+
+
+def _milliseconds(seconds: float) -> str:
+    return f'{seconds * 1e3:,.1f}' if seconds < 1 else f'{seconds * 1e3:,.0f}'
+
+
+def _ratio(ratio: harness.Ratio) -> str:
+    if ratio.median < 100:
+        return harness.ratio_text(ratio)
+    return f'{ratio.median:,.0f} ({ratio.low:,.0f}-{ratio.high:,.0f})'
+
+
+# ---------------------------------------------------------------------------- input gradients
+
+
+def prepare_input_gradients(
+    *, images: int, seed: int, devices: int = 0, output: str = ''
+) -> harness.Prepared:
+    """Prepares input gradient norms of the 64 penultimate neurons of a ResNet-20.
+
+    Args:
+        images: images in the batch.
+        seed: seed of images and weights.
+        devices: XLA devices; 0 for one per core.
+        output: `.npz` file for the results, or empty.
+
+    Returns:
+        The measure, and the forward pass it is compared to.
+    """
+    mesh = _mesh(devices)
+    forward, variables, x = _resnet(mesh, images, seed)
+    run = functools.partial(neurons.input_gradient_norms, forward, variables, x)
+    _save(output, l2=run().l2)
+    plain = jax.jit(lambda v, x: forward(v, x)[0])
+    units = {
+        'neurosens': _blocking(run),
+        'neurosens, forward pass': _blocking(lambda: plain(variables, x)),
+    }
+    return _prepared(units, devices=mesh.size)
+
+
+def _resnet(mesh: jax.sharding.Mesh, images: int, seed: int) -> tuple[LinenForward, Any, Any]:
+    forward = LinenForward(neuron_problems.resnet20(), {'train': False})
+    variables = _place(mesh, neuron_problems.resnet20_variables(seed))
+    return forward, variables, parallel.shard(mesh, neuron_problems.images(images, seed))
+
+
+def input_gradients(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures exact input gradients against captum and PyTorch and prints the table."""
+    options = {'images': GRADIENT_IMAGES, 'seed': 0}
+    return _against_torch(arguments, 'input_gradients', options, ('l2',))
+
+
+# ------------------------------------------------------------------------------------- probes
+
+
+def prepare_probes(
+    *, images: int, seed: int, probes: int, devices: int = 0, output: str = ''
+) -> harness.Prepared:
+    """Prepares random-probe estimates for every neuron of every layer of a ResNet-20.
+
+    Args:
+        images: images in the batch.
+        seed: seed of images and weights.
+        probes: probes per image.
+        devices: XLA devices; 0 for one per core.
+        output: not used: there is no peer to compare with.
+
+    Returns:
+        One and several probes, and the forward pass.
+    """
+    del output
+    mesh = _mesh(devices)
+    forward, variables, x = _resnet(mesh, images, seed)
+    key = parallel.replicate(mesh, jax.random.key(seed))
+    plain = jax.jit(lambda v, x: forward(v, x)[0])
+
+    def run(count: int) -> harness.Unit:
+        return _blocking(lambda: neurons.probe_gradients(forward, variables, x, key, probes=count))
+
+    units = {
+        'forward pass': _blocking(lambda: plain(variables, x)),
+        '1 probe': run(1),
+        f'{probes} probes': run(probes),
+    }
+    return _prepared(units, devices=mesh.size)
+
+
+def probes(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures the probes against a forward pass and prints the table."""
+    options = {'images': GRADIENT_IMAGES, 'seed': 0, 'probes': 8}
+    with contextlib.ExitStack() as stack:
+        ours = _start(stack, 'neurons:prepare_probes', options)
+        units = {name: ours.unit(name) for name in ours.details['units']}
+        measurement = harness.alternate(units, rounds=arguments.rounds)
+    rows = []
+    for name in units:
+        ratio = measurement.ratio(name, 'forward pass')
+        count = 1 if name == 'forward pass' else int(name.split()[0])
+        each = harness.Ratio(*(value / count for value in ratio))
+        rows.append(
+            (name, _milliseconds(measurement.summary(name).median), harness.ratio_text(each))
+        )
+    header = ('All layers of ResNet-20', 'ms', 'forward passes per probe')
+    _print_table(arguments, f'{options}', header, rows)
+    return {'probes': measurement}
+
+
+# ---------------------------------------------------------------------------- logit gradients
+
+
+def prepare_logit_gradients(
+    *, images: int, seed: int, layer: str, devices: int = 0, output: str = ''
+) -> harness.Prepared:
+    """Prepares derivatives of all logits with respect to the channels of a layer of a ResNet-20.
+
+    Args:
+        images: images in the batch.
+        seed: seed of images and weights.
+        layer: name of the layer.
+        devices: XLA devices; 0 for one per core.
+        output: `.npz` file for the results, or empty.
+
+    Returns:
+        The measure in either direction, and as floor its forward pass and as many backward passes
+        from the logits to the layer, one call each.
+    """
+    mesh = _mesh(devices)
+    forward, variables, x = _resnet(mesh, images, seed)
+    run = functools.partial(neurons.logit_gradients, forward, variables, x, layer=layer)
+    found = run()
+    _save(output, gradients=found)
+    _, classes, channels = found.shape
+
+    @jax.jit
+    def pullback(variables: Any, x: jax.Array) -> Any:
+        shape = jax.eval_shape(lambda v, x: forward(v, x, taps=(layer,))[1][layer], variables, x)
+
+        def logits(change: jax.Array) -> jax.Array:
+            moved = with_edits(forward, {layer: lambda h: h + change})
+            return moved(variables, x)[0]
+
+        return jax.vjp(logits, jnp.zeros(shape.shape))[1]
+
+    pull = jax.block_until_ready(pullback(variables, x))
+    backward = jax.jit(lambda pull, cotangent: pull(cotangent)[0].sum((1, 2)))
+    cotangents = [
+        parallel.shard(mesh, np.tile(np.eye(classes, dtype=np.float32)[c], (images, 1)))
+        for c in range(classes)
+    ]
+
+    def floor() -> list[jax.Array]:
+        pull = pullback(variables, x)
+        return [backward(pull, cotangent) for cotangent in cotangents]
+
+    def backward_passes() -> list[jax.Array]:
+        return [backward(pull, cotangent) for cotangent in cotangents]
+
+    passes = min(classes, channels)
+    units = {
+        'neurosens': _blocking(run),
+        'neurosens, forward mode': _blocking(functools.partial(run, direction='forward')),
+        f'forward pass and {passes} backward passes, one call each': _blocking(floor),
+        f'{passes} backward passes, one call each': _blocking(backward_passes),
+    }
+    return _prepared(units, devices=mesh.size, classes=classes, neurons=channels)
+
+
+def logit_gradients(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures derivatives of logits against backward passes and PyTorch; prints the table."""
+    options = {'images': GRADIENT_IMAGES, 'seed': 0, 'layer': LOGIT_LAYER}
+    return _against_torch(arguments, 'logit_gradients', options, ('gradients',))
+
+
+# ----------------------------------------------------------------------------------- ablation
+
+
+def prepare_ablation(
+    *,
+    images: int,
+    batch_size: int,
+    seed: int,
+    chunk: int = 0,
+    devices: int = 0,
+    output: str = '',
+) -> harness.Prepared:
+    """Prepares nodal dropout of the 64 first filters of a small network.
+
+    Args:
+        images: number of images.
+        batch_size: images per batch.
+        seed: seed of images, labels and weights.
+        chunk: neurons at once; 0 for the default.
+        devices: XLA devices; 0 for one per core.
+        output: `.npz` file for the results, or empty.
+
+    Returns:
+        The measure, and a Python loop over a compiled masked forward pass.
+    """
+    mesh = _mesh(devices)
+    forward = LinenForward(neuron_problems.small_cnn())
+    variables = _place(mesh, neuron_problems.small_cnn_variables(seed))
+    shape = neuron_problems.SMALL_CNN_SHAPE
+    x, y = neuron_problems.images(images, seed, shape), neuron_problems.labels(images, seed)
+    batches = [
+        parallel.shard(mesh, (x[start : start + batch_size], y[start : start + batch_size]))
+        for start in range(0, images, batch_size)
+    ]
+    filters = 64
+
+    def ours() -> np.ndarray:
+        total = np.zeros(filters)
+        for images, labels in batches:
+            result = neurons.ablation(
+                forward, variables, images, labels, layer='act1', chunk=chunk or None
+            )
+            total += np.asarray(result.intact_correct).sum() - np.asarray(result.correct).sum(0)
+        return total / len(x)
+
+    @jax.jit
+    def correct(mask: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = forward(variables, images, edits={'act1': lambda h: h * mask})[0]
+        return logits.argmax(-1) == labels
+
+    masks = list(_place(mesh, 1 - np.eye(filters + 1, filters, dtype=np.float32)))
+
+    def loop() -> np.ndarray:
+        total = np.zeros(filters)
+        for batch in batches:
+            counts = np.array([np.asarray(correct(mask, *batch)).sum() for mask in masks])
+            total += counts[-1] - counts[:-1]
+        return total / len(x)
+
+    _save(output, responses=ours())
+    units: dict[str, harness.Unit] = {'neurosens': ours, 'JAX, loop over filters': loop}
+    return _prepared(units, devices=mesh.size)
+
+
+def ablation(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures nodal dropout against loops in JAX and PyTorch and prints the table."""
+    options = {'images': arguments.images, 'batch_size': 250, 'seed': 0}
+    return _against_torch(arguments, 'ablation', options, ('responses',), atol=0.002)
+
+
+# --------------------------------------------------------------------------- memory and scaling
+
+
+def prepare_memory(*, chunk: int, images: int, output: str = '') -> harness.Prepared:
+    """Runs an ablation once and reports the peak memory of its process.
+
+    Args:
+        chunk: neurons at once.
+        images: images in the batch.
+        output: not used.
+
+    Returns:
+        No units; the peak and what the compiler says it needs, in MiB.
+    """
+    del output
+    mesh = _mesh()
+    forward = LinenForward(neuron_problems.small_cnn())
+    variables = _place(mesh, neuron_problems.small_cnn_variables(0))
+    shape = neuron_problems.SMALL_CNN_SHAPE
+    x, y = parallel.shard(
+        mesh, (neuron_problems.images(images, 0, shape), neuron_problems.labels(images, 0))
+    )
+    options = {'layer': 'act1', 'chunk': chunk}
+    compiled = neurons.ablation.lower(forward, variables, x, y, **options).compile()  # type: ignore[attr-defined]
+    temporary = compiled.memory_analysis().temp_size_in_bytes * mesh.size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    jax.block_until_ready(compiled(forward, variables, x, y))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return harness.Prepared(
+        {}, {'temporary_mib': temporary / 2**20, 'grown_mib': (after - before) / 1024}
+    )
+
+
+def memory(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Prints peak memory of an ablation against its chunk, and plots it."""
+    found = {}
+    for chunk in CHUNKS:
+        spec = harness.WorkerSpec(
+            'benchmarks.neurons:prepare_memory', {'chunk': chunk, 'images': 250}
+        )
+        with harness.worker(spec) as worker:
+            found[chunk] = dict(worker.details)
+    rows = [
+        (f'{chunk}', f'{facts["temporary_mib"]:.0f}', f'{facts["grown_mib"]:.0f}')
+        for chunk, facts in found.items()
+    ]
+    header = ('Chunk', 'temporaries of the program, MiB', 'growth of the process, MiB')
+    _print_table(arguments, '64 filters, batches of 250', header, rows)
+    if arguments.plot:
+        figure = Figure(figsize=(4.5, 3.2), layout='constrained')
+        axes = figure.subplots()
+        axes.plot(CHUNKS, [facts['temporary_mib'] for facts in found.values()], marker='o')
+        axes.set_xlabel('chunk: neurons at once')
+        axes.set_ylabel('temporaries of the program (MiB)')
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        figure.savefig(arguments.plot, dpi=150)
+    return {}
+
+
+def prepare_scaling(*, output: str = '') -> harness.Prepared:
+    """Prepares measures of growing width and depth.
+
+    Args:
+        output: not used.
+
+    Returns:
+        For each width of a hidden layer, and each depth of a CIFAR ResNet, one unit per measure.
+    """
+    del output
+    mesh = _mesh()
+    units: dict[str, harness.Unit] = {}
+    key = parallel.replicate(mesh, jax.random.key(0))
+    x = parallel.shard(mesh, neuron_problems.images(128, 0, (28, 28, 1)))
+    y = parallel.shard(mesh, neuron_problems.labels(128, 0))
+    for width in WIDTHS:
+        module = models.create('mlp', num_classes=10, hidden=(width, 256))
+        _scaling_units(units, f'width {width}', module, mesh, x, y, 'act1', key)
+    x = parallel.shard(mesh, neuron_problems.images(16, 0))
+    y = parallel.shard(mesh, neuron_problems.labels(16, 0))
+    for depth in DEPTHS:
+        module = models.create(f'cifar_resnet{depth}', num_classes=10)
+        _scaling_units(units, f'depth {depth}', module, mesh, x, y, 'act1', key)
+    return _prepared(units, devices=mesh.size)
+
+
+def _scaling_units(
+    units: dict[str, harness.Unit],
+    name: str,
+    module: Any,
+    mesh: jax.sharding.Mesh,
+    x: jax.Array,
+    y: jax.Array,
+    layer: str,
+    key: jax.Array,
+) -> None:
+    forward = LinenForward(module)
+    shape = jnp.zeros((1, *x.shape[1:]))
+    variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), shape))
+    measures: dict[str, Callable[[], Any]] = {
+        'sensitivity': lambda: neurons.sensitivity(forward, variables, x, layer=layer),
+        'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
+        'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
+        'probes': lambda: neurons.probe_gradients(forward, variables, x, key, probes=4),
+    }
+    for measure, run in measures.items():
+        units[f'{name} {measure}'] = _blocking(run)
+
+
+def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
+    """Measures cost against width and depth, prints the table and plots it."""
+    with contextlib.ExitStack() as stack:
+        worker = _start(stack, 'neurons:prepare_scaling', {})
+        units = {name: worker.unit(name) for name in worker.details['units']}
+        measurement = harness.alternate(units, rounds=arguments.rounds)
+    measures = ('sensitivity', 'influence', 'ablation', 'probes')
+    for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
+        rows = []
+        for measure in measures:
+            times = [measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes]
+            exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+            rows.append((measure, *(f'{value:.1f}' for value in times), f'{exponent:.2f}'))
+        header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent')
+        _print_table(arguments, kind, header, rows)
+    if arguments.plot:
+        figure = Figure(figsize=(8, 3.4), layout='constrained')
+        for axes, (kind, sizes) in zip(
+            figure.subplots(1, 2), (('width', WIDTHS), ('depth', DEPTHS))
+        ):
+            for measure in measures:
+                times = [
+                    measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes
+                ]
+                axes.loglog(sizes, times, marker='o', label=measure)
+            axes.set_xlabel('neurons of the layer' if kind == 'width' else 'layers of the ResNet')
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
+            axes.set_ylabel('ms per batch')
+            axes.legend(frameon=False)
+        figure.savefig(arguments.plot, dpi=150)
+    return {'scaling': measurement}
+
+
+# -------------------------------------------------------------------------------------- common
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    factory: str,
+    options: Mapping[str, Any],
+    folder: str = '',
+    name: str = '',
+) -> harness.Worker:
+    """Starts a worker that notes its units, and its results in a folder."""
+    output = str(pathlib.Path(folder) / f'{name}.npz') if folder else ''
+    spec = harness.WorkerSpec(f'benchmarks.{factory}', {**options, 'output': output})
+    return stack.enter_context(harness.worker(spec))
+
+
+def _compare(
+    folder: str, names: tuple[str, ...], *, rtol: float = 1e-3, atol: float = 1e-6
+) -> None:
+    """Raises unless both sides computed the same; the slice of a peer is its first rows.
+
+    Derivatives jump where a unit is within rounding of its kink, which a few of millions are: such
+    an image may differ.
+    """
+    with (
+        np.load(pathlib.Path(folder) / 'ours.npz') as ours,
+        np.load(pathlib.Path(folder) / 'torch.npz') as theirs,
+    ):
+        for name in names:
+            expected = theirs[name]
+            close = np.isclose(ours[name][: len(expected)], expected, rtol=rtol, atol=atol)
+            print(f'{name}: {close.mean():.2%} of {close.size:,} values agree')
+            if close.mean() < _AGREEING:
+                raise ValueError(f'Both sides compute different {name}.')
+
+
+def _against_torch(
+    arguments: argparse.Namespace,
+    subject: str,
+    options: Mapping[str, Any],
+    names: tuple[str, ...],
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+) -> Mapping[str, harness.Measurement]:
+    """Times all units of both sides in turns and prints the table."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ours = _start(stack, f'neurons:prepare_{subject}', options, folder, 'ours')
+        theirs = _start(stack, f'torch_neurons:prepare_{subject}', options, folder, 'torch')
+        _compare(folder, names, rtol=rtol, atol=atol)
+        units = {name: ours.unit(name) for name in ours.details['units']}
+        units |= {f'PyTorch: {name}': theirs.unit(name) for name in theirs.details['units']}
+        measurement = harness.alternate(units, rounds=arguments.rounds)
+    rows = []
+    for name in units:
+        summary = measurement.summary(name)
+        rows.append(
+            (
+                name,
+                _milliseconds(summary.median),
+                f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
+                '1' if name == 'neurosens' else _ratio(measurement.ratio(name, 'neurosens')),
+            )
+        )
+    header = ('Candidate', 'ms', 'quartiles', 'time / neurosens')
+    _print_table(arguments, f'{subject}: {dict(options)}', header, rows)
+    return {subject: measurement}
+
+
+def _print_table(
+    arguments: argparse.Namespace, title: str, header: tuple[str, ...], rows: list
+) -> None:
+    print(f'\n{title}, {arguments.rounds} rounds:\n')
+    print(harness.markdown_table(header, rows), flush=True)
+
+
+_SUBJECTS = {
+    'delta': delta,
+    'input_gradients': input_gradients,
+    'probes': probes,
+    'logit_gradients': logit_gradients,
+    'ablation': ablation,
+    'memory': memory,
+    'scaling': scaling,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('subject', choices=_SUBJECTS)
+    parser.add_argument('--rounds', type=int, default=5, help='measured rounds')
+    parser.add_argument('--slice', type=int, default=2, help='images of the slow peers of delta')
+    parser.add_argument('--images', type=int, default=2000, help='images of ablation')
+    parser.add_argument('--plot', default='', help='PNG file of memory or scaling')
+    parser.add_argument('--json', default='', help='file for the timings of every round')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures and prints."""
+    arguments = parse_arguments()
+    measurements = _SUBJECTS[arguments.subject](arguments)
+    description = harness.machine()
+    print(f'\n{harness.machine_line(description)}')
+    if arguments.json:
+        harness.write_json(
+            arguments.json,
+            description=description,
+            measurements=measurements,
+            details=vars(arguments),
+        )
+
+
+if __name__ == '__main__':
+    main()
