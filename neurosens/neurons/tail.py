@@ -312,7 +312,7 @@ def _role(name: str, inputs: Sequence[str]) -> str:
         return _OTHER
     if _LINEAR not in inputs:
         return _INPUT if _INPUT in inputs else _FIXED
-    if name in _SUMS:
+    if name in _SUMS or (name == 'select_n' and inputs[0] == _FIXED):
         return _LINEAR
     others = list(inputs)
     others.remove(_LINEAR)

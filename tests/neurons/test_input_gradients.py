@@ -231,21 +231,36 @@ def test_one_layer_name_is_not_a_collection(small_net):
         input_gradient_norms(forward, variables, x, chunk=0)
 
 
-def counted(variables, x, edits=None, taps=()):
-    """A layer of integers, and one that has no batch axis."""
-    layers = {'sign': jnp.sign(x).astype(jnp.int32), 'sum': x.sum()}
-    return x @ variables, {name: layers[name] for name in taps}
+def mixed(variables, x, edits=None, taps=()):
+    """One layer with neurons, one of integers, and two whose first axis is not the batch."""
+    h = x @ variables
+    sign = jnp.sign(x).astype(jnp.int32)
+    layers = {'h': h, 'sign': sign, 'sum': x.sum(), 'twice': jnp.concatenate([x, x])}
+    return h, layers if '*' in taps else {name: layers[name] for name in taps}
+
+
+MIXED = jax.tree_util.Partial(mixed), jnp.ones((3, 2)), jnp.ones((4, 3))
+
+
+def test_layers_without_neurons_are_left_out_of_all_layers():
+    found = probe_gradients(*MIXED, jax.random.key(0), probes=1)
+    assert found.keys() == {'h'}
+    assert found['h'].value.shape == (4, 2)
 
 
 @pytest.mark.parametrize(
-    ('layer', 'reason'), [('sign', 'only floating-point layers'), ('sum', 'a leading batch axis')]
+    ('layer', 'reason'),
+    [
+        ('sign', 'only floating-point layers'),
+        ('sum', 'a leading batch axis'),
+        ('twice', 'a leading batch axis'),
+    ],
 )
-def test_a_layer_without_neurons_is_refused(layer, reason):
-    net = jax.tree_util.Partial(counted), jnp.ones((3, 2)), jnp.ones((4, 3))
+def test_a_layer_without_neurons_is_refused_where_it_is_named(layer, reason):
     with pytest.raises(LayerError, match=reason):
-        input_gradient_norms(*net, layer=layer)
+        input_gradient_norms(*MIXED, layer=layer)
     with pytest.raises(LayerError, match=reason):
-        probe_gradients(*net, jax.random.key(0), layers=(layer,))
+        probe_gradients(*MIXED, jax.random.key(0), layers=(layer,))
 
 
 def test_an_unknown_layer_is_answered_with_close_names(small_net):
