@@ -563,7 +563,9 @@ def _start(
 ) -> harness.Worker:
     """Starts a worker that notes its units, and its results in a folder."""
     output = str(pathlib.Path(folder) / f'{name}.npz') if folder else ''
-    spec = harness.WorkerSpec(f'benchmarks.{factory}', {**options, 'output': output})
+    # Threads of PyTorch that wait must not hold the core that another candidate needs.
+    environment = {'OMP_WAIT_POLICY': 'passive'}
+    spec = harness.WorkerSpec(f'benchmarks.{factory}', {**options, 'output': output}, environment)
     return stack.enter_context(harness.worker(spec))
 
 
