@@ -266,4 +266,7 @@ def fragility(responses: Float[np.ndarray, ' neurons'], rule: str | float = 'mea
     else:
         threshold = rule
         words = f'd_k > {threshold:.6g}'
-    return Fragility(np.asarray(responses) > threshold, threshold, words)
+    responses = np.asarray(responses, np.float64)
+    # Equal responses are not above their mean because that is rounded.
+    slack = 8 * np.finfo(np.float64).eps * np.abs(responses).max(initial=0.0)
+    return Fragility(responses > threshold + slack, threshold, words)

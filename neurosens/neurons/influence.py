@@ -130,8 +130,8 @@ def partition(influence: Float[Array, ' neurons'], *, front: int, tail: int) -> 
     # A stable sort gives the lowest index first in both directions.
     falling = jnp.argsort(-influence, stable=True)[:front].astype(jnp.int32)
     # A neuron of the front stays there where all influences are equal.
-    rest = influence.at[falling].set(jnp.inf)
-    rising = jnp.argsort(rest, stable=True)[:tail].astype(jnp.int32)
+    in_front = jnp.zeros(neurons, bool).at[falling].set(True)
+    rising = jnp.lexsort((influence, in_front))[:tail].astype(jnp.int32)
     return Partition(falling, rising)
 
 

@@ -150,11 +150,11 @@ def probe_example(
 
     def activations(x: Array) -> dict[str, Array]:
         tapped = forward(variables, x[None], taps=taps)[1]
-        return {
-            name: value[0]
-            for name, value in tapped.items()
-            if value.ndim and value.shape[0] == 1 and jnp.issubdtype(value.dtype, jnp.floating)
-        }
+        # A pattern stands for the layers that have neurons; a name has to be one of them.
+        for name in taps:
+            if name in tapped:
+                tail.check_neurons(name, tapped[name])
+        return {name: value[0] for name, value in tapped.items() if tail.has_neurons(value)}
 
     _, push = jax.linearize(activations, x)
 

@@ -107,6 +107,18 @@ def tap(
       LayerError: the layer cannot be tapped, has no batch axis, or is not floating-point.
     """
     value = forward(variables, x[None], taps=(layer,))[1][layer]
+    check_neurons(layer, value)
+    return value[0]
+
+
+def has_neurons(value: Array) -> bool:
+    """Whether the value of a layer for a batch of one has a batch axis and is floating-point."""
+    batched = value.ndim > 0 and value.shape[0] == 1
+    return batched and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def check_neurons(layer: str, value: Array) -> None:
+    """Raises a LayerError unless the value of a layer for a batch of one `has_neurons`."""
     if value.ndim == 0 or value.shape[0] != 1:
         raise LayerError(
             f'Layer {layer!r} has shape {value.shape} for one example; it needs a leading batch '
@@ -116,7 +128,6 @@ def tap(
         raise LayerError(
             f'Layer {layer!r} is of type {value.dtype}; only floating-point layers have neurons.'
         )
-    return value[0]
 
 
 def _logits(forward: Forward, variables: Variables, x: Array, layer: str, h: Array) -> Array:
