@@ -161,6 +161,33 @@ def test_a_mask_between_the_convolution_and_its_nonlinearity_is_passed_over():
     assert default_layers(*shapes_of(Net(body))) == ('act', 'head:in')
 
 
+@pytest.mark.parametrize(
+    'between',
+    [
+        # The nonlinearity behind the next convolution is not its own.
+        lambda x: x,
+        # Nor is one of another shape.
+        lambda x: models.Activation('relu', name='pooled')(x[:, ::2, ::2]),
+    ],
+)
+def test_a_convolution_without_a_nonlinearity_of_its_own_is_taken_itself(between):
+    def body(x):
+        x = between(nn.Conv(4, (3, 3), name='conv1')(x))
+        x = models.Activation('relu', name='act')(nn.Conv(4, (3, 3), name='conv2')(x))
+        return nn.Dense(5, name='head')(x.mean((1, 2)))
+
+    assert default_layers(*shapes_of(Net(body), 6)) == ('conv1', 'head:in')
+
+
+def test_a_dense_layer_before_the_first_convolution_is_passed_over():
+    def body(x):
+        x = models.Activation('relu', name='act0')(nn.Dense(4, name='colours')(x))
+        x = models.Activation('relu', name='act1')(nn.Conv(4, (3, 3), name='conv')(x))
+        return nn.Dense(5, name='head')(x.mean((1, 2)))
+
+    assert default_layers(*shapes_of(Net(body), 6)) == ('act1', 'head:in')
+
+
 def test_mistakes():
     net = shapes_of(models.create('mlp', num_classes=5, hidden=(7,)), 4)
     with pytest.raises(LayerError, match=r"Unknown layer 'act9'.*'act1'"):

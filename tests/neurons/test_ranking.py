@@ -1,5 +1,6 @@
 """The easiest neuron to flip comes first, and dead ones last."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +40,16 @@ def test_infinities_come_last_and_behind_them_what_is_undefined():
     score = scaled_sensitivity(delta, np.ones(4), np.ones(4))
     np.testing.assert_array_equal(ranking(score), [[2, 3, 1, 0], [0, 1, 2, 3]])
     assert ranking(score).dtype == np.int32
+    with jax.enable_x64(True):
+        assert ranking(np.ones(3)).dtype == np.int32
+
+
+@pytest.mark.parametrize('kind', ['scaled', 'absolute', 'scaled_absolute'])
+def test_what_no_change_can_flip_comes_last_in_either_direction(kind):
+    delta = np.array([-np.inf, 1, np.inf])
+    score = np.asarray(scaled_sensitivity(delta, np.ones(3), np.ones(3), kind))
+    assert ranking(score).tolist() == [1, 0, 2]
+    assert np.isposinf(score[[0, 2]]).all()
 
 
 def test_of_equal_scores_the_lowest_index_comes_first():
