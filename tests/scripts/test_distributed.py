@@ -1,6 +1,7 @@
 """Two real processes train and evaluate like one."""
 
 import json
+import re
 import socket
 
 import jax
@@ -64,9 +65,10 @@ def test_only_the_first_process_talks(workdirs):
     _, two, ((first, _), (second, error)) = workdirs
     assert '4 x cpu on 2 hosts' in first
     assert f'Done. Next: python evaluate.py --workdir={two}' in first
-    # The collectives library reports its connections from C++ on both.
-    spoken = [line for line in second.splitlines() if not line.startswith('[Gloo]')]
-    assert spoken == [] and 'step/s' not in error
+    # The collectives library reports its connections from C++ threads that interrupt each other.
+    report = '[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :'
+    assert set(re.sub(r'\d+|(?=\[)|(?<=\])', ' ', second).split()) <= set(report.split())
+    assert 'step/s' not in error
 
 
 def test_evaluation_agrees_with_one_process(workdirs, scripts):
