@@ -8,8 +8,8 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
+from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
-from neurosens.evaluation.neuron_plots import images_wanted
 from neurosens.evaluation.neuron_report import (
     LayerReport,
     NeuronReport,

@@ -12,7 +12,15 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from neurosens import neurons
-from neurosens.evaluation import files, neuron_plots, neuron_report, plots
+from neurosens.evaluation import (
+    files,
+    measure_plots,
+    neuron_distances,
+    neuron_report,
+    plots,
+    sensitivity_plots,
+    top_neuron_plots,
+)
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport
 from neurosens.evaluation.report import aligned
 from neurosens.neurons import filtering
@@ -34,9 +42,10 @@ def layer_file_name(layer: str) -> str:
       layer: name of the layer, such as `'stage1/act:in'`.
 
     Returns:
-      The name without what separates directories, `'stage1.act-in'`.
+      The name without what separates directories, `'stage1.act-in'`; other names, other results.
     """
-    return layer.replace('/', '.').replace(':', '-')
+    apart = layer.replace('%', '%25').replace('.', '%2E').replace('-', '%2D')
+    return apart.replace('/', '.').replace(':', '-')
 
 
 def write_neurons(
@@ -59,7 +68,7 @@ def write_neurons(
     Args:
       report: the report.
       directory: where the subdirectory goes; made if need be.
-      images: images by position, at least those of `neuron_plots.images_wanted` of every layer;
+      images: images by position, at least those of `neuron_distances.images_wanted` of every layer;
         without them there is no plot of the most sensitive neurons.
       top: how many neurons that plot shows.
       compare: name and report of a second model, of which `<layer>-compare.npz` is written beside
@@ -112,18 +121,18 @@ def _plots(
     }
     measures = len(layer.importance())
     if layer.delta is not None and comparable:
-        yield 'sensitivity_curve', lambda: neuron_plots.sensitivity_curve(comparable)
-        yield 'sensitivity_histogram', lambda: neuron_plots.sensitivity_histogram(comparable)
+        yield 'sensitivity_curve', lambda: sensitivity_plots.sensitivity_curve(comparable)
+        yield 'sensitivity_histogram', lambda: sensitivity_plots.sensitivity_histogram(comparable)
     if measures > 1:
-        yield 'measure_scatter', lambda: neuron_plots.measure_scatter(layer)
+        yield 'measure_scatter', lambda: measure_plots.measure_scatter(layer)
     if measures:
-        yield 'measure_heatmap', lambda: neuron_plots.measure_heatmap(layer)
-    if images is not None and neuron_plots.images_wanted(layer, top):
-        yield 'top_neurons', lambda: neuron_plots.top_neurons(report, layer, images, top)
+        yield 'measure_heatmap', lambda: measure_plots.measure_heatmap(layer)
+    if images is not None and neuron_distances.images_wanted(layer, top):
+        yield 'top_neurons', lambda: top_neuron_plots.top_neurons(report, layer, images, top)
     if layer.targeting or (layer.clean is not None and layer.attacked is not None):
-        yield 'targeting', lambda: neuron_plots.targeting(layer, report.attack)
+        yield 'targeting', lambda: measure_plots.targeting(layer, report.attack)
     if layer.curves:
-        yield 'filtering_curves', lambda: neuron_plots.filtering_curves(layer, report.attack)
+        yield 'filtering_curves', lambda: measure_plots.filtering_curves(layer, report.attack)
 
 
 def _write_arrays(path: pathlib.Path, report: NeuronReport, layer: LayerReport) -> None:
@@ -216,9 +225,9 @@ def _most_important(report: NeuronReport, layer: LayerReport) -> list[str]:
     values: dict[str, np.ndarray] = {}
     first, *_ = measures = layer.importance()
     if layer.delta is not None:
-        values['|Delta|/std'] = neuron_plots.median_distance(layer)
+        values['|Delta|/std'] = neuron_distances.median_distance(layer)
         values['unreachable'] = np.isinf(layer.delta).mean(0)
-        chosen = neuron_plots.most_sensitive(layer, _SHOWN)
+        chosen = neuron_distances.most_sensitive(layer, _SHOWN)
         title = 'most sensitive'
     else:
         chosen = np.argsort(-measures[first], kind='stable')[:_SHOWN].tolist()
@@ -261,7 +270,7 @@ def _cells(found: neurons.correlation.Correlation | None) -> list[str]:
 
 def _filtering(layer: LayerReport) -> list[str]:
     body = [
-        [kind, *(neuron_plots.verdict(score) for score in filtering.scores(curve))]
+        [kind, *(measure_plots.verdict(score) for score in filtering.scores(curve))]
         for kind, curve in layer.curves.items()
     ]
     return aligned([f'filtering {layer.layer.kernel_layer}', *filtering.Scores._fields], body)

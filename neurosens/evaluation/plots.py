@@ -13,6 +13,8 @@ from neurosens.evaluation.robustness import AttackOutcome, RobustnessReport
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+# Width of a figure of one panel, in inches.
+PANEL = 6.0
 _DPI = 150
 
 
@@ -26,6 +28,11 @@ def style(axes: Axes) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='0.9')
     axes.set_axisbelow(True)
+
+
+def loggable(values: np.ndarray) -> np.ndarray:
+    """What of the values a logarithmic axis can show, `[n]`: finite and above 0."""
+    return values[np.isfinite(values) & (values > 0)]
 
 
 def accuracy_against_eps(report: RobustnessReport) -> Figure:

@@ -54,7 +54,7 @@ def ablation_example(
     layer: str,
     unit: str = 'channel',
     mode: str = 'activation',
-    replacement: Float[Array, ' neurons'] | float = 0.0,
+    replacement: Float[Array, ' neurons'] | float | None = None,
     chunk: int | None = None,
 ) -> Ablation:
     """One example without each neuron of a layer in turn.
@@ -68,10 +68,13 @@ def ablation_example(
         raise ValueError(_validate.unknown('mode', mode, MODES))
     if mode == 'weights':
         _check_weights(variables, layer, unit)
+        if replacement is not None:
+            raise ValueError("mode='weights' leaves 0; use mode='activation' with a replacement.")
     cut = tail.cut(forward, variables, x, layer)
     shape, dtype = cut.activation.shape, cut.activation.dtype
     neurons = units.count(shape, unit)
-    constant = jnp.broadcast_to(jnp.asarray(replacement, dtype), (neurons,))
+    given = 0.0 if replacement is None else replacement
+    constant = jnp.broadcast_to(jnp.asarray(given, dtype), (neurons,))
     apart = units.are_channels(shape, unit)
     if apart:
         channel_logits = cut.channel_logits()
@@ -115,7 +118,7 @@ def ablation(
     layer: str,
     unit: str = 'channel',
     mode: str = 'activation',
-    replacement: Float[Array, ' neurons'] | float = 0.0,
+    replacement: Float[Array, ' neurons'] | float | None = None,
     chunk: int | None = None,
 ) -> Ablation:
     """Removes each neuron of a layer in turn and classifies the batch without it, jit-compiled.
@@ -133,7 +136,8 @@ def ablation(
       mode: `'activation'` masks the layer's value. `'weights'` is the habit of the authors'
         programs, a filter whose kernel and bias are 0: the layer then has to be the one with the
         kernel (such as `conv1`), and a normalisation behind it leaves a constant.
-      replacement: what a removed neuron gives instead, one value or `[N]`, such as its mean.
+      replacement: what a removed neuron gives instead of 0, one value or `[N]`, such as its mean;
+        only with `'activation'`.
       chunk: neurons at once for each example, 16 by default; bounds memory, never changes results
         beyond rounding.
 
@@ -143,7 +147,8 @@ def ablation(
 
     Raises:
       LayerError: the layer cannot be tapped.
-      ValueError: a choice is unknown, `chunk` is below 1, or the layer has no kernel.
+      ValueError: a choice is unknown, `chunk` is below 1, or with `'weights'` the layer has no
+        kernel or there is a replacement.
     """
     example = functools.partial(
         ablation_example,

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from neurosens import data, evaluation, neurons
-from neurosens.evaluation import files, neuron_files, neuron_plots, neuron_report
+from neurosens.evaluation import (
+    files,
+    measure_plots,
+    neuron_distances,
+    neuron_files,
+    neuron_report,
+    sensitivity_plots,
+    top_neuron_plots,
+)
 from neurosens.neurons import filtering, tail
 from neurosens.neurons.statistics import from_summary, summarize
 
@@ -143,6 +151,8 @@ def lines(path):
 def test_file_names_say_the_layer():
     assert neuron_files.layer_file_name('stage1/act:in') == 'stage1.act-in'
     assert neuron_files.layer_file_name('act1') == 'act1'
+    names = ['a/b', 'a.b', 'a:b', 'a-b', 'a%2Eb']
+    assert len({neuron_files.layer_file_name(name) for name in names}) == len(names)
 
 
 def test_arrays_are_those_of_the_report(written, report):
@@ -249,7 +259,7 @@ def test_comparison_leaves_out_what_the_other_model_lacks(report, tmp_path):
 def test_models_of_one_name_are_both_drawn(report):
     layer = report.layers[0]
     name = neuron_files._other_name('a', layer, 'a', layer)
-    figure = neuron_plots.sensitivity_histogram({'a': layer, name: layer})
+    figure = sensitivity_plots.sensitivity_histogram({'a': layer, name: layer})
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [label.split(':')[0] for label in labels] == ['a', 'a (compared)']
 
@@ -279,19 +289,19 @@ def test_shown_images_are_the_wanted_ones(report, pictures):
             used.append(key)
             return super().__getitem__(key)
 
-    neuron_plots.top_neurons(report, layer, Recorder(pictures), 3, per_neuron=2)
+    top_neuron_plots.top_neurons(report, layer, Recorder(pictures), 3, per_neuron=2)
     assert sorted(set(used)) == evaluation.images_wanted(layer, 3, per_neuron=2)
-    first = neuron_plots.most_sensitive(layer, 1)[0]
+    first = neuron_distances.most_sensitive(layer, 1)[0]
     assert (
-        np.nanmin(neuron_plots.median_distance(layer))
-        == (neuron_plots.median_distance(layer)[first])
+        np.nanmin(neuron_distances.median_distance(layer))
+        == (neuron_distances.median_distance(layer)[first])
     )
     assert used[:4] == [
         *np.argsort(-layer.peak[:, first], kind='stable')[:2],
         *np.argsort(np.abs(layer.delta[:, first]), kind='stable')[:2],
     ]
     with pytest.raises(ValueError, match='images_wanted'):
-        neuron_plots.top_neurons(report, layer, {}, 3)
+        top_neuron_plots.top_neurons(report, layer, {}, 3)
 
 
 def test_nothing_is_wanted_without_sensitivity(report):
@@ -306,7 +316,7 @@ def test_colour_images_with_long_class_names(report):
     colour = dataclasses.replace(report, info=info)
     layer = dataclasses.replace(report.layers[0], flips_to=flips)
     images = {place: np.full(info.image_shape, place, np.uint8) for place in range(IMAGES)}
-    figure = draw(neuron_plots.top_neurons(colour, layer, images, 2))
+    figure = draw(top_neuron_plots.top_neurons(colour, layer, images, 2))
     assert any('→ horse' in text.get_text() for text in figure.texts)
 
 
@@ -315,18 +325,18 @@ def test_unreachable_neurons_stand_above_the_curve(report):
     delta = np.abs(layer.delta)
     delta[:, :2] = np.inf
     layer = dataclasses.replace(layer, delta=delta)
-    strip, axes = draw(neuron_plots.sensitivity_curve({'model': layer})).axes
+    strip, axes = draw(sensitivity_plots.sensitivity_curve({'model': layer})).axes
     # A line for the medians; the others are of the band.
     assert strip.lines[0].get_xdata().tolist() == [5, 6]
     heights = axes.lines[0].get_ydata()
-    np.testing.assert_allclose(heights, np.sort(neuron_plots.median_distance(layer))[:4])
+    np.testing.assert_allclose(heights, np.sort(neuron_distances.median_distance(layer))[:4])
     legend = strip.figure.legends[0].get_texts()[0].get_text()
     assert 'median ∞ for 2 of 6 neurons' in legend
 
 
 def test_histogram_has_every_finite_pair(report):
     layer = report.layers[0]
-    figure = draw(neuron_plots.sensitivity_histogram({'model': layer}))
+    figure = draw(sensitivity_plots.sensitivity_histogram({'model': layer}))
     outline = figure.axes[0].patches[0].get_xy()
     # The outline runs forth along the bars; each has two corners.
     heights = outline[1 : 1 + 2 * 45 : 2, 1]
@@ -337,7 +347,7 @@ def test_histogram_has_every_finite_pair(report):
 
 def test_heatmap_is_in_the_order_of_the_first_measure(report):
     layer = report.layers[0]
-    figure = draw(neuron_plots.measure_heatmap(layer))
+    figure = draw(measure_plots.measure_heatmap(layer))
     shown = figure.axes[0].images[0].get_array()
     assert shown.shape == (6, 6)
     assert shown[0].tolist() == sorted(shown[0], reverse=True)
@@ -379,20 +389,21 @@ def test_plots_bear_what_is_not_finite(value, pictures):
 def test_many_neurons_share_columns_and_bands():
     report = make_report((600,))
     layer = report.layers[0]
-    assert draw(neuron_plots.measure_heatmap(layer)).axes[0].images[0].get_array().shape == (6, 300)
-    draw(neuron_plots.sensitivity_curve({'a': layer, 'b': make_report((30,)).layers[0]}))
-    draw(neuron_plots.targeting(layer))
+    heatmap = draw(measure_plots.measure_heatmap(layer))
+    assert heatmap.axes[0].images[0].get_array().shape == (6, 300)
+    draw(sensitivity_plots.sensitivity_curve({'a': layer, 'b': make_report((30,)).layers[0]}))
+    draw(measure_plots.targeting(layer))
 
 
 def test_plots_name_what_they_lack(report):
     nothing = evaluation.LayerReport(report.layers[0].layer)
     for plot in (
-        neuron_plots.measure_scatter,
-        neuron_plots.measure_heatmap,
-        neuron_plots.targeting,
-        neuron_plots.filtering_curves,
-        lambda layer: neuron_plots.sensitivity_curve({'a': layer}),
-        lambda layer: neuron_plots.top_neurons(report, layer, {}, 1),
+        measure_plots.measure_scatter,
+        measure_plots.measure_heatmap,
+        measure_plots.targeting,
+        measure_plots.filtering_curves,
+        lambda layer: sensitivity_plots.sensitivity_curve({'a': layer}),
+        lambda layer: top_neuron_plots.top_neurons(report, layer, {}, 1),
     ):
         with pytest.raises(ValueError, match='stage1/act:in'):
             plot(nothing)
@@ -412,9 +423,9 @@ def test_terminal_table_has_what_was_found(report):
     # Of these all lines are equally long.
     for block in blocks[1:4]:
         assert len({len(line) for line in block.splitlines()}) == 1
-    chosen = neuron_plots.most_sensitive(layer, 5)
+    chosen = neuron_distances.most_sensitive(layer, 5)
     assert [line.split()[1] for line in blocks[1].splitlines()[2:]] == [*map(str, chosen)]
-    assert f'{neuron_plots.median_distance(layer)[chosen[0]]:.4g}' in blocks[1].splitlines()[2]
+    assert f'{neuron_distances.median_distance(layer)[chosen[0]]:.4g}' in blocks[1].splitlines()[2]
     found = layer.targeting['l2']
     assert f'{found.score_correlation.value:+.3f}' in blocks[2].splitlines()[2]
     assert f'{found.score_partial.p_value:.2g}' in blocks[2].splitlines()[2]

@@ -116,6 +116,12 @@ def test_the_weights_mode_equals_zeroed_weights(random_variables, norm):
     assert same == (norm == 'none'), 'a normalisation leaves a constant'
 
 
+def test_filters_without_weights_take_no_replacement(small_net):
+    forward, variables, x, y, _ = small_net
+    with pytest.raises(ValueError, match="'weights' leaves 0"):
+        ablation(forward, variables, x, y, layer='conv1', mode='weights', replacement=0.5)
+
+
 def test_an_nnx_network_without_the_weights_of_a_filter(small_net, nnx_net):
     forward, variables, x, y, _ = nnx_net
     result = ablation(forward, variables, x, y, layer='conv2', mode='weights')
