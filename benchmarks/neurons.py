@@ -528,7 +528,9 @@ def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
         rows = []
         for measure in measures:
             times = [measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes]
-            exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+            # A ResNet of depth n has n - 2 layers behind the one that is measured.
+            costly = sizes if kind == 'width' else [size - 2 for size in sizes]
+            exponent = np.polyfit(np.log(costly), np.log(times), 1)[0]
             rows.append((measure, *(f'{value:.1f}' for value in times), f'{exponent:.2f}'))
         header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent')
         _print_table(arguments, kind, header, rows)

@@ -384,8 +384,8 @@ def sensitivity(
         `'auto'`: the closed form where there is one, else first order.
       unit: `'channel'` (the same change at every position) or `'unit'`.
       direction: direction of differentiation, see `logit_gradients`.
-      chunk: neurons (or derivatives) at once for each example, 16 by default; bounds memory, never
-        changes results beyond rounding.
+      chunk: neurons at once for each example, 16 by default (derivatives of logits: 5); bounds
+        memory, never changes results beyond rounding.
       activation_range: smallest and largest value that a neuron can take, static; changes that
         would leave it are not valid. By default at least 0 where the program shows that the layer
         cannot be negative (as behind a ReLU), else unbounded. A channel must stay inside at every
