@@ -226,6 +226,25 @@ def shard(mesh: Mesh, batch: T) -> T:
     )
 
 
+def shard_global(mesh: Mesh, batch: T) -> T:
+    """Splits a batch that every process holds whole.
+
+    Args:
+      mesh: the mesh to split over.
+      batch: a pytree of arrays `[B, ...]`, equal on every process.
+
+    Returns:
+      The same pytree of global arrays `[B, ...]`, split over the mesh.
+    """
+    sharding = split(mesh)
+
+    def place(rows: Any) -> jax.Array:
+        rows = np.asarray(rows)
+        return jax.make_array_from_callback(rows.shape, sharding, lambda at: rows[at])
+
+    return jax.tree.map(place, batch)
+
+
 def gather(tree: T) -> T:
     """Fetches global arrays `[B, ...]`, whole, to every process as numpy arrays."""
     if jax.process_count() == 1:

@@ -3,17 +3,99 @@
 result = attack(forward, variables, x, y, key, *, threat, ...) -> AttackResult
 """
 
-from neurosens.attacks.pgd import AttackResult, fgsm, pgd, pgd_example
-from neurosens.attacks.threat import Threat, inside, project, random_start, steepest_ascent
+from neurosens.attacks import losses
+from neurosens.attacks.adaptive import (
+    RandomForward,
+    is_random,
+    random_forward,
+    redraw,
+    straight_through,
+)
+from neurosens.attacks.apgd import apgd, apgd_example
+from neurosens.attacks.autoattack import CLEAN, ROBUST, AutoAttackResult, Progress, autoattack
+from neurosens.attacks.carlini_wagner import carlini_wagner, carlini_wagner_example
+from neurosens.attacks.deepfool import deepfool, deepfool_example
+from neurosens.attacks.fab import fab, fab_example
+from neurosens.attacks.fmn import fmn, fmn_example
+from neurosens.attacks.minimum import MinimumResult, median_distance, robust_accuracy
+from neurosens.attacks.neuron_attack import (
+    ActivationResult,
+    NeuronAttackReport,
+    NeuronAttackResult,
+    activation_attack,
+    activation_attack_example,
+    easiest_neurons,
+    latent_attack,
+    latent_attack_example,
+    neuron_attack,
+    neuron_attack_example,
+    neuron_attack_report,
+)
+from neurosens.attacks.noise import noise, noise_example
+from neurosens.attacks.pgd import bim, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
+from neurosens.attacks.result import AttackResult
+from neurosens.attacks.square import square, square_example
+from neurosens.attacks.threat import (
+    Threat,
+    inside,
+    length,
+    project,
+    random_start,
+    steepest_ascent,
+)
 
 __all__ = [
+    'CLEAN',
+    'ROBUST',
+    'Progress',
+    'ActivationResult',
     'AttackResult',
+    'AutoAttackResult',
+    'MinimumResult',
+    'NeuronAttackReport',
+    'NeuronAttackResult',
+    'RandomForward',
     'Threat',
+    'activation_attack',
+    'activation_attack_example',
+    'apgd',
+    'apgd_example',
+    'autoattack',
+    'bim',
+    'carlini_wagner',
+    'carlini_wagner_example',
+    'deepfool',
+    'deepfool_example',
+    'easiest_neurons',
+    'fab',
+    'fab_example',
     'fgsm',
+    'fgsm_rs',
+    'fmn',
+    'fmn_example',
     'inside',
+    'is_random',
+    'latent_attack',
+    'latent_attack_example',
+    'length',
+    'losses',
+    'median_distance',
+    'mi_fgsm',
+    'neuron_attack',
+    'neuron_attack_example',
+    'neuron_attack_report',
+    'ni_fgsm',
+    'noise',
+    'noise_example',
     'pgd',
     'pgd_example',
     'project',
+    'random_forward',
     'random_start',
+    'redraw',
+    'robust_accuracy',
+    'square',
+    'square_example',
     'steepest_ascent',
+    'straight_through',
 ]

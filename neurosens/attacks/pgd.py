@@ -1,62 +1,43 @@
-"""FGSM (Goodfellow et al. 2015) and projected gradient descent (Madry et al. 2018)."""
+"""Gradient ascent within a threat: FGSM, PGD, and their variants with momentum or a random start.
+
+Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Dong et al. 2018
+(MI-FGSM), Lin et al. 2020 (NI-FGSM), Wong et al. 2020 (FGSM with a random start).
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from neurosens.attacks.threat import Threat, project, random_start, steepest_ascent
-from neurosens.convolution import with_fast_input_gradients
+from neurosens import _validate
+from neurosens.attacks import losses
+from neurosens.attacks.batches import attack_batch
+from neurosens.attacks.objective import objective
+from neurosens.attacks.result import AttackResult, Iterate, choose, stronger
+from neurosens.attacks.threat import (
+    SPARSE_SHARE,
+    Threat,
+    project,
+    random_start,
+    steepest_ascent,
+)
 from neurosens.forward import Forward, Variables
 
-
-class AttackResult(NamedTuple):
-    """What an attack found, per example (or for one).
-
-    Attributes:
-      x_adv: the strongest image found `[B, ...]`; the clean one where it is misclassified already.
-      success: whether `x_adv` is misclassified `[B]`.
-      margin: logit of the label minus the largest other, on `x_adv` `[B]`; negative on success.
-      queries: forward passes made `[B]`, of which each with its gradient unless it is the last.
-    """
-
-    x_adv: Float[Array, 'batch ...']
-    success: Bool[Array, ' batch']
-    margin: Float[Array, ' batch']
-    queries: Int[Array, ' batch']
+STARTS = ('random', 'clean')
+KEEP = ('strongest', 'first', 'last')
 
 
-class _Best(NamedTuple):
-    """An iterate; the strongest is misclassified, then of larger loss, then of smaller margin."""
+class _State(NamedTuple):
+    """Where one restart is: the next image, the momentum of its steps, and the best so far."""
 
     x: Array
-    fools: Array
-    loss: Array
-    margin: Array
-
-
-def _margin(logits: Float[Array, ' classes'], y: Int[Array, '']) -> Float[Array, '']:
-    others = jnp.where(jnp.arange(logits.shape[-1]) == y, -jnp.inf, logits)
-    return logits[y] - others.max()
-
-
-def _evaluate(forward: Forward, variables: Variables, y: Array, x: Array) -> tuple[Array, _Best]:
-    """Cross-entropy of one image, and the image as an iterate."""
-    logits = forward(variables, x[None])[0][0].astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-    return loss, _Best(x, logits.argmax() != y, loss, _margin(logits, y))
-
-
-def _stronger(new: _Best, old: _Best) -> _Best:
-    # Where float32 cross-entropies no longer differ, the margins still do.
-    larger = (new.loss > old.loss) | ((new.loss == old.loss) & (new.margin < old.margin))
-    replace = (new.fools & ~old.fools) | ((new.fools == old.fools) & larger)
-    return jax.tree.map(lambda a, b: jnp.where(replace, a, b), new, old)
+    momentum: Any
+    best: Iterate
 
 
 def pgd_example(
@@ -71,73 +52,103 @@ def pgd_example(
     step_size: float | Float[Array, ''],
     restarts: int | Int[Array, ''] = 1,
     start: str = 'random',
+    loss: str | losses.Loss = 'cross_entropy',
+    target: Int[Array, ''] | None = None,
+    momentum: float | Float[Array, ''] | None = None,
+    look_ahead: bool = False,
+    share: float | Float[Array, ''] = SPARSE_SHARE,
+    schedule: Callable[[Array], Array] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    keep: str = 'strongest',
+    draws: int = 1,
 ) -> AttackResult:
-    """PGD on one example: the function that `pgd` and `fgsm` map over a batch.
+    """PGD on one example: the function that `pgd` and its variants map over a batch.
 
-    Args:
-      forward: the model to attack.
-      variables: its variables.
-      x: one image.
-      y: its label.
-      key: randomness of the starts.
-      threat: the perturbations allowed.
-      steps: gradient steps per restart; static or traced.
-      step_size: length of a step in the threat's norm, in pixel units.
-      restarts: independent runs, of which the strongest iterate counts.
-      start: `'random'` (uniform in the ball) or `'clean'`.
-
-    Returns:
-      The strongest of all iterates, as scalars and one image.
+    It has the arguments and errors of `pgd`, with `x` one image, `y` its label and `target` one
+    class; `steps` and `restarts` may be traced; `step_size` has no default, and `momentum` None
+    compiles no momentum in. Returns one image and scalars.
     """
-    evaluate = functools.partial(_evaluate, forward, variables, y)
-    evaluate_with_gradient = jax.value_and_grad(with_fast_input_gradients(evaluate), has_aux=True)
-    _, clean = evaluate(x)
+    _check_choices(start, keep)
+    loss = losses.named(loss, targeted=target is not None)
+    look, climb = objective(forward, variables, y, loss, target=target, draws=draws)
 
-    def step(_: Array, carry: tuple[Array, _Best]) -> tuple[Array, _Best]:
-        current, best = carry
-        (_, iterate), gradient = evaluate_with_gradient(current)
-        moved = current + step_size * steepest_ascent(threat, gradient)
-        return project(threat, x, moved), _stronger(iterate, best)
+    def ascend(state: _State, number: Array, key: PRNGKeyArray) -> _State:
+        size = step_size * (1.0 if schedule is None else schedule(number))
+        position = state.x
+        if look_ahead and momentum is not None:
+            position = position + size * momentum * state.momentum
+        gradient, iterate = climb(position, key)
+        if look_ahead:
+            # What counts is the image itself, not the point ahead of it.
+            iterate = look(state.x, key)
+        if optimizer is not None:
+            descent = jax.tree.map(jnp.negative, gradient)
+            change, carried = optimizer.update(descent, state.momentum, state.x)
+        elif momentum is not None:
+            carried = momentum * state.momentum + _unit_mean(gradient)
+            change = size * steepest_ascent(threat, carried, share=share)
+        else:
+            carried = state.momentum
+            change = size * steepest_ascent(threat, gradient, share=share)
+        moved = project(threat, x, state.x + change)
+        return _State(moved, carried, _kept(iterate, state.best))
 
-    def restart(index: Array, best: _Best) -> _Best:
-        first = random_start(threat, x, jax.random.fold_in(key, index)) if start == 'random' else x
-        last, best = jax.lax.fori_loop(0, steps, step, (first, best))
-        return _stronger(evaluate(last)[1], best)
+    def _kept(new: Iterate, best: Iterate) -> Iterate:
+        return choose(~best.fools, new, best) if keep == 'first' else stronger(new, best)
 
+    def restart(number: Array, best: Iterate) -> Iterate:
+        own = jax.random.fold_in(key, number)
+        first = random_start(threat, x, own) if start == 'random' else x
+        carried: Any = () if momentum is None else jnp.zeros_like(x)
+        if optimizer is not None:
+            carried = optimizer.init(first)
+
+        def step(number: Array, state: _State) -> _State:
+            return ascend(state, number, jax.random.fold_in(own, number))
+
+        state = _repeat(steps, step, _State(first, carried, best), until_fooled=keep == 'first')
+        last = look(state.x, jax.random.fold_in(own, steps))
+        return last if keep == 'last' else _kept(last, state.best)
+
+    clean = look(x, key)
     best = jax.lax.fori_loop(0, restarts, restart, clean)
-    best = jax.tree.map(lambda old, new: jnp.where(clean.fools, old, new), clean, best)
-    queries = jnp.int32(1) + restarts * (steps + 1)
+    best = choose(clean.fools, clean, best)
+    passes = draws * (2 if look_ahead else 1)
+    queries = jnp.int32(draws) + restarts * (steps * passes + draws)
     return AttackResult(best.x, best.fools, best.margin, queries)
 
 
-@functools.partial(jax.jit, static_argnames=('start',))
-def _attack_batch(
-    forward: Forward,
-    variables: Variables,
-    x: Array,
-    y: Array,
-    key: PRNGKeyArray,
-    index: Array,
-    threat: Threat,
-    steps: Array,
-    step_size: Array,
-    restarts: Array,
-    *,
-    start: str,
-) -> AttackResult:
-    attack = functools.partial(
-        pgd_example,
-        forward,
-        variables,
-        threat=threat,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        start=start,
-    )
-    # Keys follow the example, not its place in a batch or on a device.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    return jax.vmap(attack)(x, y, keys)
+def _repeat(
+    steps: int | Array, step: Callable[[Array, _State], _State], state: _State, until_fooled: bool
+) -> _State:
+    """Applies a step several times; optionally only until the best iterate fools the model.
+
+    Under vmap the latter runs until all examples are done, of which those that are rest.
+    """
+    if not until_fooled:
+        return jax.lax.fori_loop(0, steps, step, state)
+
+    def unfinished(carry: tuple[Array, _State]) -> Array:
+        number, state = carry
+        return (number < steps) & ~state.best.fools
+
+    def advance(carry: tuple[Array, _State]) -> tuple[Array, _State]:
+        number, state = carry
+        return number + 1, step(number, state)
+
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+
+
+def _unit_mean(gradient: Float[Array, '...']) -> Float[Array, '...']:
+    mean = jnp.abs(gradient).mean()
+    return gradient / jnp.where(mean > 0, mean, 1.0)
+
+
+def _check_choices(start: str, keep: str) -> None:
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}; it must be 'random' or 'clean'.")
+    if keep not in KEEP:
+        raise ValueError(_validate.unknown('keep', keep, KEEP))
 
 
 def pgd(
@@ -152,43 +163,224 @@ def pgd(
     step_size: float | Float[Array, ''] | None = None,
     restarts: int = 1,
     start: str = 'random',
+    loss: str | losses.Loss = 'cross_entropy',
+    target: Int[Array, ' batch'] | None = None,
+    momentum: float | None = None,
+    share: float = SPARSE_SHARE,
+    schedule: Callable[[Array], Array] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    keep: str = 'strongest',
+    draws: int = 1,
     index: Int[Array, ' batch'] | None = None,
 ) -> AttackResult:
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018), jit-compiled.
+    """Projected gradient ascent on a loss (Madry et al. 2018), jit-compiled.
 
     One compiled program serves all radii, step sizes and numbers of steps. Images that are
-    misclassified already come back unchanged.
+    misclassified already (with a target: classified as it) come back unchanged.
 
     Args:
       forward: the model to attack.
       variables: its variables.
       x: images `[B, ...]` inside the threat's bounds.
       y: labels `[B]`.
-      key: randomness of the starts.
+      key: randomness of the starts, and of a random model.
       threat: the perturbations allowed.
       steps: gradient steps per restart, at least 1.
       step_size: length of a step in the threat's norm; 2.5 eps / steps by default.
       restarts: independent runs, of which the strongest iterate counts, at least 1.
       start: `'random'` (uniform in the ball) or `'clean'`.
+      loss: what to maximise, a name of `losses.UNTARGETED` (with a target: `losses.TARGETED`) or a
+        function; create a function once, as each new one is compiled anew.
+      target: classes aimed at `[B]`; success is then to be classified as them.
+      momentum: factor of the previous direction, to which the gradient over its mean absolute
+        value is added (Dong et al. 2018); None for none.
+      share: for l1, the share of the pixels that a step moves.
+      schedule: factor of the step size by the number of the step, such as an Optax schedule.
+      optimizer: an Optax transformation that makes the steps instead (`optax.adam(0.01)`, on the
+        loss as something to ascend); `step_size`, `momentum` and `schedule` then have no effect.
+      keep: `'strongest'` iterate; `'first'` that fools, at which an example stops, and the program
+        once all of a batch have; or the `'last'` iterate, as PyTorch libraries do.
+      draws: how many draws of a random model each gradient is averaged over (`random_forward`).
       index: identity of each example `[B]`, such as its position in the data set: the same example
         gets the same randomness in any batch. By default its place in this batch.
 
     Returns:
-      Per example the strongest iterate: misclassified if any is, of largest loss among those.
+      Per example the iterate kept; the strongest is one that fools, if any does, and of largest
+      loss among those.
 
     Raises:
-      ValueError: `steps`, `restarts` or `start` is out of range.
+      ValueError: a number or choice is out of range, or images are not finite or out of bounds.
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f'steps is {steps} and restarts {restarts}; both must be at least 1.')
-    if start not in ('random', 'clean'):
-        raise ValueError(f"start is {start!r}; it must be 'random' or 'clean'.")
-    if step_size is None:
-        step_size = 2.5 * threat.eps / steps
-    if index is None:
-        index = jnp.arange(x.shape[0])
-    return _attack_batch(
-        forward, variables, x, y, key, index, threat, steps, step_size, restarts, start=start
+    _validate.check_range('draws', draws, low=1)
+    _check_choices(start, keep)
+    losses.named(loss, targeted=target is not None)
+    shared = {
+        'steps': steps,
+        'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
+        'restarts': restarts,
+        'share': share,
+    }
+    if momentum is not None:
+        shared['momentum'] = momentum
+    options = {
+        'start': start,
+        'loss': loss,
+        'schedule': schedule,
+        'optimizer': optimizer,
+        'keep': keep,
+        'draws': draws,
+    }
+    return attack_batch(
+        pgd_example,
+        forward,
+        variables,
+        x,
+        y,
+        key,
+        threat=threat,
+        index=index,
+        each={'target': target},
+        shared=shared,
+        options=options,
+    )
+
+
+def bim(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    steps: int = 10,
+    **options: Any,
+) -> AttackResult:
+    """The basic iterative method (Kurakin et al. 2017): PGD from the clean image, jit-compiled.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]` inside the threat's bounds.
+      y: labels `[B]`.
+      key: used by a random model only.
+      threat: the perturbations allowed.
+      steps: gradient steps.
+      **options: those of `pgd` but `start` and `restarts`; `step_size` is eps / steps by default.
+
+    Returns:
+      As of `pgd`.
+    """
+    options.setdefault('step_size', threat.eps / steps)
+    return pgd(forward, variables, x, y, key, threat=threat, steps=steps, start='clean', **options)
+
+
+def mi_fgsm(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    steps: int = 10,
+    momentum: float = 1.0,
+    **options: Any,
+) -> AttackResult:
+    """Momentum iterative FGSM (Dong et al. 2018), jit-compiled.
+
+    m <- momentum m + g / mean |g|, then a steepest step along m from the clean image on.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]` inside the threat's bounds.
+      y: labels `[B]`.
+      key: used by a random model only.
+      threat: the perturbations allowed.
+      steps: gradient steps.
+      momentum: factor of the previous direction.
+      **options: those of `bim`.
+
+    Returns:
+      As of `pgd`.
+    """
+    return bim(
+        forward, variables, x, y, key, threat=threat, steps=steps, momentum=momentum, **options
+    )
+
+
+def ni_fgsm(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    steps: int = 10,
+    step_size: float | Float[Array, ''] | None = None,
+    momentum: float = 1.0,
+    loss: str | losses.Loss = 'cross_entropy',
+    target: Int[Array, ' batch'] | None = None,
+    keep: str = 'strongest',
+    draws: int = 1,
+    index: Int[Array, ' batch'] | None = None,
+) -> AttackResult:
+    """Nesterov iterative FGSM (Lin et al. 2020), jit-compiled.
+
+    `mi_fgsm` with the gradient taken ahead, at x + step_size momentum m. The iterates themselves
+    are judged by a forward pass of their own.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]` inside the threat's bounds.
+      y: labels `[B]`.
+      key: used by a random model only.
+      threat: the perturbations allowed.
+      steps: gradient steps.
+      step_size: length of a step in the threat's norm; eps / steps by default.
+      momentum: factor of the previous direction.
+      loss: as of `pgd`.
+      target: as of `pgd`.
+      keep: as of `pgd`.
+      draws: as of `pgd`.
+      index: as of `pgd`.
+
+    Returns:
+      As of `pgd`.
+
+    Raises:
+      ValueError: as of `pgd`.
+    """
+    _validate.check_range('steps', steps, low=1)
+    _validate.check_range('draws', draws, low=1)
+    _check_choices('clean', keep)
+    return attack_batch(
+        pgd_example,
+        forward,
+        variables,
+        x,
+        y,
+        key,
+        threat=threat,
+        index=index,
+        each={'target': target},
+        shared={
+            'steps': steps,
+            'step_size': threat.eps / steps if step_size is None else step_size,
+            'momentum': momentum,
+        },
+        options={
+            'start': 'clean',
+            'loss': loss,
+            'keep': keep,
+            'draws': draws,
+            'look_ahead': True,
+        },
     )
 
 
@@ -200,7 +392,7 @@ def fgsm(
     key: PRNGKeyArray,
     *,
     threat: Threat,
-    index: Int[Array, ' batch'] | None = None,
+    **options: Any,
 ) -> AttackResult:
     """One steepest-ascent step of length eps (Goodfellow et al. 2015), jit-compiled.
 
@@ -209,22 +401,39 @@ def fgsm(
       variables: its variables.
       x: images `[B, ...]` inside the threat's bounds.
       y: labels `[B]`.
-      key: not used, as the attack has no randomness; there for the common call form.
+      key: used by a random model only.
       threat: the perturbations allowed.
-      index: as in `pgd`; without effect.
+      **options: `loss`, `target`, `share`, `keep`, `draws` and `index` of `pgd`.
 
     Returns:
       Per example the moved image, or the clean one where it has the larger loss.
     """
-    return pgd(
-        forward,
-        variables,
-        x,
-        y,
-        key,
-        threat=threat,
-        steps=1,
-        step_size=threat.eps,
-        start='clean',
-        index=index,
-    )
+    return bim(forward, variables, x, y, key, threat=threat, steps=1, **options)
+
+
+def fgsm_rs(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    **options: Any,
+) -> AttackResult:
+    """FGSM from a random start (Wong et al. 2020), jit-compiled: one step of length 1.25 eps.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]` inside the threat's bounds.
+      y: labels `[B]`.
+      key: randomness of the start.
+      threat: the perturbations allowed.
+      **options: those of `pgd` but `steps`; `step_size` is 1.25 eps by default.
+
+    Returns:
+      As of `pgd`.
+    """
+    options.setdefault('step_size', 1.25 * threat.eps)
+    return pgd(forward, variables, x, y, key, threat=threat, steps=1, **options)

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
 
-NORMS = ('linf', 'l2')
+NORMS = ('linf', 'l2', 'l1')
+# Share of the pixels that a steepest l1 step moves: one pixel at a time is slow to get anywhere
+# (Tramer & Boneh 2019, https://arxiv.org/abs/1904.13000, move the largest hundredth).
+SPARSE_SHARE = 0.01
 
 
 @functools.partial(
@@ -28,8 +34,9 @@ class Threat:
     A pytree whose only leaf is `eps`: jitted attacks are compiled once for all radii.
 
     Attributes:
-      norm: `'linf'` or `'l2'`.
-      eps: radius per image, in the units of the pixels.
+      norm: `'linf'`, `'l2'` or `'l1'`.
+      eps: radius per image, in the units of the pixels; infinite for attacks that look for the
+        smallest perturbation.
       bounds: smallest and largest pixel value.
 
     Raises:
@@ -43,7 +50,8 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(_validate.unknown('norm', self.norm, NORMS))
-        if isinstance(self.eps, (int, float)):
+        # Attacks that look for the smallest perturbation take an infinite radius.
+        if isinstance(self.eps, (int, float)) and self.eps != math.inf:
             _validate.check_range('eps', self.eps, low=0)
         if not self.bounds[0] < self.bounds[1]:
             raise ValueError(f'bounds are {self.bounds!r}; the first must be below the second.')
@@ -54,8 +62,8 @@ def project(
 ) -> Float[Array, '...']:
     """Moves an image into the ball around the clean one and into the box.
 
-    For linf this is the exact projection; for l2 the ball comes first and the box second, the
-    order of AutoAttack, which is inside both sets.
+    For linf and l1 this is the exact Euclidean projection onto the intersection; for l2 the ball
+    comes first and the box second, the order of AutoAttack, which is inside both sets.
 
     Args:
       threat: the ball and the box.
@@ -67,12 +75,46 @@ def project(
     """
     if threat.norm == 'linf':
         moved = jnp.clip(moved, clean - threat.eps, clean + threat.eps)
+    elif threat.norm == 'l1':
+        moved = _project_l1(clean, moved, threat.eps, threat.bounds)
     else:
         change = moved - clean
         size = jnp.linalg.norm(change.ravel())
         # Written so that a radius of 0 gives the clean image, not 0 / 0.
         moved = clean + change * jnp.minimum(1.0, threat.eps / jnp.where(size > 0, size, 1.0))
     return jnp.clip(moved, *threat.bounds)
+
+
+def _project_l1(
+    clean: Float[Array, '...'],
+    moved: Float[Array, '...'],
+    eps: float | Float[Array, ''],
+    bounds: tuple[float, float],
+) -> Float[Array, '...']:
+    """The nearest point of an l1 ball within a box (Croce & Hein 2021, AutoAttack for l1).
+
+    A pixel that wants to move by u in its direction, where the box leaves it c, moves by
+    clip(u - t, 0, c), with one t >= 0 for all pixels such that the moves add up to eps. Their sum
+    is piecewise linear in t: halving finds the piece, on which t is the root of a linear equation.
+    Sorting the breakpoints would find it too, with more work on every device.
+    """
+    low, high = bounds
+    wish = jnp.abs(moved - clean)
+    room = jnp.where(moved > clean, high - clean, clean - low)
+
+    def moves(shrink: Array) -> Array:
+        return jnp.clip(wish - shrink, 0, room)
+
+    middle = largest_float(lambda shrink: moves(shrink).sum() > eps, wish.dtype)
+    capped = wish - middle >= room
+    free = (wish > middle) & ~capped
+    rest = jnp.where(capped, room, 0).sum() + jnp.where(free, wish, 0).sum() - eps
+    above = jnp.nextafter(middle, jnp.full_like(middle, jnp.inf))
+    exact = jnp.clip(rest / jnp.maximum(free.sum(), 1), middle, above)
+    # A radius of 0 leaves nothing to rounding.
+    shrink = jnp.where(free.any() & (eps > 0), exact, above)
+    shrink = jnp.where(moves(jnp.zeros_like(middle)).sum() > eps, shrink, 0)
+    return clean + jnp.sign(moved - clean) * moves(shrink)
 
 
 def inside(
@@ -83,10 +125,25 @@ def inside(
 ) -> Bool[Array, '']:
     """Whether an image lies in the ball and the box, up to a tolerance in pixel units."""
     change = moved - clean
-    size = jnp.abs(change).max() if threat.norm == 'linf' else jnp.linalg.norm(change.ravel())
+    size = length(threat.norm, change)
     low, high = threat.bounds
     in_box = (moved.min() >= low - tolerance) & (moved.max() <= high + tolerance)
     return (size <= threat.eps + tolerance) & in_box
+
+
+def length(norm: str, change: Float[Array, '...']) -> Float[Array, '']:
+    """The norm of a perturbation.
+
+    Args:
+      norm: `'linf'`, `'l2'` or `'l1'`.
+      change: the perturbation of one image.
+
+    Returns:
+      Its length, in the units of the pixels.
+    """
+    if norm == 'linf':
+        return jnp.abs(change).max()
+    return jnp.linalg.norm(change.ravel(), ord=2 if norm == 'l2' else 1)
 
 
 def random_start(
@@ -104,6 +161,13 @@ def random_start(
     """
     if threat.norm == 'linf':
         change = jax.random.uniform(key, clean.shape, clean.dtype, -1.0, 1.0) * threat.eps
+    elif threat.norm == 'l1':
+        # Exponential sizes over their sum and one more of them are uniform in the ball.
+        size_key, rest_key, sign_key = jax.random.split(key, 3)
+        size = jax.random.exponential(size_key, clean.shape, clean.dtype)
+        total = size.sum() + jax.random.exponential(rest_key, (), clean.dtype)
+        change = jax.random.rademacher(sign_key, clean.shape, clean.dtype) * size / total
+        change = change * threat.eps
     else:
         # A normal direction at radius eps U^(1/n) is uniform in the ball.
         direction_key, radius_key = jax.random.split(key)
@@ -114,20 +178,74 @@ def random_start(
     return jnp.clip(clean + change, *threat.bounds)
 
 
-def steepest_ascent(threat: Threat, gradient: Float[Array, '...']) -> Float[Array, '...']:
+def steepest_ascent(
+    threat: Threat,
+    gradient: Float[Array, '...'],
+    *,
+    share: float | Float[Array, ''] = SPARSE_SHARE,
+) -> Float[Array, '...']:
     """The direction of unit norm in which a linear function rises fastest.
 
     Args:
       threat: its norm.
       gradient: gradient of the function at one image.
+      share: for l1, the share of the pixels that move, at least one pixel. Only a single one is
+        truly steepest, but steps of several by the same amount get further where the function is
+        not linear. Pixels of equal gradient move together.
 
     Returns:
-      sign(g) for linf, g / ||g||_2 for l2; 0 where the gradient is 0.
+      sign(g) for linf, g / ||g||_2 for l2, sign(g) on the largest |g| over their number for l1; 0
+      where the gradient is 0.
     """
     if threat.norm == 'linf':
         return jnp.sign(gradient)
+    if threat.norm == 'l1':
+        magnitude = jnp.abs(gradient)
+        staying = jnp.floor((1 - jnp.asarray(share)) * gradient.size).astype(jnp.int32)
+        count = gradient.size - jnp.clip(staying, 0, gradient.size - 1)
+        moving = (magnitude >= kth_largest(magnitude, count)) & (magnitude > 0)
+        return jnp.where(moving, jnp.sign(gradient), 0) / jnp.maximum(moving.sum(), 1)
     # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
     largest = jnp.abs(gradient).max()
     gradient = gradient / jnp.where(largest > 0, largest, 1.0)
     norm = jnp.linalg.norm(gradient.ravel())
     return gradient / jnp.where(norm > 0, norm, 1.0)
+
+
+def kth_largest(values: Float[Array, '...'], k: Int[Array, '']) -> Float[Array, '']:
+    """The k-th largest of non-negative values, for a traced k.
+
+    Args:
+      values: non-negative values of any shape, without NaN.
+      k: rank, from 1 for the largest.
+
+    Returns:
+      One of the values.
+    """
+    return largest_float(lambda value: (values >= value).sum() >= k, values.dtype)
+
+
+def largest_float(holds: Callable[[Float[Array, '']], Bool[Array, '']], dtype: Any) -> Array:
+    """The largest non-negative float for which a condition holds, if it holds up to a point.
+
+    The bits of non-negative floats are integers of the same order, which are found bit by bit: 31
+    evaluations for float32, and exact.
+
+    Args:
+      holds: the condition; true up to some value and false above it.
+      dtype: a floating dtype.
+
+    Returns:
+      The value, a scalar of the dtype; 0 if the condition never holds.
+    """
+    width = jnp.finfo(dtype).bits
+    kind = {16: jnp.int16, 32: jnp.int32, 64: jnp.int64}[width]
+    most = jax.lax.bitcast_convert_type(jnp.asarray(jnp.finfo(dtype).max, dtype), kind)
+
+    def set_bit(position: Array, found: Array) -> Array:
+        higher = found | (jnp.ones((), kind) << (width - 2 - position).astype(kind))
+        value = jax.lax.bitcast_convert_type(jnp.minimum(higher, most), dtype)
+        return jnp.where((higher <= most) & holds(value), higher, found)
+
+    found = jax.lax.fori_loop(0, width - 1, set_bit, jnp.zeros((), kind))
+    return jax.lax.bitcast_convert_type(found, dtype)

@@ -159,8 +159,8 @@ class Classifier(nn.Module):
     """The fields that every model has, and their checks.
 
     Parameters and batch statistics are always float32; `dtype` is the type of the computation up
-    to the features. The head computes in float32, so that logits and their margins carry no
-    rounding of their own.
+    to the features. The head computes in float32 or wider, so that logits and their margins carry
+    no rounding of their own.
 
     Attributes:
         num_classes: number of logits, at least 2.
@@ -274,7 +274,7 @@ def dense(features: int, *, name: str, dtype: DTypeLike) -> nn.Dense:
 
 
 def head(num_classes: int) -> nn.Dense:
-    """Builds the classifier `head`: LeCun normal kernel, zero bias, float32 computation.
+    """Builds the classifier `head`: LeCun normal kernel, zero bias; computes in float32 or wider.
 
     Args:
         num_classes: number of logits.
@@ -282,7 +282,8 @@ def head(num_classes: int) -> nn.Dense:
     Returns:
         The layer, mapping features of shape [batch, features] to logits [batch, num_classes].
     """
-    return nn.Dense(num_classes, dtype=jnp.float32, param_dtype=jnp.float32, name='head')
+    # Without a dtype it computes in the wider one of its float32 parameters and the features.
+    return nn.Dense(num_classes, param_dtype=jnp.float32, name='head')
 
 
 def stage_blocks(sizes: Sequence[int], features: Sequence[int]) -> Iterator[tuple[str, int, int]]:

@@ -22,37 +22,18 @@ from neurosens.forward import LinenForward, NNXForward
 BATCH = 16
 FEW = hypothesis.settings(max_examples=15, deadline=None)
 radii = st.floats(2**-10, 1.0, width=32)
-norms = st.sampled_from(['linf', 'l2'])
+norms = st.sampled_from(['linf', 'l2', 'l1'])
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A small network and images, half of them with the label that it gives them."""
+class Linear(nn.Module):
+    """Two classes, one linear layer."""
 
-    forward: LinenForward
-    variables: dict
-    x: jax.Array
-    y: jax.Array
-    logits: jax.Array
-
-    @property
-    def correct(self):
-        return np.asarray(self.logits.argmax(-1) == self.y)
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name='head')(x.reshape(len(x), -1))
 
 
-@pytest.fixture(scope='module')
-def net():
-    module = models.create('cnn', num_classes=4, features=(3,), hidden=(8,))
-    keys = jax.random.split(jax.random.key(3), 3)
-    x = jax.random.uniform(keys[0], (BATCH, 6, 6, 1))
-    variables = jax.jit(module.init)(keys[1], x)
-    # A sharper network, so that images differ in what it takes to fool them.
-    variables = jax.tree.map(lambda leaf: 2 * leaf, variables)
-    forward = LinenForward(module, {'train': False})
-    logits = jax.jit(forward)(variables, x)[0]
-    other = jax.random.randint(keys[2], (BATCH,), 0, 4)
-    y = jnp.where(jnp.arange(BATCH) % 2 == 0, logits.argmax(-1), other)
-    return Setting(forward, variables, x, y, logits)
+LINEAR = LinenForward(Linear())
 
 
 def attack(net, threat, seed=0, **options):
@@ -75,7 +56,7 @@ def evaluate(forward, variables, x, y):
 def distances(norm, change):
     return np.linalg.norm(
         np.asarray(change, np.float64).reshape(len(change), -1),
-        np.inf if norm == 'linf' else 2,
+        {'linf': np.inf, 'l2': 2, 'l1': 1}[norm],
         axis=1,
     )
 
@@ -112,7 +93,7 @@ def test_the_setting_has_images_of_every_fate(net):
     assert weak.success.sum() < strong.success.sum()
 
 
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 @pytest.mark.parametrize('method', [pgd, fgsm])
 def test_radius_zero_returns_the_clean_images(net, norm, method):
     result = method(
@@ -163,31 +144,7 @@ def test_other_keys_start_elsewhere(net):
 # ------------------------------------------------------------------------------ exactness
 
 
-class Linear(nn.Module):
-    """Two classes, one linear layer."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2, name='head')(x.reshape(len(x), -1))
-
-
-LINEAR = LinenForward(Linear())
-
-
-@pytest.fixture(scope='module')
-def linear():
-    """A linear problem whose images are all classified correctly, away from any box."""
-    generator = np.random.default_rng(0)
-    kernel = 0.3 * generator.normal(size=(12, 2)).astype(np.float32)
-    x = generator.normal(size=(8, 3, 4)).astype(np.float32)
-    variables = {'params': {'head': {'kernel': kernel, 'bias': np.zeros(2, np.float32)}}}
-    logits = x.reshape(8, -1) @ kernel
-    y = logits.argmax(-1).astype(np.int32)
-    weight = kernel[:, 0] - kernel[:, 1]
-    return variables, x, y, np.float64(weight), np.abs(logits[:, 0] - logits[:, 1])
-
-
-@pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2)])
+@pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2), ('l1', np.inf)])
 @pytest.mark.parametrize('eps', [0.01, 0.1, 1.0])
 def test_a_single_step_lowers_a_linear_margin_by_the_dual_norm(linear, norm, dual, eps):
     variables, x, y, weight, margin = linear
@@ -265,7 +222,7 @@ def assert_same_result(actual, expected):
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_an_example_gets_the_same_result_in_any_batch(linear, norm):
     variables, x, y, _, _ = linear
-    threat = Threat(norm, 0.3, (-2.0, 2.0))
+    threat = Threat(norm, 0.3, (-2.5, 2.5))
     options = {'threat': threat, 'steps': 3, 'step_size': 0.03, 'restarts': 2}
     key, index = jax.random.key(5), np.array([7, 300, 2, 90, 11, 4, 1000, 6])
     whole = pgd(LINEAR, variables, x, y, key, index=index, **options)
@@ -279,7 +236,7 @@ def test_an_example_gets_the_same_result_in_any_batch(linear, norm):
 
 def test_by_default_the_place_in_the_batch_is_the_identity(linear):
     variables, x, y, _, _ = linear
-    options = {'threat': Threat('linf', 0.3, (-2.0, 2.0)), 'steps': 3, 'restarts': 2}
+    options = {'threat': Threat('linf', 0.3, (-2.5, 2.5)), 'steps': 3, 'restarts': 2}
     key = jax.random.key(5)
     implicit = pgd(LINEAR, variables, x, y, key, **options)
     explicit = pgd(LINEAR, variables, x, y, key, index=np.arange(8), **options)
@@ -288,7 +245,7 @@ def test_by_default_the_place_in_the_batch_is_the_identity(linear):
 
 def test_one_example_is_attacked_as_in_a_batch(linear):
     variables, x, y, _, _ = linear
-    threat, key = Threat('l2', 0.3, (-2.0, 2.0)), jax.random.key(5)
+    threat, key = Threat('l2', 0.3, (-2.5, 2.5)), jax.random.key(5)
     batch = pgd(LINEAR, variables, x, y, key, threat=threat, steps=3, restarts=2)
     single = jax.jit(functools.partial(pgd_example, LINEAR), static_argnames='start')
     alone = single(
@@ -360,7 +317,7 @@ def test_radii_steps_and_restarts_share_one_compiled_program(linear):
     forward, key = Counting(), jax.random.key(0)
 
     def run(eps, **options):
-        pgd(forward, variables, x, y, key, threat=Threat('linf', eps), **options)
+        pgd(forward, variables, x, y, key, threat=Threat('linf', eps, (-3.0, 3.0)), **options)
         return forward.traces.total()
 
     first = run(0.1, steps=2)

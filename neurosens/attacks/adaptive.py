@@ -1,0 +1,115 @@
+"""Helpers to attack models whose gradients mislead: random models, and transforms without one.
+
+Athalye et al. 2018 (https://arxiv.org/abs/1802.00420): a random model is attacked through the mean
+of its gradients over draws (expectation over transformation), a transform without a useful gradient
+through that of a smooth one in its place (backward pass differentiable approximation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, Shaped
+
+from neurosens.forward import Edit, Forward, Variables
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomForward:
+    """A forward whose outcome is random; made by `random_forward`.
+
+    It is a pure function all the same, of the randomness in its field `key`. Attacks put fresh keys
+    in its place, so that every query is another draw.
+
+    Attributes:
+      draw: from a key to a forward.
+      key: the randomness of calls that nobody redraws.
+    """
+
+    draw: Callable[[PRNGKeyArray], Forward]
+    key: PRNGKeyArray
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Shaped[Array, 'batch ...'],
+        edits: Mapping[str, Edit] = {},
+        taps: Collection[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """Runs the forward that `key` draws; see `Forward`."""
+        return self.draw(self.key)(variables, x, edits=edits, taps=taps)
+
+
+def random_forward(draw: Callable[[PRNGKeyArray], Forward], key: PRNGKeyArray) -> RandomForward:
+    """A forward with randomness that attacks can average out.
+
+        def noisy(key):
+            noise = functools.partial(jax.random.normal, key)
+            return with_input_transform(forward, lambda x: x + 0.1 * noise(x.shape))
+
+        model = random_forward(noisy, jax.random.key(0))
+
+    Args:
+      draw: from a key to a forward.
+      key: the randomness of calls outside attacks.
+
+    Returns:
+      A forward; wrappers around it stay random.
+    """
+    partial = draw if isinstance(draw, jax.tree_util.Partial) else jax.tree_util.Partial(draw)
+    return RandomForward(partial, key)
+
+
+def is_random(forward: Forward) -> bool:
+    """Whether a forward has randomness that `redraw` can change, at any depth of wrappers."""
+    leaves = jax.tree.leaves(forward, is_leaf=_is_random)
+    return any(_is_random(leaf) for leaf in leaves)
+
+
+def redraw(forward: Forward, key: PRNGKeyArray) -> Forward:
+    """The same forward with other randomness.
+
+    Args:
+      forward: any forward.
+      key: the randomness of its next calls.
+
+    Returns:
+      The forward with the key in every `RandomForward` in it; the same forward if there is none.
+    """
+
+    def replace(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, key=key) if _is_random(leaf) else leaf
+
+    return jax.tree.map(replace, forward, is_leaf=_is_random)
+
+
+def _is_random(leaf: Any) -> bool:
+    return isinstance(leaf, RandomForward)
+
+
+def straight_through(
+    transform: Callable[[Array], Array], surrogate: Callable[[Array], Array] = lambda x: x
+) -> Callable[[Array], Array]:
+    """A transform with the derivative of another one.
+
+    Args:
+      transform: what is computed, such as rounding or compression; its derivative is not used.
+      surrogate: what is differentiated, of the same shapes; the identity by default.
+
+    Returns:
+      A function for `with_input_transform` or an edit.
+    """
+
+    @jax.custom_jvp
+    def replaced(x: Array) -> Array:
+        return transform(x)
+
+    @replaced.defjvp
+    def derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        return transform(*primals), jax.jvp(surrogate, primals, tangents)[1]
+
+    return replaced

@@ -1,0 +1,498 @@
+"""AutoAttack: the worst case over an ensemble of attacks without free parameters.
+
+Croce & Hein 2020 (https://arxiv.org/abs/2003.01690), and 2021 for l1
+(https://arxiv.org/abs/2103.01208).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from neurosens import _validate, parallel
+from neurosens.attacks.adaptive import is_random, redraw
+from neurosens.attacks.apgd import apgd
+from neurosens.attacks.batches import check_images
+from neurosens.attacks.fab import fab
+from neurosens.attacks.losses import label_margin
+from neurosens.attacks.result import AttackResult
+from neurosens.attacks.square import square
+from neurosens.attacks.threat import Threat
+from neurosens.forward import Forward, Variables
+
+VERSIONS = ('standard', 'plus', 'rand')
+ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
+# Draws over which gradients are averaged in the version for random models.
+RANDOM_DRAWS = 20
+# `broken_by` of images that are robust, and of those misclassified without an attack.
+ROBUST, CLEAN = -1, -2
+_STATE = 'autoattack.json'
+
+# Called before each batch with a short text, the number of batches left in this run, and the robust
+# accuracy so far.
+Progress: TypeAlias = Callable[[str, int, float], None]
+
+
+class AutoAttackResult(NamedTuple):
+    """What the ensemble found of N images; with the fields of `AttackResult`.
+
+    Attributes:
+      x_adv: a misclassified image inside the threat if any attack found one, else the clean one
+        `[N, ...]`.
+      success: whether an attack broke the image or it was misclassified without `[N]`.
+      margin: logit of the label minus the largest other, on `x_adv` `[N]`.
+      queries: forward passes made `[N]`.
+      broken_by: which of `runs` broke each image `[N]`: -1 none, -2 misclassified without attack.
+      runs: names of the runs in order, such as `apgd-t 3` for the third target class.
+      accuracy: robust accuracy before the first run and after each `[R + 1]`.
+      warnings: sentences on why the result may overestimate robustness.
+    """
+
+    x_adv: Float[np.ndarray, 'examples ...']
+    success: Bool[np.ndarray, ' examples']
+    margin: Float[np.ndarray, ' examples']
+    queries: Int[np.ndarray, ' examples']
+    broken_by: Int[np.ndarray, ' examples']
+    runs: tuple[str, ...]
+    accuracy: Float[np.ndarray, ' stages']
+    warnings: tuple[str, ...]
+
+
+class Run(NamedTuple):
+    """One attack of the ensemble on the images that are still robust.
+
+    Attributes:
+      name: its name in logs.
+      attack: which of `ATTACKS`.
+      rank: for targeted attacks, the place of the target among the other classes' clean logits,
+        from 0.
+    """
+
+    name: str
+    attack: str
+    rank: int = 0
+
+
+def runs(
+    norm: str, version: str, classes: int, attacks: Sequence[str] | None = None
+) -> tuple[Run, ...]:
+    """The runs of a version of AutoAttack.
+
+    Args:
+      norm: norm of the threat.
+      version: `'standard'`, `'plus'` (more restarts and attacks) or `'rand'` (for random models).
+      classes: number of classes; limits the targets to one less.
+      attacks: names of `ATTACKS` to use in place of the version's.
+
+    Returns:
+      Runs in order: one for each restart and target class, so that later ones only see what
+      earlier ones left.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    if version not in VERSIONS:
+        raise ValueError(_validate.unknown('version', version, VERSIONS))
+    chosen: Sequence[str] = {
+        'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'),
+        'plus': ('apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t'),
+        'rand': ('apgd-ce', 'apgd-dlr'),
+    }[version]
+    chosen = chosen if attacks is None else attacks
+    restarts = {'apgd-ce': 1, 'apgd-dlr': 1, 'fab': 1, 'square': 1}
+    targets = {'apgd-t': 9, 'fab-t': 9}
+    if version == 'plus':
+        restarts.update({'apgd-ce': 5, 'apgd-dlr': 5, 'fab': 5})
+    elif norm == 'l1' and version == 'standard':
+        restarts['apgd-ce'] = 5
+        targets['apgd-t'] = 5
+    found = []
+    for attack in chosen:
+        if attack not in ATTACKS:
+            raise ValueError(_validate.unknown('attack', attack, ATTACKS))
+        count = min(targets[attack], classes - 1) if attack in targets else restarts[attack]
+        numbered = attack in targets or count > 1
+        for number in range(count):
+            name = f'{attack} {number + 1}' if numbered else attack
+            found.append(Run(name, attack, number))
+    return tuple(found)
+
+
+@jax.jit
+def _clean(
+    forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+) -> dict[str, Array]:
+    logits = redraw(forward, key)(variables, x)[0].astype(jnp.float32)
+    others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
+
+    def loss(image: Array, label: Array) -> Array:
+        values = forward(variables, image[None])[0][0].astype(jnp.float32)
+        return jax.nn.logsumexp(values) - values[label]
+
+    gradients = jax.vmap(jax.grad(loss))(x, y)
+    return {
+        'logits': logits,
+        'margin': jax.vmap(label_margin)(logits, y),
+        # The other classes, the most likely first.
+        'order': jnp.argsort(-others, axis=-1)[:, :-1].astype(jnp.int32),
+        'zero_gradient': (gradients == 0).all(tuple(range(1, x.ndim))),
+    }
+
+
+class _Task(NamedTuple):
+    """Everything that stays the same over the runs."""
+
+    forward: Forward
+    variables: Variables
+    x: np.ndarray
+    y: np.ndarray
+    identity: np.ndarray
+    order: np.ndarray
+    key: PRNGKeyArray
+    threat: Threat
+    mesh: Mesh | None
+    batch_size: int
+    steps: int
+    queries: int
+    draws: int
+
+
+def _attack(task: _Task, number: int, run: Run, rows: np.ndarray) -> AttackResult:
+    """Dispatches one run on one full batch."""
+    x, y, index = task.x[rows], task.y[rows], task.identity[rows]
+    target = None
+    if run.attack in ('apgd-t', 'fab-t'):
+        target = task.order[rows, run.rank]
+    if task.mesh is not None:
+        x, y, index = parallel.shard_global(task.mesh, (x, y, index))
+        target = None if target is None else parallel.shard_global(task.mesh, target)
+    attacks: Mapping[str, Callable[..., Any]] = {'apgd': apgd, 'fab': fab, 'square': square}
+    call = functools.partial(
+        attacks[run.attack.split('-')[0]],
+        task.forward,
+        task.variables,
+        x,
+        y,
+        jax.random.fold_in(task.key, number),
+        threat=task.threat,
+        index=index,
+    )
+    if run.attack.startswith('apgd'):
+        classes = task.order.shape[1] + 1
+        loss = 'cross_entropy' if run.attack == 'apgd-ce' else 'dlr'
+        # The ratio of logits is not defined for so few classes; its numerator is.
+        few = classes < (4 if run.attack == 'apgd-t' else 3)
+        return call(
+            steps=task.steps,
+            loss='margin' if few and loss == 'dlr' else loss,
+            target=target,
+            large_start=task.threat.norm == 'l1',
+            draws=task.draws,
+        )
+    if run.attack.startswith('fab'):
+        return call(steps=task.steps, target=target, random_first=target is None and run.rank > 0)
+    return call(queries=task.queries)
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of one size, the last filled up with its first row, and how many count."""
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield np.concatenate([part, np.full(size - len(part), part[0])]), len(part)
+
+
+def autoattack(
+    forward: Forward,
+    variables: Variables,
+    x: Float[np.ndarray, 'examples ...'],
+    y: Int[np.ndarray, ' examples'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    version: str = 'standard',
+    attacks: Sequence[str] | None = None,
+    steps: int = 100,
+    queries: int = 5000,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
+    index: Int[np.ndarray, ' examples'] | None = None,
+    directory: str | pathlib.Path | None = None,
+    progress: Progress | None = None,
+) -> AutoAttackResult:
+    """Attacks a data set with an ensemble (Croce & Hein 2020), each image until one succeeds.
+
+    A loop on the host over compiled attacks: between them the images that are still robust are
+    gathered into full batches of one size, so that nothing compiles twice. Images that are
+    misclassified already are not attacked. The randomness of an image depends on the key, on
+    `index` and on the run, not on batches or devices.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables, replicated over the mesh if there is one.
+      x: images `[N, ...]` on the host, the same on every process.
+      y: labels `[N]`.
+      key: randomness of all attacks.
+      threat: the perturbations allowed, of finite eps.
+      version: `'standard'`, `'plus'` or `'rand'`, see `runs`.
+      attacks: names of `ATTACKS` in place of the version's.
+      steps: of APGD and FAB.
+      queries: of Square.
+      batch_size: images per batch, over all devices.
+      mesh: devices to split batches over; only one by default.
+      index: identity of each example `[N]`, by default its place.
+      directory: where finished work is noted, so that the same call goes on after an interruption;
+        the notes of other calls are refused, those of a finished one are read.
+      progress: called before each batch.
+
+    Returns:
+      Results of all images, on every process.
+
+    Raises:
+      ValueError: a name or number is out of range, images are not finite or out of bounds, or the
+        directory has notes of another call.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    for name, value in (('steps', steps), ('queries', queries), ('batch_size', batch_size)):
+        _validate.check_range(name, value, low=1)
+    if not math.isfinite(threat.eps):
+        raise ValueError('The eps of the threat is infinite; AutoAttack needs a radius.')
+    if not len(x) or y.shape != x.shape[:1]:
+        raise ValueError(
+            f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
+        )
+    check_images(x, threat.bounds)
+    index = np.arange(len(x)) if index is None else np.asarray(index)
+    if mesh is not None:
+        batch_size = parallel.round_up(batch_size, mesh)
+    draws = RANDOM_DRAWS if version == 'rand' else 1
+    task = _Task(
+        forward,
+        variables,
+        x,
+        y,
+        index,
+        np.zeros((len(x), 0), np.int32),
+        key,
+        threat,
+        mesh,
+        batch_size,
+        steps,
+        queries,
+        draws,
+    )
+    clean, warnings = _look(task, version)
+    task = task._replace(order=clean['order'])
+    plan = runs(threat.norm, version, clean['logits'].shape[1], attacks)
+    notes = _Notes(directory, _identity(task, version, plan))
+    found = _Found(
+        x.copy(),
+        np.where(clean['logits'].argmax(-1) == y, ROBUST, CLEAN),
+        clean['margin'].copy(),
+        np.ones(len(x), np.int64),
+    )
+    accuracy = [found.accuracy()]
+    for number, run in enumerate(plan):
+        robust = np.flatnonzero(found.broken_by == ROBUST)
+        batches = list(_batches(robust, batch_size))
+        for place, (rows, count) in enumerate(batches):
+            stored = notes.read(number, place)
+            if stored is None:
+                if progress is not None:
+                    progress(run.name, len(batches) - place, found.accuracy())
+                result = _fetch(_attack(task, number, run, rows))
+                stored = {name: values[:count] for name, values in result.items()}
+                stored['x_adv'] = stored['x_adv'][stored['success']]
+                notes.write(number, place, stored)
+            found.add(number, rows[:count], stored)
+        accuracy.append(found.accuracy())
+    if any(run.attack == 'square' for run in plan):
+        warnings += _square_warning(plan, found)
+    return AutoAttackResult(
+        found.x_adv,
+        found.broken_by != ROBUST,
+        found.margin,
+        found.queries,
+        found.broken_by,
+        tuple(run.name for run in plan),
+        np.array(accuracy),
+        warnings,
+    )
+
+
+class _Found(NamedTuple):
+    """What is known of each image so far; the arrays are written to."""
+
+    x_adv: np.ndarray
+    broken_by: np.ndarray
+    margin: np.ndarray
+    queries: np.ndarray
+
+    def accuracy(self) -> float:
+        return float((self.broken_by == ROBUST).mean())
+
+    def add(self, run: int, rows: np.ndarray, result: Mapping[str, np.ndarray]) -> None:
+        broken = result['success']
+        self.queries[rows] += result['queries']
+        self.x_adv[rows[broken]] = result['x_adv']
+        self.broken_by[rows[broken]] = run
+        self.margin[rows[broken]] = result['margin'][broken]
+
+
+def _fetch(result: Any) -> dict[str, np.ndarray]:
+    names = ('x_adv', 'success', 'margin', 'queries')
+    return dict(parallel.gather({name: getattr(result, name) for name in names}))
+
+
+def _look(task: _Task, version: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Logits and gradients of the clean images, and what they warn of."""
+    parts: list[dict[str, np.ndarray]] = []
+    differ = False
+    for rows, count in _batches(np.arange(len(task.x)), task.batch_size):
+        x, y = task.x[rows], task.y[rows]
+        if task.mesh is not None:
+            x, y = parallel.shard_global(task.mesh, (x, y))
+        keys = jax.random.split(jax.random.fold_in(task.key, 2**31 - 1))
+        if task.mesh is not None:
+            keys = parallel.replicate(task.mesh, keys)
+        first, second = (
+            parallel.gather(_clean(task.forward, task.variables, x, y, key)) for key in keys
+        )
+        differ |= not np.array_equal(first['logits'], second['logits'])
+        parts.append({name: values[:count] for name, values in first.items()})
+    clean = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return clean, tuple(_warnings(task, version, clean, differ))
+
+
+def _warnings(
+    task: _Task, version: str, clean: Mapping[str, np.ndarray], differ: bool
+) -> Iterator[str]:
+    logits = clean['logits']
+    if (differ or is_random(task.forward)) and version != 'rand':
+        yield "The model is random: use version='rand', which averages gradients over draws."
+    if version == 'rand' and not differ:
+        yield "The model is not random: version='standard' is the stronger choice."
+    share = clean['zero_gradient'].mean()
+    if share > 0.01:
+        yield (
+            f'{share:.1%} of the clean images have no gradient at all: gradient-based attacks '
+            'cannot see such a model; look at Square, at a smooth substitute for what hides the '
+            'gradient (straight_through), and at transfer attacks.'
+        )
+    sums = logits.sum(-1)
+    if logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3):
+        yield 'The model returns probabilities: attack its logits, before the softmax.'
+    classes = logits.shape[-1]
+    if classes < 4:
+        yield (
+            f'With {classes} classes the targeted DLR loss is not defined'
+            + (' nor is the untargeted one' if classes < 3 else '')
+            + ': the margin took its place.'
+        )
+
+
+def _square_warning(plan: Sequence[Run], found: _Found) -> tuple[str, ...]:
+    """Random search should find nothing that gradients missed."""
+    place = next(number for number, run in enumerate(plan) if run.attack == 'square')
+    count = int((found.broken_by == place).sum())
+    if place == 0 or not count:
+        return ()
+    return (
+        f'Square broke {count} images that the gradient-based attacks before it left: '
+        'the gradients of this model may mislead.',
+    )
+
+
+# --------------------------------------------------------------------------------- resuming
+
+
+def _identity(task: _Task, version: str, plan: Iterable[Run]) -> dict[str, Any]:
+    """What another call must share to go on with the notes of this one."""
+    digest = hashlib.sha256()
+    leaves = jax.tree.leaves((task.forward, task.variables))
+    for array in (task.x, task.y, task.identity, *map(_bits, leaves)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return {
+        'images': len(task.x),
+        'norm': task.threat.norm,
+        'eps': float(task.threat.eps),
+        'bounds': list(task.threat.bounds),
+        'version': version,
+        'runs': [run.name for run in plan],
+        'steps': task.steps,
+        'queries': task.queries,
+        'batch_size': task.batch_size,
+        'key': _bits(task.key).ravel().tolist(),
+        'contents': digest.hexdigest(),
+    }
+
+
+def _bits(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = leaf.addressable_data(0)
+    return np.asarray(leaf)
+
+
+class _Notes:
+    """Results of finished batches in a directory, or nowhere."""
+
+    def __init__(self, directory: str | pathlib.Path | None, identity: Mapping[str, Any]):
+        self._directory = None if directory is None else pathlib.Path(directory)
+        if self._directory is None:
+            return
+        state = self._directory / _STATE
+        if state.exists():
+            before = json.loads(state.read_text())
+            differing = sorted(
+                name for name in {*identity, *before} if identity.get(name) != before.get(name)
+            )
+            if differing:
+                raise ValueError(
+                    f'{self._directory} has notes of another AutoAttack, which differs in '
+                    f'{", ".join(differing)}; choose another directory or remove this one.'
+                )
+        elif parallel.is_primary():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _write_whole(state, lambda path: path.write_text(json.dumps(identity, indent=1)))
+        # Every process has looked before one of them writes.
+        parallel.barrier('autoattack notes')
+
+    def _path(self, run: int, place: int) -> pathlib.Path:
+        assert self._directory is not None
+        return self._directory / f'run{run:02d}-batch{place:05d}.npz'
+
+    def read(self, run: int, place: int) -> dict[str, np.ndarray] | None:
+        """The results of a batch, if it was finished before."""
+        if self._directory is None or not self._path(run, place).exists():
+            return None
+        with np.load(self._path(run, place)) as stored:
+            return dict(stored)
+
+    def write(self, run: int, place: int, result: Mapping[str, np.ndarray]) -> None:
+        """Notes the results of a batch; the file appears when it is whole."""
+        if self._directory is not None and parallel.is_primary():
+            _write_whole(self._path(run, place), lambda path: _save(path, result))
+
+
+def _save(path: pathlib.Path, result: Mapping[str, np.ndarray]) -> None:
+    # By a path, NumPy would add a suffix to its name.
+    with path.open('wb') as file:
+        np.savez(file, **result)  # type: ignore[arg-type]
+
+
+def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    partial = path.with_name(f'.{path.name}.partial')
+    write(partial)
+    partial.replace(path)

@@ -1,0 +1,120 @@
+"""From an attack on one example to a jitted one on a batch, the same for every attack."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from neurosens.attacks.threat import Threat
+from neurosens.forward import Forward, Variables
+
+
+@functools.partial(jax.jit, static_argnames=('attack', 'options'))
+def _run(
+    attack: Callable[..., Any],
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    y: Array,
+    key: PRNGKeyArray,
+    index: Array,
+    each: Mapping[str, Array],
+    shared: Mapping[str, Any],
+    options: tuple[tuple[str, Any], ...],
+) -> Any:
+    def example(x: Array, y: Array, key: PRNGKeyArray, each: Mapping[str, Array]) -> Any:
+        return attack(forward, variables, x, y, key, **each, **shared, **dict(options))
+
+    # Keys follow the example, not its place in a batch or on a device.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    return jax.vmap(example)(x, y, keys, each)
+
+
+def attack_batch(
+    attack: Callable[..., Any],
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat | None = None,
+    index: Int[Array, ' batch'] | None = None,
+    each: Mapping[str, Array | None] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Maps an attack on one example over a batch, jit-compiled.
+
+    Args:
+      attack: `attack(forward, variables, x, y, key, *, ...)` on one example.
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]`, finite and inside the threat's bounds.
+      y: labels `[B]`.
+      key: randomness; folded with the identity of each example.
+      threat: the perturbations allowed, if the attack takes a threat.
+      index: identity of each example `[B]`, by default its place in the batch.
+      each: keyword arguments with a value per example `[B, ...]`; those that are None are left out.
+      shared: keyword arguments that all examples share: arrays and numbers, which are traced, so
+        that other values need no new compilation.
+      options: keyword arguments that are compiled in; hashable.
+
+    Returns:
+      What `attack` returns, stacked.
+
+    Raises:
+      ValueError: images, labels and `each` differ in number, or an image is not finite or outside
+        the bounds (as far as values are known: not inside a caller's jit).
+    """
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    if x.ndim < 2 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f'images have shape {x.shape} and labels {y.shape}; they must be [B, ...] and [B].'
+        )
+    if threat is not None:
+        check_images(x, threat.bounds)
+        shared = {**(shared or {}), 'threat': threat}
+    given = {name: jnp.asarray(value) for name, value in (each or {}).items() if value is not None}
+    for name, value in given.items():
+        if value.shape[:1] != y.shape:
+            raise ValueError(
+                f'{name} has shape {value.shape}; it must have a value for each of {len(x)} images.'
+            )
+    if index is None:
+        index = jnp.arange(x.shape[0])
+    chosen = tuple(sorted((options or {}).items()))
+    return _run(attack, forward, variables, x, y, key, index, given, shared or {}, chosen)
+
+
+def check_images(x: Float[Array | np.ndarray, 'batch ...'], bounds: tuple[float, float]) -> None:
+    """Raises a ValueError unless images are finite and within bounds; traced ones pass.
+
+    Args:
+      x: images.
+      bounds: smallest and largest pixel value.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return
+    low, high = (float(value) for value in jax.device_get(_extremes(x)))
+    # A comparison with NaN is false.
+    slack = 1e-6 * (bounds[1] - bounds[0])
+    if low >= bounds[0] - slack and high <= bounds[1] + slack:
+        return
+    if np.isnan(low) or np.isnan(high):
+        raise ValueError('An image has pixels that are NaN; attacks need finite images.')
+    raise ValueError(
+        f'Pixels reach from {low:.6g} to {high:.6g}, but the bounds of the threat are '
+        f'{bounds[0]:g} and {bounds[1]:g}; scale the images or set Threat(bounds=...).'
+    )
+
+
+@jax.jit
+def _extremes(x: Array) -> tuple[Array, Array]:
+    return x.min(), x.max()

@@ -1,0 +1,244 @@
+"""FAB: the fast adaptive boundary attack, which looks for the smallest perturbation.
+
+Croce & Hein 2020, https://arxiv.org/abs/1907.02044.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from neurosens import _validate
+from neurosens.attacks.batches import attack_batch
+from neurosens.attacks.minimum import MinimumResult, within
+from neurosens.attacks.result import fooled, logits_of
+from neurosens.attacks.threat import Threat, largest_float, length
+from neurosens.convolution import with_fast_input_gradients
+from neurosens.forward import Forward, Variables
+
+_TINY = 1e-12
+_LEAST = 1e-8
+_DUAL = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}
+
+
+def to_hyperplane(
+    norm: str,
+    point: Float[Array, '...'],
+    normal: Float[Array, '...'],
+    excess: Float[Array, ''],
+    bounds: tuple[float, float],
+) -> Float[Array, '...']:
+    """The smallest change that takes a point of the box to a hyperplane, without leaving the box.
+
+    A pixel moves against the sign of the normal, by min(t s, room) with s = 1 for linf and |w| for
+    l2; t is the root of a piecewise linear equation. For l1 the pixels of largest |w| move, as far
+    as the box lets them. Where the hyperplane does not cross the box, all move as far as they can.
+
+    Args:
+      norm: what is smallest: `'linf'`, `'l2'` or `'l1'`.
+      point: an image inside the box.
+      normal: w, the normal of the hyperplane.
+      excess: w . point - b, which the change has to take to 0.
+      bounds: smallest and largest pixel value.
+
+    Returns:
+      The change, of the shape of the point.
+    """
+    side = jnp.where(excess >= 0, 1, -1).astype(point.dtype)
+    # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
+    largest = jnp.abs(normal).max()
+    side = side / jnp.where(largest > 0, largest, 1)
+    normal, excess = side * normal, side * excess
+    weight = jnp.abs(normal)
+    room = jnp.where(normal > 0, point - bounds[0], bounds[1] - point)
+    room = jnp.where(weight > 0, jnp.maximum(room, 0), 0)
+    # The gain of the whole room; more than that cannot be had.
+    gain = weight * room
+    if norm == 'l1':
+        least = largest_float(
+            lambda value: jnp.where(weight >= value, gain, 0).sum() >= excess, point.dtype
+        )
+        above, level = weight > least, weight == least
+        rest = excess - jnp.where(above, gain, 0).sum()
+        shared = jnp.where(level, gain, 0).sum()
+        # Pixels of equal weight move by equal shares of their room.
+        part = jnp.clip(rest / jnp.where(shared > 0, shared, 1), 0, 1)
+        move = jnp.where(above, room, jnp.where(level, part * room, 0))
+    else:
+        speed = jnp.ones_like(weight) if norm == 'linf' else weight
+        middle = largest_float(
+            lambda time: (weight * jnp.minimum(time * speed, room)).sum() <= excess, point.dtype
+        )
+        capped = middle * speed >= room
+        rest = excess - jnp.where(capped, gain, 0).sum()
+        rate = jnp.where(capped, 0, weight * speed).sum()
+        time = jnp.where(rate > 0, rest / jnp.where(rate > 0, rate, 1), middle)
+        move = jnp.minimum(jnp.maximum(time, 0) * speed, room)
+    move = jnp.where(gain.sum() > excess, move, room)
+    return -jnp.sign(normal) * move
+
+
+class _State(NamedTuple):
+    x: Array
+    nearest: Array
+    distance: Array
+
+
+def fab_example(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, '...'],
+    y: Int[Array, ''],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    steps: int | Int[Array, ''] = 100,
+    restarts: int | Int[Array, ''] = 1,
+    target: Int[Array, ''] | None = None,
+    alpha_max: float | Float[Array, ''] = 0.1,
+    eta: float | Float[Array, ''] = 1.05,
+    beta: float | Float[Array, ''] = 0.9,
+    random_first: bool = False,
+) -> MinimumResult:
+    """FAB on one example: the function that `fab` maps over a batch.
+
+    It has the arguments and errors of `fab`, with `x` one image, `y` its label and `target` one
+    class; numbers may be traced. Returns one image and scalars.
+    """
+    norm, bounds = threat.norm, threat.bounds
+    logits_fast = with_fast_input_gradients(lambda image: logits_of(forward, variables, image))
+
+    def boundary(image: Array) -> tuple[Array, Array]:
+        """Value z_c - z_y and gradient for the class whose linearised boundary is nearest."""
+        logits, pull = jax.vjp(logits_fast, image)
+        classes = jnp.eye(logits.shape[-1], dtype=logits.dtype)
+        if target is not None:
+            return logits[target] - logits[y], pull(classes[target] - classes[y])[0]
+        differences = logits - logits[y]
+        gradients = jax.vmap(lambda cotangent: pull(cotangent)[0])(classes - classes[y])
+        lengths = jax.vmap(lambda gradient: length(_DUAL[norm], gradient))(gradients)
+        distances = jnp.abs(differences) / (lengths + _TINY)
+        best = jnp.where(jnp.arange(len(classes)) == y, jnp.inf, distances).argmin()
+        return differences[best], gradients[best]
+
+    def step(_: Array, state: _State) -> _State:
+        value, gradient = boundary(state.x)
+        # The boundary is where value + gradient . (v - x) = 0.
+        offset = jnp.vdot(gradient, x - state.x)
+        here = to_hyperplane(norm, state.x, gradient, value, bounds)
+        there = to_hyperplane(norm, x, gradient, value + offset, bounds)
+        size_here = jnp.maximum(length(norm, here), _LEAST)
+        size_there = jnp.maximum(length(norm, there), _LEAST)
+        alpha = jnp.clip(size_here / (size_here + size_there), 0, alpha_max)
+        moved = (1 - alpha) * (state.x + eta * here) + alpha * (x + eta * there)
+        moved = jnp.clip(moved, *bounds).astype(x.dtype)
+        fools = fooled(logits_of(forward, variables, moved), y)
+        distance = length(norm, moved - x)
+        nearer = fools & (distance < state.distance)
+        return _State(
+            jnp.where(fools, x + beta * (moved - x), moved).astype(x.dtype),
+            jnp.where(nearer, moved, state.nearest),
+            jnp.where(nearer, distance, state.distance),
+        )
+
+    def restart(number: Array, found: _State) -> _State:
+        own = jax.random.fold_in(key, number)
+        radius = jnp.minimum(found.distance, threat.eps)
+        radius = jnp.where(jnp.isfinite(radius), radius, bounds[1] - bounds[0]) / 2
+        away = jnp.clip(x + radius * _direction(norm, x, own), *bounds).astype(x.dtype)
+        start = away if random_first else jnp.where(number == 0, x, away)
+        return jax.lax.fori_loop(0, steps, step, found._replace(x=start))
+
+    clean = logits_of(forward, variables, x)
+    none = _State(x, x, jnp.asarray(jnp.inf, x.dtype))
+    found = jax.lax.fori_loop(0, restarts, restart, none)
+    wrong = fooled(clean, y)
+    distance = jnp.where(wrong, 0, found.distance)
+    nearest = jnp.where(wrong, x, found.nearest)
+    queries = jnp.int32(2) + restarts * steps * 2
+    return within(forward, variables, x, y, nearest, distance, threat, queries)
+
+
+def _direction(norm: str, x: Array, key: PRNGKeyArray) -> Array:
+    """A random direction of length 1 in the norm."""
+    if norm == 'linf':
+        change = jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+    else:
+        change = jax.random.normal(key, x.shape, x.dtype)
+    return change / length(norm, change)
+
+
+def fab(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    threat: Threat,
+    steps: int = 100,
+    restarts: int = 1,
+    target: Int[Array, ' batch'] | None = None,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    random_first: bool = False,
+    index: Int[Array, ' batch'] | None = None,
+) -> MinimumResult:
+    """The fast adaptive boundary attack (Croce & Hein 2020), jit-compiled.
+
+    Linearises the nearest decision boundary and goes beyond it, on a way biased towards the clean
+    image. One gradient for each class and step, or a single one with a target.
+
+    Args:
+      forward: the model to attack.
+      variables: its variables.
+      x: images `[B, ...]` inside the threat's bounds.
+      y: labels `[B]`.
+      key: randomness of the restarts.
+      threat: norm and box of the perturbations; its eps, which may be infinite, decides on success
+        and bounds the random starts.
+      steps: steps per restart, at least 1.
+      restarts: runs, at least 1; the first from the clean image, the others from random places at
+        half the smallest distance found.
+      target: the class whose boundary is followed for each image `[B]` (FAB-T). Success is any
+        class but the label.
+      alpha_max: largest weight of the clean image.
+      eta: how far beyond the boundary, at least 1.
+      beta: how far a misclassified iterate stays from the clean image, at most 1.
+      random_first: start at random already in the first run.
+      index: identity of each example `[B]`, as of `pgd`.
+
+    Returns:
+      Per example the nearest misclassified image and its distance.
+
+    Raises:
+      ValueError: a number is out of range, or images are not finite or out of bounds.
+    """
+    _validate.check_range('steps', steps, low=1)
+    _validate.check_range('restarts', restarts, low=1)
+    _validate.check_range('alpha_max', alpha_max, low=0, high=1)
+    _validate.check_range('eta', eta, low=1)
+    _validate.check_range('beta', beta, low=0, high=1)
+    return attack_batch(
+        fab_example,
+        forward,
+        variables,
+        x,
+        y,
+        key,
+        threat=threat,
+        index=index,
+        each={'target': target},
+        shared={
+            'steps': steps,
+            'restarts': restarts,
+            'alpha_max': alpha_max,
+            'eta': eta,
+            'beta': beta,
+        },
+        options={'random_first': random_first},
+    )

@@ -1,0 +1,69 @@
+"""The function of one image that an attack climbs, with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from neurosens.attacks.adaptive import redraw
+from neurosens.attacks.losses import Loss
+from neurosens.attacks.result import Iterate, judge, logits_of
+from neurosens.convolution import with_fast_input_gradients
+from neurosens.forward import Forward, Variables
+
+# From an image and a key (which only random models use) to what the model says of the image.
+Look: TypeAlias = Callable[[Array, PRNGKeyArray], Iterate]
+Climb: TypeAlias = Callable[[Array, PRNGKeyArray], tuple[Float[Array, '...'], Iterate]]
+
+
+def objective(
+    forward: Forward,
+    variables: Variables,
+    y: Int[Array, ''],
+    loss: Loss,
+    *,
+    target: Int[Array, ''] | None = None,
+    draws: int = 1,
+) -> tuple[Look, Climb]:
+    """What a model says of an image, without and with the gradient of a loss.
+
+    Args:
+      forward: the model; if it is random, each call sees fresh draws.
+      variables: its variables.
+      y: label of the image.
+      loss: `loss(logits, y)`, or `loss(logits, y, target)` if there is a target.
+      target: the class aimed at.
+      draws: draws of a random model per call, whose losses, gradients and logits are averaged.
+
+    Returns:
+      `look(x, key) -> iterate` and `climb(x, key) -> (gradient of the loss, iterate)`.
+    """
+    aim = (y,) if target is None else (y, target)
+
+    def evaluate(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        logits = logits_of(redraw(forward, key), variables, x)
+        return loss(logits, *aim), logits
+
+    def differentiate(x: Array, key: PRNGKeyArray) -> tuple[tuple[Array, Array], Array]:
+        fast = with_fast_input_gradients(lambda x: evaluate(x, key))
+        return jax.value_and_grad(fast, has_aux=True)(x)
+
+    def averaged(function: Callable, x: Array, key: PRNGKeyArray) -> tuple:
+        if draws == 1:
+            return function(x, key)
+        # One after the other: a draw needs as much memory as the whole network.
+        keys = jax.random.split(key, draws)
+        return jax.tree.map(lambda v: v.mean(0), jax.lax.map(lambda k: function(x, k), keys))
+
+    def look(x: Array, key: PRNGKeyArray) -> Iterate:
+        value, logits = averaged(evaluate, x, key)
+        return judge(x, logits, y, value, target)
+
+    def climb(x: Array, key: PRNGKeyArray) -> tuple[Array, Iterate]:
+        (value, logits), gradient = averaged(differentiate, x, key)
+        return gradient, judge(x, logits, y, value, target)
+
+    return look, climb

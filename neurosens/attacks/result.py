@@ -1,0 +1,80 @@
+"""What attacks return, and how they judge an image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from neurosens.attacks.losses import label_margin
+from neurosens.forward import Forward, Variables
+
+
+class AttackResult(NamedTuple):
+    """What an attack found, per example (or for one).
+
+    Attributes:
+      x_adv: the strongest image found `[B, ...]`; the clean one where it is misclassified already.
+      success: whether `x_adv` is misclassified `[B]`, with a target class: classified as it.
+      margin: logit of the label minus the largest other, on `x_adv` `[B]`; negative if it is
+        misclassified.
+      queries: forward passes made `[B]`, by most attacks with a gradient each.
+    """
+
+    x_adv: Float[Array, 'batch ...']
+    success: Bool[Array, ' batch']
+    margin: Float[Array, ' batch']
+    queries: Int[Array, ' batch']
+
+
+class Iterate(NamedTuple):
+    """An image on the way of an attack, and what the model says of it.
+
+    Attributes:
+      x: the image.
+      fools: whether the attack has reached its aim.
+      loss: value of the attack's loss.
+      margin: logit of the label minus the largest other.
+    """
+
+    x: Array
+    fools: Bool[Array, '']
+    loss: Float[Array, '']
+    margin: Float[Array, '']
+
+
+def logits_of(forward: Forward, variables: Variables, x: Float[Array, '...']) -> Array:
+    """Logits `[K]` of one image, in single precision at least."""
+    logits = forward(variables, x[None])[0][0]
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def fooled(
+    logits: Float[Array, ' classes'], y: Int[Array, ''], target: Int[Array, ''] | None = None
+) -> Bool[Array, '']:
+    """Whether logits show another class than the label, or the target if there is one.
+
+    Logits that are not numbers show nothing.
+    """
+    predicted = logits.argmax()
+    reached = predicted != y if target is None else predicted == target
+    return reached & ~jnp.isnan(logits).any()
+
+
+def judge(x: Array, logits: Array, y: Array, loss: Array, target: Array | None = None) -> Iterate:
+    """An image with its logits and loss as an iterate."""
+    return Iterate(x, fooled(logits, y, target), loss, label_margin(logits, y))
+
+
+def choose(condition: Bool[Array, ''], one: Iterate, other: Iterate) -> Iterate:
+    """`one` if the condition holds, else `other`; any pytrees of the same shapes."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
+
+
+def stronger(new: Iterate, old: Iterate) -> Iterate:
+    """The iterate that fools, or else has the larger loss, or else the smaller margin."""
+    # Where float32 losses no longer differ, the margins still do.
+    larger = (new.loss > old.loss) | ((new.loss == old.loss) & (new.margin < old.margin))
+    return choose((new.fools & ~old.fools) | ((new.fools == old.fools) & larger), new, old)

@@ -1,0 +1,287 @@
+"""Minimum-norm attacks: exact on linear models, near the best everywhere, consistent results."""
+
+import functools
+import math
+
+import hypothesis
+import hypothesis.extra.numpy as npst
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import strategies as st
+
+from neurosens.attacks import (
+    Threat,
+    carlini_wagner,
+    deepfool,
+    fab,
+    fmn,
+    median_distance,
+    pgd,
+    robust_accuracy,
+)
+from neurosens.attacks.fab import to_hyperplane
+
+QUICK = hypothesis.settings(deadline=None, max_examples=60)
+BOX = (-10.0, 10.0)
+ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
+DUAL = {'linf': 1, 'l2': 2, 'l1': np.inf}
+METHODS = {
+    'fab': (functools.partial(fab, steps=30), ('linf', 'l2', 'l1')),
+    'deepfool': (deepfool, ('linf', 'l2', 'l1')),
+    'fmn': (functools.partial(fmn, steps=150), ('linf', 'l2', 'l1')),
+    'carlini_wagner': (
+        functools.partial(
+            carlini_wagner, steps=200, searches=8, step_size=0.03, initial_weight=1.0
+        ),
+        ('l2',),
+    ),
+}
+CASES = [(name, norm) for name, (_, norms) in METHODS.items() for norm in norms]
+
+
+def lengths(norm, change):
+    return np.linalg.norm(np.float64(change).reshape(len(change), -1), ORDER[norm], axis=1)
+
+
+def run(net, name, norm, eps=math.inf, seed=0, **options):
+    method = functools.partial(METHODS[name][0], threat=Threat(norm, eps), **options)
+    key = jax.random.key(seed)
+    return jax.device_get(method(net.forward, net.variables, net.x, net.y, key))
+
+
+# ------------------------------------------------------------------------------- hyperplanes
+
+
+fast_to_hyperplane = jax.jit(to_hyperplane, static_argnames=('norm', 'bounds'))
+points = npst.arrays(np.float32, 6, elements=st.floats(0, 1, width=32))
+normals = npst.arrays(np.float32, 6, elements=st.integers(-8, 8).map(lambda v: np.float32(v / 4)))
+
+
+def best_length(norm, point, normal, excess):
+    """The smallest norm of a change to the hyperplane within the box, by linear programming."""
+    count = len(point)
+    if norm == 'l1':
+        # change = up - down, the sum of both is smallest.
+        cost, equal = np.ones(2 * count), np.concatenate([normal, -normal])[None]
+        limits = [(0, 1 - p) for p in point] + [(0, p) for p in point]
+        found = scipy.optimize.linprog(cost, A_eq=equal, b_eq=[-excess], bounds=limits)
+    else:
+        # |change_i| <= t, and t is smallest.
+        cost = np.concatenate([np.zeros(count), [1]])
+        above = np.concatenate([np.eye(count), -np.ones((count, 1))], 1)
+        below = np.concatenate([-np.eye(count), -np.ones((count, 1))], 1)
+        found = scipy.optimize.linprog(
+            cost,
+            A_ub=np.concatenate([above, below]),
+            b_ub=np.zeros(2 * count),
+            A_eq=np.concatenate([normal, [0]])[None],
+            b_eq=[-excess],
+            bounds=[(-p, 1 - p) for p in point] + [(0, None)],
+        )
+    return found.fun if found.success else None
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l1'])
+@QUICK
+@hypothesis.given(points, normals, st.floats(-3, 3))
+def test_the_way_to_a_hyperplane_is_the_shortest_in_the_box(norm, point, normal, excess):
+    hypothesis.assume(np.abs(normal).max() > 0)
+    change = np.float64(fast_to_hyperplane(norm, point, normal, excess, (0.0, 1.0)))
+    assert (point + change >= -1e-6).all() and (point + change <= 1 + 1e-6).all()
+    best = best_length(norm, np.float64(point), np.float64(normal), excess)
+    reached = abs(excess + (normal * change).sum())
+    if best is None:
+        # It does not cross the box: every pixel goes to its end.
+        most = np.where(normal * np.sign(excess or 1) > 0, point, 1 - point)
+        np.testing.assert_allclose(np.abs(change), np.where(normal == 0, 0, most), atol=1e-6)
+    elif reached > 1e-4:
+        # On the edge of what the box allows, rounding decides.
+        assert reached < 1e-3
+    else:
+        assert np.linalg.norm(change, ORDER[norm]) == pytest.approx(best, abs=1e-4)
+
+
+@QUICK
+@hypothesis.given(points, normals, st.floats(-3, 3))
+def test_the_euclidean_way_satisfies_the_optimality_conditions(point, normal, excess):
+    hypothesis.assume(np.abs(normal).max() > 0)
+    change = np.float64(fast_to_hyperplane('l2', point, normal, excess, (0.0, 1.0)))
+    room = np.where(normal * np.sign(excess or 1) > 0, point, 1 - point)
+    full = np.abs(change) >= room - 1e-6
+    moving = ~full & (normal != 0)
+    # What the box does not stop moves in proportion to the normal.
+    if moving.any():
+        time = np.abs(change[moving]) / np.abs(normal[moving])
+        np.testing.assert_allclose(time, time[0], rtol=1e-3, atol=1e-5)
+        assert abs(excess + (normal * change).sum()) < 1e-4
+        stopped = full & (normal != 0)
+        assert (room[stopped] <= time.max() * np.abs(normal[stopped]) + 1e-4).all()
+
+
+# ------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize(('name', 'norm'), CASES)
+def test_a_linear_model_is_fooled_at_its_margin_over_the_dual_norm(
+    linear, linear_forward, name, norm
+):
+    variables, x, y, weight, margin = linear
+    method = METHODS[name][0]
+    threat = Threat(norm, math.inf, BOX)
+    if name == 'carlini_wagner':
+        # Its steps are shares of the box, which is wide here.
+        method = functools.partial(method, step_size=0.003, steps=800)
+    result = method(linear_forward, variables, x, y, jax.random.key(0), threat=threat)
+    expected = margin / np.linalg.norm(weight, DUAL[norm])
+    slack = {'fab': 0.02, 'deepfool': 0.021, 'fmn': 0.02, 'carlini_wagner': 0.05}[name]
+    assert (result.distance >= expected * (1 - 1e-4)).all()
+    np.testing.assert_allclose(result.distance, expected, rtol=slack, atol=1e-4)
+
+
+@pytest.mark.parametrize(('name', 'norm'), CASES)
+def test_results_are_consistent(net, name, norm):
+    result = run(net, name, norm)
+    assert np.isfinite(result.distance).mean() > 0.8
+    np.testing.assert_allclose(
+        result.distance[result.success], lengths(norm, result.x_adv - net.x)[result.success],
+        rtol=1e-4, atol=1e-6,
+    )  # fmt: skip
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    logits = np.asarray(net.forward(net.variables, result.x_adv)[0])
+    np.testing.assert_array_equal(result.success, logits.argmax(-1) != net.y)
+    np.testing.assert_array_equal(result.success, np.isfinite(result.distance))
+    np.testing.assert_array_equal(result.distance == 0, ~net.correct)
+    np.testing.assert_array_equal(result.x_adv[~net.correct], net.x[~net.correct])
+
+
+@pytest.mark.parametrize(('name', 'norm'), CASES)
+def test_a_radius_only_decides_on_success(net, name, norm):
+    free = run(net, name, norm)
+    eps = float(np.median(free.distance[net.correct]))
+    bound = run(net, name, norm, eps)
+    assert 0 < bound.success[net.correct].mean() < 1
+    np.testing.assert_array_equal(bound.success, bound.distance <= eps)
+    np.testing.assert_array_equal(bound.x_adv[~bound.success], net.x[~bound.success])
+    np.testing.assert_allclose(bound.distance, free.distance, rtol=1e-4)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_pgd_finds_nothing_much_nearer(net, norm):
+    nearest = np.min([run(net, name, norm).distance for name in ('fab', 'fmn')], axis=0)
+    for factor, fewest in ((0.8, 0), (1.2, 1)):
+        found = np.zeros(len(nearest))
+        for place in np.flatnonzero(net.correct):
+            result = pgd(
+                net.forward,
+                net.variables,
+                net.x[place][None],
+                net.y[place][None],
+                jax.random.key(0),
+                threat=Threat(norm, factor * float(nearest[place])),
+                steps=40,
+            )
+            found[place] = result.success[0]
+        share = found[net.correct].mean()
+        assert share >= 0.85 if fewest else share <= 0.15, (factor, share)
+
+
+def test_fab_with_a_target_goes_to_that_boundary_and_restarts_help(linear, linear_forward, net):
+    order = np.argsort(-np.asarray(net.logits), -1)
+    each = [run(net, 'fab', 'l2', target=order[:, rank]).distance for rank in range(1, 4)]
+    whole = run(net, 'fab', 'l2').distance
+    # Several ways find at least what one does, up to its luck.
+    assert (np.min(each, 0)[net.correct] <= 1.1 * whole[net.correct]).all()
+    assert (np.max(each, 0)[net.correct] > 1.1 * whole[net.correct]).any()
+    again = run(net, 'fab', 'l2', eps=1.0, restarts=3).distance
+    assert (again <= run(net, 'fab', 'l2', eps=1.0).distance * (1 + 1e-6)).all()
+
+
+def test_a_confident_attack_goes_further(net):
+    near = run(net, 'carlini_wagner', 'l2')
+    far = run(net, 'carlini_wagner', 'l2', confidence=1.0)
+    both = near.success & far.success & net.correct
+    assert both.any()
+    assert (far.margin[both] <= -1 + 1e-4).all()
+    assert (far.distance[both] > near.distance[both]).all()
+
+
+def test_targets_are_reached(net):
+    order = np.argsort(-np.asarray(net.logits), -1)
+    target = np.where(order[:, 0] == net.y, order[:, 1], order[:, 0])
+    for name in ('fmn', 'carlini_wagner'):
+        result = run(net, name, 'l2', target=target)
+        logits = np.asarray(net.forward(net.variables, result.x_adv)[0])
+        np.testing.assert_array_equal(logits.argmax(-1)[result.success], target[result.success])
+        assert result.success.mean() > 0.5
+
+
+# ----------------------------------------------------------------------- curves and errors
+
+
+def test_the_curve_counts_what_no_perturbation_fools():
+    distance = np.array([0.0, 0.1, 0.3, np.inf])
+    curve = robust_accuracy(distance, np.array([0.0, 0.05, 0.1, 0.2, 0.3, 9.0]))
+    np.testing.assert_allclose(curve, [0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
+
+
+def test_medians_have_an_interval_that_holds_them():
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(60):
+        median = median_distance(random.exponential(size=100), samples=300)
+        assert median.low < median.value < median.high
+        held += median.low < np.log(2) < median.high
+    assert held >= 51
+    distance = random.exponential(size=400)
+    median = median_distance(distance)
+    spread = median.high - median.low
+    assert median_distance(distance[:40]).high - median_distance(distance[:40]).low > spread
+    # Half of the images cannot be fooled: a median may be infinite, and is never NaN.
+    endless = np.where(np.arange(400) % 2, np.inf, distance)
+    assert median_distance(endless).high == np.inf
+    assert median_distance(np.full(5, np.inf)) == (np.inf, np.inf, np.inf)
+    with pytest.raises(ValueError, match='no distance'):
+        median_distance(np.array([]))
+
+
+@pytest.mark.parametrize(
+    ('method', 'norm', 'options', 'message'),
+    [
+        (fab, 'l2', {'steps': 0}, 'steps is 0; it must be at least 1'),
+        (fab, 'l2', {'beta': 2.0}, 'beta is 2.0; it must be at least 0, at most 1'),
+        (deepfool, 'l2', {'classes': 1}, 'classes is 1; it must be at least 2'),
+        (deepfool, 'l2', {'overshoot': -0.1}, 'overshoot is -0.1; it must be at least 0'),
+        (fmn, 'l2', {'gamma': 1.5}, 'gamma is 1.5; it must be at least 0, at most 1'),
+        (carlini_wagner, 'l1', {}, "minimises the l2 norm; the threat's is 'l1'"),
+        (carlini_wagner, 'l2', {'searches': 0}, 'searches is 0; it must be at least 1'),
+    ],
+)
+def test_an_impossible_attack_is_refused(net, method, norm, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(
+            net.forward,
+            net.variables,
+            net.x,
+            net.y,
+            jax.random.key(0),
+            threat=Threat(norm, math.inf),
+            **options,
+        )
+
+
+def test_deepfool_may_look_at_the_nearest_classes_only(net):
+    few = deepfool(
+        net.forward,
+        net.variables,
+        net.x,
+        net.y,
+        jax.random.key(0),
+        threat=Threat('l2', math.inf),
+        classes=2,
+    )
+    whole = run(net, 'deepfool', 'l2')
+    assert jnp.isfinite(few.distance).all()
+    assert np.median(few.distance) <= 2 * np.median(whole.distance) + 1e-6
