@@ -7,16 +7,18 @@ With `--compare=DIR` the neurons of a second model are shown beside those of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 from tqdm import tqdm
 
-from neurosens import command_line, data, evaluation, parallel, scripts, training
+from neurosens import attacks, command_line, data, evaluation, parallel, scripts, training
 from neurosens import config as config_lib
 
 
@@ -58,9 +60,19 @@ def main(arguments: Sequence[str]) -> int:
     if parallel.is_primary():
         print(label)
     bars = functools.partial(_bar, values['progress'])
-    report = evaluation.evaluate(
-        model.forward, model.variables, source, mesh, settings, key, progress=bars
-    )
+    notes = workdir / 'report' / 'unfinished'
+    with _ensemble_bar(values['progress']) as ensemble_progress:
+        report = evaluation.evaluate(
+            model.forward,
+            model.variables,
+            source,
+            mesh,
+            settings,
+            key,
+            progress=bars,
+            ensemble_progress=ensemble_progress,
+            directory=notes,
+        )
     if parallel.is_primary():
         print(evaluation.table(report))
 
@@ -103,6 +115,8 @@ def main(arguments: Sequence[str]) -> int:
                 name=str(workdir),
             )
         evaluation.write(report, directory, facts)
+        # What long attacks had noted, to go on after an interruption, is now in the report.
+        shutil.rmtree(notes, ignore_errors=True)
         print(f'\nWritten: results.json, results.csv, plots and neurons/ in {directory}')
     return 0
 
@@ -112,6 +126,19 @@ def _bar(shown: bool, name: str) -> evaluation.Progress:
     return functools.partial(
         tqdm, desc=name, unit='batch', leave=False, disable=not (shown and parallel.is_primary())
     )
+
+
+@contextlib.contextmanager
+def _ensemble_bar(shown: bool) -> Iterator[attacks.Progress]:
+    """A progress bar of AutoAttack: the run, its batches, and the robust accuracy so far."""
+    bar = tqdm(leave=False, unit='batch', disable=not (shown and parallel.is_primary()))
+
+    def step(run: str, left: int, accuracy: float) -> None:
+        bar.set_description(f'autoattack {run}, {left} to go, robust {accuracy:.2%}')
+        bar.update()
+
+    with bar:
+        yield step
 
 
 def _load_other(

@@ -67,6 +67,28 @@ class Schedule:
     end: float = 0.0
 
 
+ATTACKS = (
+    'fgsm',
+    'fgsm_rs',
+    'bim',
+    'pgd',
+    'mi_fgsm',
+    'ni_fgsm',
+    'apgd',
+    'apgd_dlr',
+    'square',
+    'fab',
+    'deepfool',
+    'fmn',
+    'carlini_wagner',
+    'noise',
+    'autoattack',
+    'autoattack_plus',
+    'autoattack_rand',
+)
+NORMS = ('linf', 'l2', 'l1')
+
+
 @dataclasses.dataclass
 class Evaluation:
     """What `evaluate.py` measures.
@@ -76,12 +98,20 @@ class Evaluation:
       batch_size: images per batch over all devices (rounded up to a multiple of them); results do
         not depend on it.
       limit: evaluate only the first so many images; 0 means all.
-      attacks: attacks to run, of 'fgsm' and 'pgd'.
-      norm: the threat model, 'linf' or 'l2'.
-      eps: radii in pixels of [0, 1], smallest first.
-      steps: PGD steps.
-      step_size: PGD step as a share of eps; 0 means 2.5 / steps.
-      restarts: PGD runs from different random starts.
+      attacks: attacks to run, of 'fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'apgd',
+        'apgd_dlr', 'square', 'fab', 'deepfool', 'fmn', 'carlini_wagner' (l2 only), 'noise' (random
+        images of the ball, as a control) and 'autoattack', 'autoattack_plus', 'autoattack_rand'.
+      norm: the threat model, 'linf', 'l2' or 'l1'.
+      eps: radii in pixels of [0, 1], smallest first. Attacks that look for the smallest
+        perturbation run once for all of them.
+      loss: what 'fgsm' to 'ni_fgsm' maximise, 'cross_entropy', 'margin', 'dlr' or
+        'scaled_cross_entropy'.
+      steps: steps of 'bim', 'pgd', 'mi_fgsm' and 'ni_fgsm'.
+      step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd', 1 / steps for others.
+      restarts: runs of 'pgd', 'apgd', 'fab' and 'square' from different random starts, and random
+        images of 'noise'.
+      auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.
+      queries: forward passes of 'square' and of AutoAttack's.
       examples: images in the example grid.
     """
 
@@ -91,9 +121,12 @@ class Evaluation:
     attacks: tuple[str, ...] = ('fgsm', 'pgd')
     norm: str = 'linf'
     eps: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    loss: str = 'cross_entropy'
     steps: int = 20
     step_size: float = 0.0
     restarts: int = 1
+    auto_steps: int = 100
+    queries: int = 5000
     examples: int = 8
 
 
@@ -343,6 +376,8 @@ def _check_ranges(config: Config) -> None:
     check('evaluation.steps', evaluation.steps, low=1)
     check('evaluation.step_size', evaluation.step_size, low=0)
     check('evaluation.restarts', evaluation.restarts, low=1)
+    check('evaluation.auto_steps', evaluation.auto_steps, low=1)
+    check('evaluation.queries', evaluation.queries, low=1)
     check('evaluation.examples', evaluation.examples, low=0)
     for eps in evaluation.eps:
         check('evaluation.eps item', eps, low=0)
@@ -357,7 +392,11 @@ def _check_ranges(config: Config) -> None:
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
         'evaluation.split': (evaluation.split, ('test', 'validation')),
-        'evaluation.norm': (evaluation.norm, ('linf', 'l2')),
+        'evaluation.norm': (evaluation.norm, NORMS),
+        'evaluation.loss': (
+            evaluation.loss,
+            ('cross_entropy', 'margin', 'dlr', 'scaled_cross_entropy'),
+        ),
         'neurons.unit': (neurons.unit, ('channel', 'unit')),
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
         'neurons.fragile': (neurons.fragile, ('mean', 'median', 'zero')),
@@ -366,8 +405,13 @@ def _check_ranges(config: Config) -> None:
         if value not in valid:
             raise ConfigError(_validate.unknown(f'{key}', value, valid))
     for attack in evaluation.attacks:
-        if attack not in ('fgsm', 'pgd'):
-            raise ConfigError(_validate.unknown('evaluation.attacks item', attack, ('fgsm', 'pgd')))
+        if attack not in ATTACKS:
+            raise ConfigError(_validate.unknown('evaluation.attacks item', attack, ATTACKS))
+        if attack == 'carlini_wagner' and evaluation.norm != 'l2':
+            raise ConfigError(
+                f"evaluation.attacks has 'carlini_wagner', which is for l2, but evaluation.norm is "
+                f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
+            )
     for measure in neurons.measures:
         if measure not in MEASURES:
             raise ConfigError(_validate.unknown('neurons.measures item', measure, MEASURES))

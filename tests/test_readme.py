@@ -8,8 +8,8 @@ README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text(encoding
 
 def test_the_library_example_runs(capsys):
     examples = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    assert len(examples) == 2
-    # The second goes on where the first ends.
+    assert len(examples) == 3
+    # Each goes on where the one before ends.
     exec(compile('\n'.join(examples), 'README.md', 'exec'), {'__name__': 'readme'})
     out = capsys.readouterr().out
     assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out

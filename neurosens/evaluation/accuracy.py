@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from neurosens import data, parallel
-from neurosens.attacks import AttackResult
+from neurosens.attacks import AttackResult, MinimumResult
+from neurosens.attacks.result import label_margin
 from neurosens.forward import Forward, Variables
 
 # Wraps an iterator of batches and yields the same batches, as `tqdm` does.
@@ -32,11 +33,13 @@ class Predictions(NamedTuple):
       labels: their labels, int32 `[N]`.
       predictions: the classes of largest logit, int32 `[N]`; the first of equal ones.
       loss: cross-entropy, float32 `[N]`.
+      margin: logit of the label minus the largest other, float32 `[N]`.
     """
 
     labels: Int[np.ndarray, ' examples']
     predictions: Int[np.ndarray, ' examples']
     loss: Float[np.ndarray, ' examples']
+    margin: Float[np.ndarray, ' examples']
 
     @property
     def correct(self) -> np.ndarray:
@@ -115,6 +118,7 @@ def _predict_batch(forward: Forward, variables: Variables, batch: data.Batch) ->
         'labels': batch.label,
         'predictions': logits.argmax(-1).astype(jnp.int32),
         'loss': loss,
+        'margin': jax.vmap(label_margin)(logits, batch.label),
     }
 
 
@@ -146,6 +150,39 @@ def predict(
     return Predictions(**stream(source, mesh, batch_size, function, limit=limit, progress=progress))
 
 
+def predict_images(
+    forward: Forward,
+    variables: Variables,
+    images: Float[np.ndarray, 'examples height width channels'],
+    labels: Int[np.ndarray, ' examples'],
+    mesh: Mesh,
+    batch_size: int,
+) -> Int[np.ndarray, ' examples']:
+    """Classifies images that every process holds.
+
+    Args:
+      forward: the model.
+      variables: its variables, replicated over the mesh.
+      images: pixels in [0, 1] `[N, H, W, C]`.
+      labels: their labels `[N]`.
+      mesh: devices to run on.
+      batch_size: images per batch over all devices.
+
+    Returns:
+      The predicted classes, int32 `[N]`.
+    """
+    size = parallel.round_up(batch_size, mesh)
+    found = []
+    for start in range(0, len(images), size):
+        # Filled up, so that one program serves all batches.
+        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+        whole = data.Batch(images[rows], labels[rows], rows < start + size, rows)
+        batch = parallel.shard_global(mesh, whole)
+        judged = parallel.gather(_predict_batch(forward, variables, batch))['predictions']
+        found.append(judged[: len(images) - start])
+    return np.concatenate(found)
+
+
 class Attacked(NamedTuple):
     """What an attack did to N images.
 
@@ -155,6 +192,8 @@ class Attacked(NamedTuple):
       predictions: classes of the attacked images, int32 `[N]`.
       x_adv: the attacked images of the first examples, float32 `[n, H, W, C]`.
       x: the clean images of the same.
+      distance: for attacks that look for the smallest perturbation its norm, whatever the radius,
+        float32 `[N]`; None for others.
     """
 
     success: np.ndarray
@@ -162,10 +201,11 @@ class Attacked(NamedTuple):
     predictions: np.ndarray
     x_adv: Float[np.ndarray, 'n height width channels']
     x: UInt8[np.ndarray, 'n height width channels']
+    distance: Float[np.ndarray, ' examples'] | None = None
 
 
 def attack(
-    run: Callable[[Array, Array, Array], AttackResult],
+    run: Callable[[Array, Array, Array], AttackResult | MinimumResult],
     forward: Forward,
     variables: Variables,
     source: data.Source,
@@ -201,7 +241,9 @@ def attack(
             pair = parallel.gather({'x': batch.image, 'x_adv': result.x_adv})
             kept.append((pair['x'], pair['x_adv']))
         judged = _predict_batch(forward, variables, batch._replace(image=result.x_adv))
+        found = {'distance': result.distance} if isinstance(result, MinimumResult) else {}
         return {
+            **found,
             'success': result.success,
             'margin': result.margin,
             'predictions': judged['predictions'],

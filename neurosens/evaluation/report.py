@@ -60,6 +60,8 @@ def table(report: RobustnessReport) -> str:
     columns = ['accuracy', '95 % interval', 'images']
     lines = aligned(['', *columns], [_cells(row) for row in main])
     lines += ['', *aligned(['class', *columns], [_cells(row) for row in classes])]
+    for outcome in report.outcomes:
+        lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
     return '\n'.join(lines)
 
 
@@ -99,11 +101,13 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
       facts: what was evaluated, such as the step and the config; comes first.
 
     Returns:
-      `facts`, `images`, `clean_loss`, and for each key of `rows` its value and, as `<key>/low` and
-      `<key>/high`, its interval.
+      `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss`, and for
+      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
+    warnings = {o.name: list(o.warnings) for o in report.outcomes if o.warnings}
+    flat.update({f'warnings/{name}': texts for name, texts in warnings.items()})
     flat['clean_loss'] = float(report.predictions.loss.astype('float64').mean())
     for key, interval, _ in rows(report):
         flat[key] = interval.value
@@ -117,7 +121,8 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes `results.json`, `results.csv` and the plots.
 
-    Each file appears only when it is whole.
+    For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image. Each file
+    appears only when it is whole.
 
     Args:
       report: an evaluation.
@@ -136,6 +141,13 @@ def write(
             writer.writerow(['measurement', 'value', 'low', 'high', 'images'])
             for key, interval, count in rows(report):
                 writer.writerow([key, *interval, count])
+        for outcome in report.outcomes:
+            if outcome.broken_by:
+                with output.path(f'{outcome.name}.csv').open('w', newline='') as file:
+                    writer = csv.writer(file)
+                    writer.writerow(['image', 'label', 'broken_by'])
+                    labels = report.predictions.labels.tolist()
+                    writer.writerows(zip(range(len(labels)), labels, outcome.broken_by))
         plots.save(plots.class_accuracy(report), output.path('class_accuracy.png'))
         if report.outcomes:
             figure = plots.accuracy_against_eps(report)
@@ -145,8 +157,9 @@ def write(
                 figure = plots.example_grid(report, outcome)
                 plots.save(figure, output.path(f'examples-{outcome.name}.png'))
     # Examples of an earlier evaluation with other attacks would pass for this one's.
-    for stale in set(directory.glob('examples-*.png')) - set(output.written):
-        stale.unlink()
+    for pattern in ('examples-*.png', 'autoattack*.csv'):
+        for stale in set(directory.glob(pattern)) - set(output.written):
+            stale.unlink()
     return output.written
 
 

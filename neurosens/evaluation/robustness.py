@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +28,17 @@ class AttackOutcome:
       norm: norm of the threat.
       eps: radius in pixel units.
       attacked: per-image results.
+      broken_by: of an ensemble, the run that broke each image, 'clean' where none was needed, ''
+        where none succeeded.
+      warnings: why the result may overestimate robustness.
     """
 
     attack: str
     norm: str
     eps: float
     attacked: accuracy.Attacked
+    broken_by: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,8 +80,10 @@ def evaluate(
     key: PRNGKeyArray,
     *,
     progress: Callable[[str], accuracy.Progress] = lambda name: iter,
+    ensemble_progress: attacks.Progress | None = None,
+    directory: pathlib.Path | None = None,
 ) -> RobustnessReport:
-    """Measures clean accuracy and accuracy under FGSM and PGD.
+    """Measures clean accuracy and accuracy under attack.
 
     Args:
       forward: the model.
@@ -84,6 +94,8 @@ def evaluate(
       key: randomness of attacks; folded with each image's position in the data set, so that
         results do not depend on batches and devices.
       progress: from a label to a wrapper of an iterator of batches.
+      ensemble_progress: called before each batch of AutoAttack, see `attacks.autoattack`.
+      directory: where AutoAttack notes finished work, to go on after an interruption.
 
     Returns:
       The report.
@@ -98,12 +110,21 @@ def evaluate(
         limit=limit,
         progress=progress('clean'),
     )
-    outcomes = []
+    outcomes: list[AttackOutcome] = []
     for name in settings.attacks:
-        for eps in settings.eps:
-            run = _attack(name, forward, variables, settings, eps, key)
+        if name.startswith('autoattack'):
+            ensemble = functools.partial(
+                _autoattack, name, forward, variables, source, mesh, settings, key, predictions
+            )
+            for eps in settings.eps:
+                notes = None if directory is None else directory / f'{name}-{settings.norm}-{eps:g}'
+                outcomes.append(ensemble(eps, notes, ensemble_progress))
+            continue
+        # What looks for the smallest perturbation finds the answer for all radii at once.
+        smallest = name in _MINIMUM
+        for eps in sorted(settings.eps)[-1:] if smallest else settings.eps:
             attacked = accuracy.attack(
-                run,
+                _attack(name, forward, variables, settings, eps, key),
                 forward,
                 variables,
                 source,
@@ -113,8 +134,88 @@ def evaluate(
                 keep=settings.examples,
                 progress=progress(f'{name} {eps:g}'),
             )
-            outcomes.append(AttackOutcome(name, settings.norm, eps, attacked))
+            outcomes += (
+                _at_each_radius(name, settings, attacked, predictions)
+                if smallest
+                else [AttackOutcome(name, settings.norm, eps, attacked)]
+            )
     return RobustnessReport(source.info, settings.split, predictions, tuple(outcomes))
+
+
+def _at_each_radius(
+    name: str,
+    settings: config_lib.Evaluation,
+    attacked: accuracy.Attacked,
+    clean: accuracy.Predictions,
+) -> list[AttackOutcome]:
+    """Outcomes for all radii from the smallest perturbations found, of one run."""
+    outcomes = []
+    assert attacked.distance is not None
+    for eps in settings.eps:
+        success = attacked.distance <= eps
+        shown = success[: len(attacked.x)].reshape(-1, *[1] * (attacked.x.ndim - 1))
+        at_radius = attacked._replace(
+            success=success,
+            margin=np.where(success, attacked.margin, clean.margin),
+            predictions=np.where(success, attacked.predictions, clean.predictions),
+            x_adv=np.where(shown, attacked.x_adv, attacked.x / np.float32(255)),
+        )
+        outcomes.append(AttackOutcome(name, settings.norm, eps, at_radius))
+    return outcomes
+
+
+def _autoattack(
+    name: str,
+    forward: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    settings: config_lib.Evaluation,
+    key: PRNGKeyArray,
+    clean: accuracy.Predictions,
+    eps: float,
+    directory: pathlib.Path | None,
+    progress: attacks.Progress | None,
+) -> AttackOutcome:
+    """AutoAttack over the data set, all of whose images every process holds."""
+
+    def images_of(batch: data.Batch) -> dict[str, Array]:
+        return {'image': batch.image, 'index': batch.index}
+
+    held = accuracy.stream(
+        source, mesh, settings.batch_size, images_of, limit=settings.limit or None
+    )
+    version = name.partition('_')[2] or 'standard'
+    result = attacks.autoattack(
+        forward,
+        variables,
+        held['image'].astype(np.float32) / np.float32(255),
+        clean.labels,
+        key,
+        threat=attacks.Threat(settings.norm, eps),
+        version=version,
+        steps=settings.auto_steps,
+        queries=settings.queries,
+        batch_size=settings.batch_size,
+        mesh=mesh,
+        index=held['index'],
+        directory=directory,
+        progress=progress,
+    )
+    judged = accuracy.predict_images(
+        forward, variables, result.x_adv, clean.labels, mesh, settings.batch_size
+    )
+    keep = min(settings.examples, len(clean.labels))
+    attacked = accuracy.Attacked(
+        result.success, result.margin, judged, result.x_adv[:keep], held['image'][:keep]
+    )
+    names = {attacks.ROBUST: '', attacks.CLEAN: 'clean', **dict(enumerate(result.runs))}
+    broken_by = tuple(names[int(number)] for number in result.broken_by)
+    return AttackOutcome(name, settings.norm, eps, attacked, broken_by, result.warnings)
+
+
+# Attacks that look for the smallest perturbation.
+_MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 
 
 def _attack(
@@ -124,24 +225,42 @@ def _attack(
     settings: config_lib.Evaluation,
     eps: float,
     key: PRNGKeyArray,
-) -> Callable[[Array, Array, Array], attacks.AttackResult]:
+) -> Callable[[Array, Array, Array], attacks.AttackResult | attacks.MinimumResult]:
+    """An attack with everything bound but images, labels and their positions."""
+    method: Callable[..., Any]
+    options: dict[str, Any] = {}
+    if name in ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm'):
+        method, options['loss'] = getattr(attacks, name), settings.loss
+        if name in ('bim', 'pgd', 'mi_fgsm', 'ni_fgsm'):
+            options['steps'] = settings.steps
+            if settings.step_size:
+                options['step_size'] = settings.step_size * eps
+        if name == 'pgd':
+            options['restarts'] = settings.restarts
+    elif name in ('apgd', 'apgd_dlr'):
+        method = attacks.apgd
+        options = {
+            'steps': settings.auto_steps,
+            'restarts': settings.restarts,
+            'loss': 'dlr' if name == 'apgd_dlr' else 'cross_entropy',
+            'large_start': settings.norm == 'l1',
+        }
+    elif name == 'square':
+        method = attacks.square
+        options = {'queries': settings.queries, 'restarts': settings.restarts}
+    elif name == 'fab':
+        method = attacks.fab
+        options = {'steps': settings.auto_steps, 'restarts': settings.restarts}
+    elif name == 'fmn':
+        method, options = attacks.fmn, {'steps': settings.auto_steps}
+    elif name == 'noise':
+        method, options = attacks.noise, {'restarts': settings.restarts}
+    else:
+        method = attacks.deepfool if name == 'deepfool' else attacks.carlini_wagner
     threat = attacks.Threat(settings.norm, eps)
 
-    def run(x: Array, y: Array, index: Array) -> attacks.AttackResult:
-        if name == 'fgsm':
-            return attacks.fgsm(forward, variables, x, y, key, threat=threat, index=index)
-        return attacks.pgd(
-            forward,
-            variables,
-            x,
-            y,
-            key,
-            threat=threat,
-            steps=settings.steps,
-            step_size=settings.step_size * eps or None,
-            restarts=settings.restarts,
-            index=index,
-        )
+    def run(x: Array, y: Array, index: Array) -> attacks.AttackResult | attacks.MinimumResult:
+        return method(forward, variables, x, y, key, threat=threat, index=index, **options)
 
     return run
 

@@ -1,6 +1,7 @@
 """Reports say what was measured: the table, the files and the pictures agree."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,10 @@ from neurosens import data, evaluation, metrics
 def report():
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3], np.int32)
     predictions = evaluation.Predictions(
-        labels, np.array([0, 0, 1, 1, 2, 2, 3, 0], np.int32), np.full(8, 0.5, np.float32)
+        labels,
+        np.array([0, 0, 1, 1, 2, 2, 3, 0], np.int32),
+        np.full(8, 0.5, np.float32),
+        np.array([1, 1, 1, 1, 1, 1, 1, -1], np.float32),
     )
 
     def outcome(attack, eps, broken):
@@ -75,3 +79,22 @@ def test_without_attacks_there_is_no_curve(report, tmp_path):
     clean = evaluation.RobustnessReport(report.info, 'test', report.predictions, ())
     written = {path.name for path in evaluation.write(clean, tmp_path, {})}
     assert written == {'results.json', 'results.csv', 'class_accuracy.png'}
+
+
+def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_path):
+    images = report.outcomes[0].attacked._replace(success=np.arange(8) % 2 == 1)
+    broken_by = ('', 'apgd-ce', '', 'square', '', 'square', '', 'clean')
+    ensemble = evaluation.AttackOutcome(
+        'autoattack', 'linf', 0.1, images, broken_by, ('Square broke 2 images.',)
+    )
+    (tmp_path / 'autoattack-l2-9.csv').touch()
+    whole = dataclasses.replace(report, outcomes=(*report.outcomes, ensemble))
+    written = {path.name for path in evaluation.write(whole, tmp_path, {})}
+    assert written == {path.name for path in tmp_path.iterdir()}
+    with (tmp_path / 'autoattack-linf-0.1.csv').open() as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(line['broken_by'] for line in lines) == broken_by
+    assert [int(line['label']) for line in lines] == report.predictions.labels.tolist()
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['warnings/autoattack-linf-0.1'] == ['Square broke 2 images.']
+    assert evaluation.table(whole).endswith('autoattack-linf-0.1: Square broke 2 images.')

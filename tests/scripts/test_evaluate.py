@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -139,6 +140,42 @@ def test_the_neuron_section_is_complete(evaluated):
     with (directory / 'neurons.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [row['layer'] for row in rows] == ['act1'] * 4 + ['head:in'] * 16
+
+
+def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
+    out, _ = scripts.run(
+        'evaluate.py',
+        f'--workdir={workdir}',
+        "--config.evaluation.attacks=('noise','mi_fgsm','fmn','autoattack')",
+        '--config.evaluation.norm=l2',
+        '--config.evaluation.eps=(0.3,0.8)',
+        '--config.evaluation.steps=4',
+        '--config.evaluation.auto_steps=10',
+        '--config.evaluation.queries=10',
+        '--config.evaluation.limit=40',
+        '--config.evaluation.batch_size=16',
+        '--config.neurons.measures=()',
+    )
+    report = workdir / 'report'
+    results = json.loads((report / 'results.json').read_text())
+    clean = results['clean_accuracy']
+    for eps in ('0.3', '0.8'):
+        accuracy = {
+            name: results[f'robust_accuracy/{name}-l2-{eps}']
+            for name in ('noise', 'mi_fgsm', 'fmn', 'autoattack')
+        }
+        assert clean >= accuracy['noise'] >= accuracy['autoattack']
+        assert results[f'robust_accuracy/worst-l2-{eps}'] <= min(accuracy.values())
+        with (report / f'autoattack-l2-{eps}.csv').open() as file:
+            broken = [line['broken_by'] for line in csv.DictReader(file)]
+        assert len(broken) == 40
+        assert np.mean([name == '' for name in broken]) == pytest.approx(accuracy['autoattack'])
+        assert np.mean([name != 'clean' for name in broken]) == pytest.approx(clean)
+    assert accuracy['autoattack'] < clean
+    assert 'autoattack-l2-0.8' in out
+    assert not (report / 'unfinished').exists()
 
 
 def test_two_models_are_compared(trained, scripts, tmp_path):
