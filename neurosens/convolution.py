@@ -19,11 +19,15 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
+from neurosens import pooling
+
 F = TypeVar('F', bound=Callable[..., Any])
 
 
 def with_fast_input_gradients(function: F) -> F:
-    """Rewrites the convolutions in a function so that reverse mode is fast inside loops on a CPU.
+    """Rewrites a function so that its reverse mode is fast on a CPU, also inside loops.
+
+    Convolutions and max pooling get other gradients (`neurosens.pooling`).
 
     Values and reverse-mode gradients are the same to rounding. Only first-order reverse mode is
     supported, as attacks need it; leave functions that are differentiated in forward mode or twice
@@ -48,7 +52,7 @@ def with_fast_input_gradients(function: F) -> F:
 
 
 def _evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
-    """Evaluates a jaxpr equation by equation, with its convolutions replaced."""
+    """Evaluates a jaxpr equation by equation, with convolutions and max pooling replaced."""
     values: dict[jex.Var, Any] = {}
     values.update(zip(jaxpr.constvars, consts))
     values.update(zip(jaxpr.invars, args))
@@ -61,6 +65,8 @@ def _evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
         primitive, params = equation.primitive, equation.params
         if primitive is primitives.conv_general_dilated_p and params['batch_group_count'] == 1:
             outputs = [_convolution(**params)(*inputs)]
+        elif primitive is primitives.reduce_window_max_p and pooling.supports(*inputs, **params):
+            outputs = [pooling.max_pool(**params)(*inputs)]
         elif primitive is primitives.jit_p:
             outputs = _evaluate(params['jaxpr'].jaxpr, params['jaxpr'].consts, *inputs)
         elif primitive is primitives.remat_p:

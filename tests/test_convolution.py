@@ -44,6 +44,48 @@ def test_gradients_equal_the_plain_ones(case):
     chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
+POOLS = {
+    'halves': ((2, 2), (2, 2), 'VALID'),
+    'with a rest': ((3, 2), (3, 2), 'VALID'),
+    'overlapping': ((3, 3), (2, 2), ((1, 1), (1, 1))),
+    'uneven': ((2, 4), (1, 3), ((0, 1), (2, 0))),
+    'with gaps': ((2, 2), (3, 3), 'VALID'),
+}
+
+
+@pytest.mark.parametrize('case', POOLS)
+@pytest.mark.parametrize('ties', [False, True])
+def test_gradients_of_pooling_equal_the_plain_ones(case, ties):
+    window, strides, padding = POOLS[case]
+    images = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    if ties:
+        # Of equal entries the first of a window takes all of its gradient.
+        images = jnp.round(images)
+
+    def loss(images):
+        pooled = nn.max_pool(images, window, strides, padding)
+        return (jnp.arange(pooled.size).reshape(pooled.shape) * jnp.sin(pooled)).sum()
+
+    plain = jax.value_and_grad(loss)(images)
+    fast = jax.jit(jax.value_and_grad(with_fast_input_gradients(loss)))(images)
+    chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-3)
+    gradient = jax.make_jaxpr(jax.grad(with_fast_input_gradients(loss)))(images)
+    assert 'select_and_scatter' not in str(gradient)
+
+
+def test_other_windows_stay_as_they_are():
+    images = jnp.arange(24).reshape(1, 4, 6, 1)
+    window = (1, 2, 2, 1), (1, 1, 1, 1), 'VALID'
+
+    def largest(scale):
+        # Of integers, and with gaps between the entries of a window.
+        whole = lax.reduce_window(images, -100, lax.max, *window)
+        spread = lax.reduce_window(scale * images, -jnp.inf, lax.max, *window, None, (1, 2, 2, 1))
+        return spread.sum() + whole.sum()
+
+    assert with_fast_input_gradients(largest)(2.0) == largest(2.0)
+
+
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
