@@ -12,7 +12,7 @@ COMPILATION_CACHE = pathlib.Path(os.environ.get('NEUROSENS_TEST_CACHE', REPOSITO
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-# Compiling costs more than running here. The scripts' own processes optimize as for users.
+# Compiling costs more than running here.
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

@@ -33,6 +33,8 @@ class Scripts:
             'JAX_PLATFORMS': 'cpu',
             'JAX_COMPILATION_CACHE_DIR': CACHE,
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+            # Compiling costs more than running here.
+            'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
             **(env or {}),
         }
         return subprocess.Popen(
