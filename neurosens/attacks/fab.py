@@ -47,6 +47,8 @@ def to_hyperplane(
     Returns:
       The change, of the shape of the point.
     """
+    # As vectors: XLA:CPU is slow at sums over several short axes.
+    shape, point, normal = point.shape, point.ravel(), normal.ravel()
     side = jnp.where(excess >= 0, 1, -1).astype(point.dtype)
     # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
     largest = jnp.abs(normal).max()
@@ -78,7 +80,7 @@ def to_hyperplane(
         time = jnp.where(rate > 0, rest / jnp.where(rate > 0, rate, 1), middle)
         move = jnp.minimum(jnp.maximum(time, 0) * speed, room)
     move = jnp.where(gain.sum() > excess, move, room)
-    return -jnp.sign(normal) * move
+    return (-jnp.sign(normal) * move).reshape(shape)
 
 
 class _State(NamedTuple):

@@ -99,6 +99,8 @@ def _project_l1(
     Sorting the breakpoints would find it too, with more work on every device.
     """
     low, high = bounds
+    # As vectors: XLA:CPU is slow at sums over several short axes.
+    shape, clean, moved = clean.shape, clean.ravel(), moved.ravel()
     wish = jnp.abs(moved - clean)
     room = jnp.where(moved > clean, high - clean, clean - low)
 
@@ -114,7 +116,7 @@ def _project_l1(
     # A radius of 0 leaves nothing to rounding.
     shrink = jnp.where(free.any() & (eps > 0), exact, above)
     shrink = jnp.where(moves(jnp.zeros_like(middle)).sum() > eps, shrink, 0)
-    return clean + jnp.sign(moved - clean) * moves(shrink)
+    return (clean + jnp.sign(moved - clean) * moves(shrink)).reshape(shape)
 
 
 def inside(
@@ -222,6 +224,7 @@ def kth_largest(values: Float[Array, '...'], k: Int[Array, '']) -> Float[Array, 
     Returns:
       One of the values.
     """
+    values = values.ravel()
     return largest_float(lambda value: (values >= value).sum() >= k, values.dtype)
 
 
