@@ -39,23 +39,28 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
     """Accuracy of each attack against its radius, with 95 % Wilson bands; radius 0 is clean."""
     figure = Figure(figsize=(5.5, 3.8), layout='constrained')
     axes = figure.subplots()
-    for color, attack in zip(COLORS, dict.fromkeys(o.attack for o in report.outcomes)):
+    names = list(dict.fromkeys(outcome.attack for outcome in report.outcomes))
+    for place, attack in enumerate(names):
+        # Beyond the colours there are, other strokes.
+        color = COLORS[place % len(COLORS)]
+        stroke = ('-', '--', ':')[place // len(COLORS) % 3]
         points = [(0.0, report.predictions.correct)]
         points += [(o.eps, ~o.attacked.success) for o in report.outcomes if o.attack == attack]
         points.sort(key=lambda point: point[0])
         eps = [point[0] for point in points]
         intervals = [metrics.wilson_interval(int(f.sum()), len(f)) for _, f in points]
         values, lows, highs = np.array(intervals).T * 100
-        axes.plot(eps, values, marker='o', markersize=4, color=color, label=attack.upper())
+        label = attack.upper().replace('_', ' ')
+        axes.plot(eps, values, stroke, marker='o', markersize=4, color=color, label=label)
         axes.fill_between(eps, lows, highs, color=color, alpha=0.15, linewidth=0)
     chance = 100 / report.info.num_classes
     axes.axhline(chance, color='0.5', linestyle=':', linewidth=1, label='chance')
-    norm = {'linf': r'$\ell_\infty$', 'l2': r'$\ell_2$'}[report.outcomes[0].norm]
+    norm = {'linf': r'$\ell_\infty$', 'l2': r'$\ell_2$', 'l1': r'$\ell_1$'}[report.outcomes[0].norm]
     axes.set_xlabel(f'{norm} radius eps, pixels in [0, 1]')
     axes.set_ylabel('accuracy (%)')
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=None if len(names) <= len(COLORS) else 7)
     axes.set_title(f'{report.info.name} {report.split}, {len(report.predictions.labels):,} images')
     style(axes)
     return figure

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from neurosens import data, evaluation, metrics
+from neurosens import config, data, evaluation, metrics
+from neurosens.evaluation import plots
 
 
 @pytest.fixture
@@ -98,3 +99,19 @@ def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_pat
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['warnings/autoattack-linf-0.1'] == ['Square broke 2 images.']
     assert evaluation.table(whole).endswith('autoattack-linf-0.1: Square broke 2 images.')
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
+def test_the_curve_shows_every_attack_there_is_in_every_norm(report, norm):
+    first = report.outcomes[0]
+    outcomes = tuple(
+        dataclasses.replace(first, attack=attack, norm=norm) for attack in config.ATTACKS
+    )
+    whole = dataclasses.replace(report, outcomes=outcomes)
+    (axes,) = plots.accuracy_against_eps(whole).axes
+    curves = [line for line in axes.lines if line.get_label() != 'chance']
+    assert len(curves) == len(config.ATTACKS)
+    drawn = {(line.get_color(), line.get_linestyle()) for line in curves}
+    assert len(drawn) == len(curves), 'no two attacks look the same'
+    symbol = {'linf': r'\ell_\infty', 'l2': r'\ell_2', 'l1': r'\ell_1'}[norm]
+    assert axes.get_xlabel().startswith(f'${symbol}$')
