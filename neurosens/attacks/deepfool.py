@@ -13,7 +13,7 @@ from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.fab import to_hyperplane
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.result import fooled, logits_of
-from neurosens.attacks.threat import Threat, length
+from neurosens.attacks.threat import DUAL, Threat, length
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 
@@ -45,7 +45,7 @@ def deepfool_example(
     `overshoot` may be traced. Returns one image and scalars.
     """
     del key
-    dual = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}[threat.norm]
+    dual = DUAL[threat.norm]
     logits_fast = with_fast_input_gradients(lambda image: logits_of(forward, variables, image))
     clean = logits_of(forward, variables, x)
     count = clean.shape[-1] if classes is None else min(classes, clean.shape[-1])

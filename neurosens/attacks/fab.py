@@ -15,13 +15,12 @@ from neurosens import _validate
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.result import fooled, logits_of
-from neurosens.attacks.threat import Threat, largest_float, length
+from neurosens.attacks.threat import DUAL, Threat, largest_float, length
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 
 _TINY = 1e-12
 _LEAST = 1e-8
-_DUAL = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}
 
 
 def to_hyperplane(
@@ -121,7 +120,7 @@ def fab_example(
             return logits[target] - logits[y], pull(classes[target] - classes[y])[0]
         differences = logits - logits[y]
         gradients = jax.vmap(lambda cotangent: pull(cotangent)[0])(classes - classes[y])
-        lengths = jax.vmap(lambda gradient: length(_DUAL[norm], gradient))(gradients)
+        lengths = jax.vmap(lambda gradient: length(DUAL[norm], gradient))(gradients)
         distances = jnp.abs(differences) / (lengths + _TINY)
         best = jnp.where(jnp.arange(len(classes)) == y, jnp.inf, distances).argmin()
         return differences[best], gradients[best]

@@ -13,10 +13,9 @@ from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.objective import objective
-from neurosens.attacks.threat import Threat, length, project
+from neurosens.attacks.threat import DUAL, Threat, length, project
 from neurosens.forward import Forward, Variables
 
-_DUAL = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}
 _TINY = 1e-12
 
 
@@ -70,7 +69,7 @@ def fmn_example(
         found = jnp.isfinite(state.distance)
         # Beyond the boundary the radius shrinks; before it, it grows: as far as the linearised
         # boundary while nothing was found yet, a little afterwards.
-        reach = jnp.abs(iterate.loss) / (length(_DUAL[norm], gradient) + _TINY)
+        reach = jnp.abs(iterate.loss) / (length(DUAL[norm], gradient) + _TINY)
         estimate = length(norm, state.x - x) + reach
         grown = jnp.where(found, state.radius * (1 + shrink), estimate)
         shrunk = jnp.minimum(state.radius * (1 - shrink), state.distance * (1 - shrink))

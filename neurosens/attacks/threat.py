@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from neurosens import _validate
 
 NORMS = ('linf', 'l2', 'l1')
+# The norm by which a gradient bounds how far a perturbation of the threat's norm changes a value.
+DUAL = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}
 # Share of the pixels that a steepest l1 step moves: one pixel at a time is slow to get anywhere
 # (Tramer & Boneh 2019, https://arxiv.org/abs/1904.13000, move the largest hundredth).
 SPARSE_SHARE = 0.01
