@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neurosens import data, models
+from neurosens import attacks, data, models, neurons
+from neurosens.forward import LinenForward
 
 SMALL_CNN_SHAPE = (28, 28, 1)
 
@@ -111,3 +112,24 @@ def _moved_variables(module: nn.Module, image_shape: tuple[int, ...], seed: int)
             factor, term = random.random((2, *leaf.shape), np.float32)
             flat[path] = leaf * (np.float32(0.5) + factor) + np.float32(0.1) * term
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def single_neurons(
+    forward: LinenForward, variables: dict[str, Any], x: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the easiest neurons of the last layer's input.
+
+    Args:
+        forward: the network.
+        variables: its variables.
+        x: images.
+        count: neurons per image.
+
+    Returns:
+        Neurons `[B, count]`, the changes that flip the prediction, and the activations `[B, D]`.
+    """
+    found = neurons.sensitivity(forward, variables, x)
+    total = neurons.statistics(forward, variables, x)
+    chosen, delta = attacks.easiest_neurons(found.delta, total.mean, total.std(), count)
+    features = forward(variables, x, taps=('head:in',))[1]['head:in']
+    return np.asarray(chosen), np.asarray(delta), np.asarray(features)

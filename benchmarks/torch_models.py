@@ -1,4 +1,4 @@
-"""The CIFAR ResNet-20 of `neurosens.models` in PyTorch, and the conversion of its weights."""
+"""Networks in PyTorch, and the conversion of the weights of `cifar_resnet20`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,50 @@ class CIFARResNet20(nn.Module):
         for block in self.blocks.values():
             x = block(x)
         return self.head(x.mean((2, 3)))
+
+
+class LeNet5Wide(nn.Module):
+    """The network `lenet5_wide`: two convolutions with pooling and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.linear1 = nn.Linear(3136, 200)
+        self.linear2 = nn.Linear(200, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[B, 10]` of images `[B, 1, 28, 28]`."""
+        for convolution in (self.conv1, self.conv2):
+            x = functional.max_pool2d(convolution(x).relu(), 2)
+        return self.linear2(self.linear1(x.flatten(1)).relu())
+
+
+class ResNet2B(nn.Module):
+    """Two residual blocks without batch norm, and two linear layers; normalises inside."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent=False)
+        self.conv1 = nn.Conv2d(3, 8, 3, 2, padding=1)
+        self.block1_conv1 = nn.Conv2d(8, 16, 3, 2, padding=1)
+        self.block1_conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.block1_shortcut = nn.Conv2d(8, 16, 1, 2)
+        self.block2_conv1 = nn.Conv2d(16, 16, 3, padding=1)
+        self.block2_conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.dense = nn.Linear(1024, 100)
+        self.head = nn.Linear(100, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[B, 10]` of images `[B, 3, 32, 32]`."""
+        x = self.conv1((x - self.mean) / self.std).relu()
+        x = (self.block1_conv2(self.block1_conv1(x).relu()) + self.block1_shortcut(x)).relu()
+        x = (self.block2_conv2(self.block2_conv1(x).relu()) + x).relu()
+        return self.head(self.dense(x.flatten(1)).relu())
 
 
 def state_dict_from_variables(variables: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import hypothesis
+
 # Must happen before the first JAX computation of the process.
 import jax
 import pytest
@@ -17,6 +19,11 @@ jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+
+# The same cases in every run, so that a change is what makes a test fail; new ones are hunted with
+# HYPOTHESIS_PROFILE=default.
+hypothesis.settings.register_profile('repeatable', derandomize=True)
+hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatable'))
 
 
 @pytest.fixture(scope='session')

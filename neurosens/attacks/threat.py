@@ -96,29 +96,25 @@ def _project_l1(
     """The nearest point of an l1 ball within a box (Croce & Hein 2021, AutoAttack for l1).
 
     A pixel that wants to move by u in its direction, where the box leaves it c, moves by
-    clip(u - t, 0, c), with one t >= 0 for all pixels such that the moves add up to eps. Their sum
-    is piecewise linear in t: halving finds the piece, on which t is the root of a linear equation.
-    Sorting the breakpoints would find it too, with more work on every device.
+    clip(u - t, 0, c), with one t >= 0 for all pixels, the smallest such that the moves add up to
+    eps at most. The search runs over s = max(u) - t: differences from the largest wish keep the
+    precision of the moves, where t itself, near the largest wish, would be rounded too coarsely.
+    Sorting the breakpoints would find t too, with more work on every device.
     """
     low, high = bounds
     # As vectors: XLA:CPU is slow at sums over several short axes.
     shape, clean, moved = clean.shape, clean.ravel(), moved.ravel()
     wish = jnp.abs(moved - clean)
     room = jnp.where(moved > clean, high - clean, clean - low)
+    largest = wish.max()
+    behind = largest - wish
 
-    def moves(shrink: Array) -> Array:
-        return jnp.clip(wish - shrink, 0, room)
+    def moves(reach: Array) -> Array:
+        return jnp.clip(reach - behind, 0, room)
 
-    middle = largest_float(lambda shrink: moves(shrink).sum() > eps, wish.dtype)
-    capped = wish - middle >= room
-    free = (wish > middle) & ~capped
-    rest = jnp.where(capped, room, 0).sum() + jnp.where(free, wish, 0).sum() - eps
-    above = jnp.nextafter(middle, jnp.full_like(middle, jnp.inf))
-    exact = jnp.clip(rest / jnp.maximum(free.sum(), 1), middle, above)
-    # A radius of 0 leaves nothing to rounding.
-    shrink = jnp.where(free.any() & (eps > 0), exact, above)
-    shrink = jnp.where(moves(jnp.zeros_like(middle)).sum() > eps, shrink, 0)
-    return (clean + jnp.sign(moved - clean) * moves(shrink)).reshape(shape)
+    reach = largest_float(lambda reach: moves(reach).sum() <= eps, wish.dtype)
+    moved_by = jnp.where(reach < largest, moves(reach), jnp.minimum(wish, room))
+    return (clean + jnp.sign(moved - clean) * moved_by).reshape(shape)
 
 
 def inside(

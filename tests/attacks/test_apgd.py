@@ -76,7 +76,8 @@ def test_a_linear_margin_falls_by_the_dual_norm(linear, linear_forward, norm, du
     # Where it cannot fool, it reaches the largest loss there is.
     reached = (margin - result.margin)[~broken]
     # Sparse steps never end on the single steepest of so few pixels.
-    np.testing.assert_allclose(reached, drop, rtol=0.2 if norm == 'l1' else 2e-3)
+    least = 0.7 if norm == 'l1' else 0.998
+    assert (reached >= least * drop).all() and (reached <= 1.002 * drop).all()
     assert (reached <= drop * (1 + 1e-4)).all()
     if norm != 'l1':
         np.testing.assert_array_equal(result.success, broken)

@@ -12,6 +12,7 @@ from neurosens.attacks import Threat, inside, project, random_start, steepest_as
 from neurosens.attacks.threat import kth_largest, largest_float
 
 SHAPE = (3, 4, 2)
+F1 = np.float32(1)
 ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
 DUAL = {'linf': 1, 'l2': 2, 'l1': np.inf}
 
@@ -44,6 +45,10 @@ def assert_inside(threat, clean, moved):
 
 @QUICK
 @hypothesis.given(norms, radii, bounds, images, anywhere)
+# All pixels but one far outside: the common shrinkage is large beside the moves that it leaves.
+@hypothesis.example(
+    'l1', 1.0, (0.0, 1.0), np.zeros(SHAPE, np.float32), np.r_[0, [5] * 23].reshape(SHAPE) * F1
+)
 def test_a_projection_lands_inside_the_ball_and_the_box(norm, eps, box, clean, moved):
     threat = Threat(norm, eps, box)
     projected = np.asarray(fast_project(threat, clean, moved))

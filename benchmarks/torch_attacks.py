@@ -1,0 +1,223 @@
+"""Attacks of torchattacks, foolbox and ART on published networks, with one call form.
+
+Each attack is a function from images and labels to adversarial images, as tensors
+`[B, C, H, W]` in PyTorch. Networks are frozen and, as their images, channels last: the fastest
+setting of PyTorch on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
+import foolbox
+import numpy as np
+import torch
+import torchattacks
+from art.attacks.evasion import (
+    AutoProjectedGradientDescent,
+    ProjectedGradientDescentPyTorch,
+    SquareAttack,
+)
+from art.estimators.classification import PyTorchClassifier
+
+from benchmarks import harness, neuron_problems, published
+from benchmarks.attack_settings import Setting
+
+Attack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_NORMS = {'linf': 'Linf', 'l2': 'L2'}
+_THREADS = 2
+
+
+def torchattacks_attacks(
+    network: torch.nn.Module, setting: Setting, seed: int
+) -> dict[str, Attack]:
+    """Returns the attacks of torchattacks by the names of `attack_settings.ATTACKS`."""
+    norm, eps = _NORMS[setting.norm], setting.eps
+    common = {'norm': norm, 'eps': eps, 'seed': seed}
+    pgd = {'linf': torchattacks.PGD, 'l2': torchattacks.PGDL2}[setting.norm]
+    parts = {
+        'apgd-ce': torchattacks.APGD(network, steps=setting.steps, loss='ce', **common),
+        'apgd-dlr': torchattacks.APGD(network, steps=setting.steps, loss='dlr', **common),
+        'apgd-t': torchattacks.APGDT(network, steps=setting.steps, n_classes=10, **common),
+        'fab-t': torchattacks.FAB(
+            network, steps=setting.steps, multi_targeted=True, n_classes=10, **common
+        ),
+        'square': torchattacks.Square(network, n_queries=setting.queries, **common),
+    }
+    # Its own AutoAttack takes 10 steps in place of the 100 of the paper.
+    ensemble = [parts[name] for name in ('apgd-ce', 'apgd-t', 'fab-t', 'square')]
+    return {
+        'pgd': pgd(network, eps, setting.step_size, setting.pgd_steps),
+        **parts,
+        'autoattack': torchattacks.MultiAttack(ensemble),
+    }
+
+
+def foolbox_attacks(network: torch.nn.Module, setting: Setting) -> dict[str, Attack]:
+    """Returns the attack of foolbox that the others have too."""
+    kind = {'linf': foolbox.attacks.LinfPGD, 'l2': foolbox.attacks.L2PGD}[setting.norm]
+    attack = kind(abs_stepsize=setting.step_size, steps=setting.pgd_steps, random_start=True)
+    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    return {'pgd': lambda x, y: attack(model, x, y, epsilons=setting.eps)[1]}
+
+
+def art_attacks(network: torch.nn.Module, setting: Setting, shape: tuple[int, ...]) -> dict:
+    """Returns the attacks of ART by the names of `attack_settings.ATTACKS`; `shape` is C, H, W."""
+    classifier = PyTorchClassifier(
+        network,
+        torch.nn.CrossEntropyLoss(),
+        shape,
+        10,
+        clip_values=(0.0, 1.0),
+        device_type='cpu',
+    )
+    common = {'norm': {'linf': np.inf, 'l2': 2}[setting.norm], 'eps': setting.eps}
+    common |= {'batch_size': setting.batch_size, 'verbose': False}
+    pgd = ProjectedGradientDescentPyTorch(
+        classifier,
+        eps_step=setting.step_size,
+        max_iter=setting.pgd_steps,
+        num_random_init=1,
+        **common,
+    )
+    apgd = functools.partial(
+        AutoProjectedGradientDescent,
+        classifier,
+        eps_step=2 * setting.eps,
+        max_iter=setting.steps,
+        nb_random_init=1,
+        **common,
+    )
+    attacks = {
+        'pgd': pgd,
+        'apgd-ce': apgd(loss_type='cross_entropy'),
+        'square': SquareAttack(classifier, max_iter=setting.queries, **common),
+    }
+    return {name: functools.partial(_art, attack) for name, attack in attacks.items()}
+
+
+def _art(attack: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+def neuron_attack(
+    network: torch.nn.Module,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    neuron: torch.Tensor,
+    *,
+    eps: float,
+    steps: int,
+    weight: float = 10.0,
+) -> torch.Tensor:
+    """Moves one neuron of the last layer's input in each image (Suri & Evans 2020), in an l2 ball.
+
+    Args:
+        network: one of `published`; its last layer is `head` or `linear2`.
+        x: images.
+        target: activations to reach `[B, D]`.
+        neuron: neuron of each image `[B]`.
+        eps: radius.
+        steps: steps of length 2.5 eps / steps.
+        weight: weight of the neuron's own distance.
+
+    Returns:
+        Of the iterates the one with the largest cross-entropy of the clean prediction.
+    """
+    head = getattr(network, 'head', None) or network.linear2
+    caught = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    label = network(x).argmax(1)
+    place = neuron[:, None]
+    whole = target.norm(dim=1)
+    part = target.gather(1, place)[:, 0].abs().clamp(min=1e-12)
+    moved, best, strongest = x, x, torch.full((len(x),), -torch.inf)
+    for step in range(steps + 1):
+        moved = moved.detach().requires_grad_(step < steps)
+        caught.clear()
+        logits = network(moved)
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(logits, label, reduction='none')
+            better = loss > strongest
+            strongest = torch.where(better, loss, strongest)
+            best = torch.where(better[:, None, None, None], moved.detach(), best)
+        if step == steps:
+            break
+        off = caught[0] - target
+        own = off.gather(1, place)[:, 0].abs()
+        value = (off.norm(dim=1) / whole + weight * own / part).sum()
+        (gradient,) = torch.autograd.grad(value, moved)
+        with torch.no_grad():
+            size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+            change = moved - 2.5 * eps / steps * gradient / size - x
+            length = change.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+            moved = (x + change * (eps / length).clamp(max=1)).clamp(0, 1)
+    hook.remove()
+    return best
+
+
+def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness.Prepared:
+    """Prepares the peers in a worker process.
+
+    Args:
+        name: one of `published.NAMES`.
+        weights: folder of the weights.
+        data_dir: directory of TFDS.
+        setting: fields of `Setting`.
+
+    Returns:
+        Units named `'library attack'`.
+    """
+    torch.set_num_threads(_THREADS)
+    chosen = Setting(**setting)
+    pair = published.load(name, weights)
+    images, labels = published.images(pair.data_set, data_dir, chosen.batch_size)
+    x, y = published.torch_images(images), torch.from_numpy(labels.astype(np.int64))
+    libraries = {
+        'torchattacks': torchattacks_attacks(pair.network, chosen, 0),
+        'foolbox': foolbox_attacks(pair.network, chosen),
+        'ART': art_attacks(pair.network, chosen, tuple(x.shape[1:])),
+    }
+    units: dict[str, harness.Unit] = {
+        f'{library} {attack}': functools.partial(function, x, y)
+        for library, attacks in libraries.items()
+        for attack, function in attacks.items()
+    }
+    neurons, delta, features = neuron_problems.single_neurons(
+        pair.forward, pair.variables, images, chosen.neurons
+    )
+    targets = [
+        torch.from_numpy(features + delta[:, i : i + 1] * np.eye(features.shape[1])[neurons[:, i]])
+        for i in range(chosen.neurons)
+    ]
+
+    def through(rows: slice, i: int) -> torch.Tensor:
+        return neuron_attack(
+            pair.network,
+            x[rows],
+            targets[i][rows].float(),
+            torch.from_numpy(neurons[rows, i].astype(np.int64)),
+            eps=chosen.neuron_eps,
+            steps=chosen.neuron_steps,
+        )
+
+    def neurons_in_turn() -> None:
+        for i in range(chosen.neurons):
+            through(slice(None), i)
+
+    def pairs_in_turn() -> None:
+        # A part of all pairs, which takes too long: `PAIR_SHARE`.
+        for row in range(0, len(x), PAIR_SHARE):
+            for i in range(chosen.neurons):
+                through(slice(row, row + 1), i)
+
+    units['PyTorch neurons in turn'] = neurons_in_turn
+    units['PyTorch pairs in turn'] = pairs_in_turn
+    return harness.Prepared(units, {'units': list(units)})
+
+
+# One of so many images goes through the loop over single pairs.
+PAIR_SHARE = 32
