@@ -2,7 +2,8 @@
 
 Reports accuracy on clean images and under attack, and what single neurons do, on screen and in
 DIR/report. The settings are those of the training, where the command line does not change them.
-With `--compare=DIR` the neurons of a second model are shown beside those of the first.
+With `--compare=DIR` the neurons of a second model are shown beside those of the first; with
+`--transfer_from=DIR` images that fool a second model attack the first.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ def main(arguments: Sequence[str]) -> int:
         source = data.open(
             config.dataset, settings.split, config.data_dir or None, config.validation_size
         )
-        other = _load_other(values['compare'], model, config)
+        other = _load_other('--compare', values['compare'], model)
+        if other is not None and not config.neurons.measures:
+            raise ValueError(
+                '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
+            )
+        surrogate = _load_other('--transfer_from', values['transfer_from'], model)
         # What is wrong with a layer should not show only after long attacks.
         for each in filter(None, (model, other)):
             if config.neurons.measures:
@@ -72,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             progress=bars,
             ensemble_progress=ensemble_progress,
             directory=notes,
+            surrogate=None if surrogate is None else (surrogate.forward, surrogate.variables),
         )
     if parallel.is_primary():
         print(evaluation.table(report))
@@ -97,6 +104,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if parallel.is_primary():
         facts = {'workdir': str(workdir), 'step': model.step, 'config': config_lib.to_dict(config)}
+        if surrogate is not None:
+            facts['transfer_from'] = values['transfer_from']
         directory = workdir / 'report'
         if found is not None:
             print(f'\n{evaluation.neuron_table(found)}')
@@ -142,25 +151,27 @@ def _ensemble_bar(shown: bool) -> Iterator[attacks.Progress]:
 
 
 def _load_other(
-    workdir: str, model: training.TrainedModel, config: config_lib.Config
+    flag: str, workdir: str, model: training.TrainedModel
 ) -> training.TrainedModel | None:
-    """The model of `--compare`, which has to be one of the same data set."""
+    """The model that a flag names, which has to be one of the same data set."""
     if not workdir:
         return None
-    if not config.neurons.measures:
-        raise ValueError('--compare compares neurons, but --config.neurons.measures is empty.')
     other = training.load(workdir)
     if other.config.dataset != model.config.dataset:
         raise ValueError(
-            f'{workdir} was trained on {other.config.dataset}, not on {model.config.dataset}; '
-            'compare models of one data set.'
+            f'{flag}: {workdir} was trained on {other.config.dataset}, not on '
+            f'{model.config.dataset}; name a model of the same data set.'
         )
     return other
 
 
 def _comparison(settings: config_lib.Neurons) -> config_lib.Neurons:
     """What is measured of the model compared with: what the shared plots show."""
-    shared = tuple(name for name in settings.measures if name in ('statistics', 'sensitivity'))
+    shared: tuple[str, ...] = ()
+    if {'sensitivity', 'attack'} & set(settings.measures):
+        shared = ('sensitivity',)
+    elif 'statistics' in settings.measures:
+        shared = ('statistics',)
     return dataclasses.replace(settings, measures=shared)
 
 
@@ -189,6 +200,12 @@ def _flags() -> flags.FlagValues:
         '',
         'Work directory of a second model, such as a robust one, whose neurons are plotted beside '
         'those of the first.',
+        flag_values=own_flags,
+    )
+    flags.DEFINE_string(
+        'transfer_from',
+        '',
+        'Work directory of a second model: adds an attack with images that PGD finds against it.',
         flag_values=own_flags,
     )
     scripts.define_common_flags(own_flags)

@@ -74,7 +74,12 @@ class Measurement:
 
 
 def alternate(
-    candidates: Mapping[str, Unit], *, rounds: int, warmup: int = 1, repeats: int = 1
+    candidates: Mapping[str, Unit],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    repeats: int = 1,
+    announce: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Measurement:
     """Times candidates in turns.
 
@@ -86,6 +91,7 @@ def alternate(
         rounds: measured rounds.
         warmup: rounds before them that are not measured.
         repeats: units per turn, of which the median counts.
+        announce: called after each measured turn with the candidate and its seconds.
 
     Returns:
         The seconds of every candidate in every round.
@@ -99,6 +105,7 @@ def alternate(
         order = names[shift:] + names[:shift]
         for name in order[::-1] if index % 2 else order:
             seconds[name].append(_turn_seconds(candidates[name], repeats))
+            announce(name, seconds[name][-1])
     return Measurement({name: tuple(values) for name, values in seconds.items()})
 
 

@@ -137,6 +137,7 @@ MEASURES = (
     'ablation',
     'targeting',
     'input_gradients',
+    'attack',
     'filtering',
 )
 
@@ -147,9 +148,11 @@ class Neurons:
 
     Attributes:
       measures: of 'statistics', 'sensitivity', 'influence', 'ablation', 'targeting',
-        'input_gradients' and 'filtering'; none leaves the section out. Sensitivity brings
-        statistics with it, and targeting ablation. Filtering runs the model, and FGSM on it, 3
-        times for each of its thresholds, which takes longer than all others.
+        'input_gradients', 'attack' and 'filtering'; none leaves the section out. Sensitivity brings
+        statistics with it, targeting ablation, and the attack through single neurons both of the
+        first. The last two take longer than all others: the attack `attack_neurons` times as long
+        as PGD of as many steps, and filtering runs the model, and FGSM on it, 3 times for each of
+        its thresholds.
       layers: names of layers, as of `neurosens.layers`; by default the first convolution
         (behind its nonlinearity) and the input of the last layer.
       unit: 'channel' (a neuron is a channel) or 'unit' (every entry of an activation is one).
@@ -163,10 +166,16 @@ class Neurons:
         [0, 1]; 0 means the largest of `evaluation.eps`.
       probes: random directions for input gradients; 0 means exact gradients, neuron by neuron.
       thresholds: thresholds of each filtering sweep.
+      attack_norm: norm of the attack through single neurons, 'l2' (the paper's), 'linf' or 'l1'.
+      attack_eps: its radius, in pixels of [0, 1].
+      attack_steps: its steps for each neuron.
+      attack_neurons: how many of each image's easiest neurons it goes through.
+      straight_layer: name of a layer that it takes to have the gradient of the identity, such as
+        the last ReLU of a residual network; empty for none.
       top: most sensitive neurons that are shown with their images.
     """
 
-    measures: tuple[str, ...] = MEASURES[:-1]
+    measures: tuple[str, ...] = MEASURES[:-2]
     layers: tuple[str, ...] = ()
     unit: str = 'channel'
     limit: int = 500
@@ -177,6 +186,11 @@ class Neurons:
     eps: float = 0.0
     probes: int = 16
     thresholds: int = 25
+    attack_norm: str = 'l2'
+    attack_eps: float = 0.5
+    attack_steps: int = 50
+    attack_neurons: int = 16
+    straight_layer: str = ''
     top: int = 5
 
 
@@ -388,6 +402,9 @@ def _check_ranges(config: Config) -> None:
     check('neurons.eps', neurons.eps, low=0)
     check('neurons.probes', neurons.probes, low=0)
     check('neurons.thresholds', neurons.thresholds, low=3)
+    check('neurons.attack_eps', neurons.attack_eps, low=0)
+    check('neurons.attack_steps', neurons.attack_steps, low=1)
+    check('neurons.attack_neurons', neurons.attack_neurons, low=1)
     check('neurons.top', neurons.top, low=0)
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
@@ -399,6 +416,7 @@ def _check_ranges(config: Config) -> None:
         ),
         'neurons.unit': (neurons.unit, ('channel', 'unit')),
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
+        'neurons.attack_norm': (neurons.attack_norm, NORMS),
         'neurons.fragile': (neurons.fragile, ('mean', 'median', 'zero')),
     }
     for key, (value, valid) in choices.items():

@@ -5,11 +5,16 @@ XLA:CPU runs the gradient of a convolution with respect to its input 10 to 15 ti
 its channel axes swapped, and inside a loop body the compiler keeps this as an unusual layout that
 its fast convolution routine does not accept (github.com/jax-ml/jax/issues/12868). Materialising the
 flipped, swapped kernel behind an optimization barrier makes the gradient a plain convolution.
+
+That routine is also slow where few channels come out, as in the gradient of an image: there a
+matrix product gives what every output sends to the places of its window, and shifted sums collect
+it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +27,10 @@ from jax.extend.core import primitives
 from neurosens import pooling
 
 F = TypeVar('F', bound=Callable[..., Any])
+
+# Up to so many channels of the input, a matrix product and shifted sums are faster than a
+# transposed convolution: 1.7 to 2.7 times for 3 and for 1, a third as fast for 16.
+_FEW_CHANNELS = 4
 
 
 def with_fast_input_gradients(function: F) -> F:
@@ -119,6 +128,18 @@ def _input_gradient(
 ) -> jax.Array:
     """The transposed convolution, with its kernel laid out like that of a forward one."""
     images_spec, kernel_spec, output_spec = dimension_numbers
+    common = feature_group_count == 1 and {*lhs_dilation, *rhs_dilation} == {1}
+    common &= min(itertools.chain(*padding), default=0) >= 0
+    if common and images.shape[images_spec[1]] <= _FEW_CHANNELS:
+        return _collected(
+            images,
+            kernel,
+            cotangent,
+            dimension_numbers=dimension_numbers,
+            window_strides=window_strides,
+            padding=padding,
+            precision=rest['precision'],
+        )
     out_axis, in_axis, *window_axes = kernel_spec
     flipped = lax.rev(kernel, window_axes)
     if feature_group_count > 1:
@@ -156,6 +177,56 @@ def _input_gradient(
         precision=rest['precision'],
         preferred_element_type=images.dtype,
     )
+
+
+def _collected(
+    images: jax.Array,
+    kernel: jax.Array,
+    cotangent: jax.Array,
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    window_strides: tuple[int, ...],
+    padding: Sequence[tuple[int, int]],
+    precision: Any,
+) -> jax.Array:
+    """The input gradient as a matrix product over channels, and sums over places of windows."""
+    images_spec, kernel_spec, output_spec = dimension_numbers
+    # Batch, positions, channels; and window, input channels, output channels.
+    cotangent = cotangent.transpose(output_spec[0], *output_spec[2:], output_spec[1])
+    kernel = kernel.transpose(*kernel_spec[2:], kernel_spec[1], kernel_spec[0])
+    *window, channels, _ = kernel.shape
+    sent = lax.dot_general(
+        cotangent,
+        kernel,
+        (((cotangent.ndim - 1,), (kernel.ndim - 1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=images.dtype,
+    )
+    batch, *positions = cotangent.shape[:-1]
+    sizes = [images.shape[axis] for axis in images_spec[2:]]
+    # The input with its padding, and further where the last window starts a stride later.
+    covered = [
+        max(low + size, stride * (count - 1) + width)
+        for size, width, count, stride, (low, _) in zip(
+            sizes, window, positions, window_strides, padding
+        )
+    ]
+    places = tuple(range(1 + len(positions), 1 + 2 * len(positions)))
+    total = jax.numpy.zeros((batch, *covered, channels), images.dtype)
+    for offset in itertools.product(*map(range, window)):
+        part = sent
+        for axis, place in zip(reversed(places), reversed(offset)):
+            part = lax.index_in_dim(part, place, axis, keepdims=False)
+        spread = [
+            (place, end - place - stride * (count - 1) - 1, stride - 1)
+            for place, end, count, stride in zip(offset, covered, positions, window_strides)
+        ]
+        zero = jax.numpy.zeros((), images.dtype)
+        total += lax.pad(part, zero, [(0, 0, 0), *spread, (0, 0, 0)])
+    for axis, (size, (low, _)) in enumerate(zip(sizes, padding), start=1):
+        total = lax.slice_in_dim(total, low, low + size, axis=axis)
+    back = np.argsort([images_spec[0], *images_spec[2:], images_spec[1]])
+    return total.transpose(*back)
 
 
 def _split_axis(kernel: jax.Array, out_axis: int, groups: int, in_axis: int) -> jax.Array:

@@ -1,14 +1,16 @@
 """Input gradients of max pooling without XLA's select-and-scatter, which is slow on a CPU.
 
-The gradient goes to the first entry of each window that equals its maximum, as there. It is found
-by comparing each place of the windows with the maxima, one strided slice at a time: elementwise
-work that XLA vectorises, 2 to 7 times as fast in total.
+The gradient goes to the first entry of each window that equals its maximum, as there. Where
+windows do not overlap, the forward pass notes which place of each window that is; elsewhere it is
+found by comparing each place of the windows with the maxima, one strided slice at a time. Either is
+elementwise work that XLA vectorises, up to 10 and 2 to 7 times as fast in total.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,21 +36,63 @@ def supports(
 def max_pool(**params: Any) -> Callable[[jax.Array], jax.Array]:
     """`reduce_window_max` with fixed parameters and the fast gradient, of first order only."""
     plain = functools.partial(primitives.reduce_window_max_p.bind, **params)
+    apart = params['window_dimensions'] == params['window_strides'] and not any(
+        itertools.chain(*params['padding'])
+    )
 
     @jax.custom_vjp
     def pool(images: jax.Array) -> jax.Array:
         return plain(images)
 
     def forward(images: jax.Array) -> tuple[jax.Array, tuple]:
+        if apart:
+            largest, place = _largest_and_place(images, params['window_dimensions'])
+            return largest, (images, place)
         largest = plain(images)
         return largest, (images, largest)
 
     def backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array]:
-        images, largest = residuals
-        return (_gradient(images, largest, cotangent, **params),)
+        images, other = residuals
+        if apart:
+            return (_at_places(other, cotangent, params['window_dimensions'], images.shape),)
+        return (_gradient(images, other, cotangent, **params),)
 
     pool.defvjp(forward, backward)
     return pool
+
+
+def _largest_and_place(images: jax.Array, windows: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Maxima of windows side by side, and the number of the first place that holds each."""
+    counts = [size // window for size, window in zip(images.shape, windows)]
+    largest = place = None
+    for number, offset in enumerate(itertools.product(*map(range, windows))):
+        ends = [
+            start + window * (count - 1) + 1
+            for start, window, count in zip(offset, windows, counts)
+        ]
+        values = lax.slice(images, offset, ends, windows)
+        if largest is None or place is None:
+            largest, place = values, jnp.zeros(values.shape, jnp.int32)
+        else:
+            place = jnp.where(values > largest, number, place)
+            # Not a number where any value is not, like the plain maximum.
+            largest = jnp.maximum(largest, values)
+    assert largest is not None and place is not None
+    return largest, place
+
+
+def _at_places(
+    place: jax.Array, cotangent: jax.Array, windows: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """An array of the given shape with the cotangent of each window at its place, else 0."""
+    apart = [part for count in place.shape for part in (count, 1)]
+    inside = [part for window in windows for part in (1, window)]
+    numbers = jnp.arange(math.prod(windows), dtype=place.dtype).reshape(inside)
+    zero = jnp.zeros((), cotangent.dtype)
+    spread = jnp.where(place.reshape(apart) == numbers, cotangent.reshape(apart), zero)
+    total = spread.reshape([count * window for count, window in zip(place.shape, windows)])
+    # Entries beyond the last whole window.
+    return jnp.pad(total, [(0, size - part) for size, part in zip(shape, total.shape)])
 
 
 def _gradient(

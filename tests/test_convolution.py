@@ -18,12 +18,15 @@ CASES = {
     'dilated images': {'lhs_dilation': (1, 2), 'padding': ((1, 1), (1, 0))},
     'grouped': {'feature_group_count': 2},
     'depthwise, strided': {'feature_group_count': 4, 'window_strides': (2, 1)},
+    'cropped images': {'padding': ((-1, 2), (1, -2))},
     'channels first': {'dimension_numbers': ('NCHW', 'OIHW', 'NCHW')},
 }
 
 
+# Few channels take a way of their own.
+@pytest.mark.parametrize('channels', [4, 8])
 @pytest.mark.parametrize('case', CASES)
-def test_gradients_equal_the_plain_ones(case):
+def test_gradients_equal_the_plain_ones(case, channels):
     options = {
         'window_strides': (1, 1),
         'padding': 'SAME',
@@ -31,8 +34,8 @@ def test_gradients_equal_the_plain_ones(case):
         **CASES[case],
     }
     groups = options.get('feature_group_count', 1)
-    images = jax.random.normal(jax.random.key(0), (3, 9, 8, 4))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // groups, 8))
+    images = jax.random.normal(jax.random.key(0), (3, 9, 8, channels))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels // groups, 8))
     if case == 'channels first':
         images, kernel = images.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
 
@@ -89,7 +92,7 @@ def test_other_windows_stay_as_they_are():
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-        conv = nn.remat(nn.Conv)(4, (3, 3), strides=2, name='conv1')
+        conv = nn.remat(nn.Conv)(6, (3, 3), strides=2, name='conv1')
         x = nn.max_pool(nn.relu(conv(x)), (2, 2), (2, 2))
         x = nn.jit(nn.Conv)(4, (3, 3), name='conv2')(x)
         x = nn.BatchNorm(use_running_average=True)(x)
@@ -112,6 +115,6 @@ def test_whole_networks_under_vmap_and_loops():
     fast = jax.jit(jax.vmap(lambda x: descend(with_fast_input_gradients(loss), x)))(x)
     chex.assert_trees_all_close(fast, plain, atol=1e-5)
     assert not jnp.allclose(fast, x)
-    # The backward pass holds the barrier that keeps the kernel in a plain layout.
+    # The backward pass holds the barrier that keeps a kernel in a plain layout.
     gradient = jax.grad(lambda x: with_fast_input_gradients(loss)(x)['aux'][0])
     assert 'optimization_barrier' in str(jax.make_jaxpr(gradient)(x[0]))

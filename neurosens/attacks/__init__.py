@@ -17,23 +17,25 @@ from neurosens.attacks.carlini_wagner import carlini_wagner, carlini_wagner_exam
 from neurosens.attacks.deepfool import deepfool, deepfool_example
 from neurosens.attacks.fab import fab, fab_example
 from neurosens.attacks.fmn import fmn, fmn_example
-from neurosens.attacks.minimum import MinimumResult, median_distance, robust_accuracy
-from neurosens.attacks.neuron_attack import (
+from neurosens.attacks.latent_attack import (
     ActivationResult,
-    NeuronAttackReport,
-    NeuronAttackResult,
     activation_attack,
     activation_attack_example,
-    easiest_neurons,
     latent_attack,
     latent_attack_example,
+)
+from neurosens.attacks.minimum import MinimumResult, median_distance, robust_accuracy
+from neurosens.attacks.neuron_attack import (
+    NeuronAttackReport,
+    NeuronAttackResult,
+    easiest_neurons,
     neuron_attack,
     neuron_attack_example,
     neuron_attack_report,
 )
 from neurosens.attacks.noise import noise, noise_example
 from neurosens.attacks.pgd import bim, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
-from neurosens.attacks.result import AttackResult
+from neurosens.attacks.result import AttackResult, worst_case
 from neurosens.attacks.square import square, square_example
 from neurosens.attacks.threat import (
     Threat,
@@ -43,6 +45,7 @@ from neurosens.attacks.threat import (
     random_start,
     steepest_ascent,
 )
+from neurosens.attacks.transfer import transfer
 
 __all__ = [
     'CLEAN',
@@ -98,4 +101,6 @@ __all__ = [
     'square_example',
     'steepest_ascent',
     'straight_through',
+    'transfer',
+    'worst_case',
 ]

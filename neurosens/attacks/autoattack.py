@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from neurosens import _validate, parallel
 from neurosens.attacks.adaptive import is_random, redraw
 from neurosens.attacks.apgd import apgd
+from neurosens.attacks.autoattack_notes import Notes
 from neurosens.attacks.batches import check_images
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
@@ -37,7 +37,6 @@ ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 RANDOM_DRAWS = 20
 # `broken_by` of images that are robust, and of those misclassified without an attack.
 ROBUST, CLEAN = -1, -2
-_STATE = 'autoattack.json'
 
 # Called before each batch with a short text, the number of batches left in this run, and the robust
 # accuracy so far.
@@ -294,7 +293,7 @@ def autoattack(
     clean, warnings = _look(task, version)
     task = task._replace(order=clean['order'])
     plan = runs(threat.norm, version, clean['logits'].shape[1], attacks)
-    notes = _Notes(directory, _identity(task, version, plan))
+    notes = Notes(directory, _identity(task, version, plan))
     found = _Found(
         x.copy(),
         np.where(clean['logits'].argmax(-1) == y, ROBUST, CLEAN),
@@ -413,9 +412,6 @@ def _square_warning(plan: Sequence[Run], found: _Found) -> tuple[str, ...]:
     )
 
 
-# --------------------------------------------------------------------------------- resuming
-
-
 def _identity(task: _Task, version: str, plan: Iterable[Run]) -> dict[str, Any]:
     """What another call must share to go on with the notes of this one."""
     digest = hashlib.sha256()
@@ -443,56 +439,3 @@ def _bits(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = leaf.addressable_data(0)
     return np.asarray(leaf)
-
-
-class _Notes:
-    """Results of finished batches in a directory, or nowhere."""
-
-    def __init__(self, directory: str | pathlib.Path | None, identity: Mapping[str, Any]):
-        self._directory = None if directory is None else pathlib.Path(directory)
-        if self._directory is None:
-            return
-        state = self._directory / _STATE
-        if state.exists():
-            before = json.loads(state.read_text())
-            differing = sorted(
-                name for name in {*identity, *before} if identity.get(name) != before.get(name)
-            )
-            if differing:
-                raise ValueError(
-                    f'{self._directory} has notes of another AutoAttack, which differs in '
-                    f'{", ".join(differing)}; choose another directory or remove this one.'
-                )
-        elif parallel.is_primary():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            _write_whole(state, lambda path: path.write_text(json.dumps(identity, indent=1)))
-        # Every process has looked before one of them writes.
-        parallel.barrier('autoattack notes')
-
-    def _path(self, run: int, place: int) -> pathlib.Path:
-        assert self._directory is not None
-        return self._directory / f'run{run:02d}-batch{place:05d}.npz'
-
-    def read(self, run: int, place: int) -> dict[str, np.ndarray] | None:
-        """The results of a batch, if it was finished before."""
-        if self._directory is None or not self._path(run, place).exists():
-            return None
-        with np.load(self._path(run, place)) as stored:
-            return dict(stored)
-
-    def write(self, run: int, place: int, result: Mapping[str, np.ndarray]) -> None:
-        """Notes the results of a batch; the file appears when it is whole."""
-        if self._directory is not None and parallel.is_primary():
-            _write_whole(self._path(run, place), lambda path: _save(path, result))
-
-
-def _save(path: pathlib.Path, result: Mapping[str, np.ndarray]) -> None:
-    # By a path, NumPy would add a suffix to its name.
-    with path.open('wb') as file:
-        np.savez(file, **result)  # type: ignore[arg-type]
-
-
-def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    partial = path.with_name(f'.{path.name}.partial')
-    write(partial)
-    partial.replace(path)

@@ -1,8 +1,7 @@
-"""Attacks on a representation: through one neuron, or on a layer or a neuron for its own sake.
+"""Attacks through single neurons (Suri & Evans 2020, https://arxiv.org/abs/2003.09372).
 
-The attack through single neurons follows Suri & Evans 2020, "One Neuron to Fool Them All"
-(https://arxiv.org/abs/2003.09372): move neuron i of an image by Delta(i, x), the change that alone
-would change the prediction, and see how often the prediction changes indeed.
+"One Neuron to Fool Them All": move neuron i of an image by Delta(i, x), the change that alone would
+change the prediction, and see how often the prediction changes indeed.
 
     delta = sensitivity(forward, variables, x).delta
     neurons, delta = easiest_neurons(delta, total.mean, total.std(), 16)
@@ -11,14 +10,14 @@ would change the prediction, and see how often the prediction changes indeed.
     neuron_attack_report(result)
 
 with `y` the classes that the model itself predicts. The paper attacks the input of the last layer
-in l2 balls; any other layer, the other norms and the last two attacks here are ours.
+in l2 balls; any other layer and the other norms are ours.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +25,25 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
-from neurosens.attacks.adaptive import redraw
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.losses import cross_entropy
-from neurosens.attacks.pgd import STARTS
-from neurosens.attacks.result import AttackResult, Iterate, choose, judge, stronger
-from neurosens.attacks.threat import Threat, project, random_start, steepest_ascent
-from neurosens.convolution import with_fast_input_gradients
-from neurosens.forward import Edit, Forward, Variables
+from neurosens.attacks.representation import (
+    activation_and_logits,
+    ascend,
+    check_indices,
+    check_steps,
+    l2_norm,
+)
+from neurosens.attacks.result import Iterate, choose, judge, stronger
+from neurosens.attacks.threat import Threat
+from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, units
 from neurosens.neurons.ranking import KINDS, ranking, scaled_sensitivity
-from neurosens.neurons.tail import check_neurons
 
 # Targets of smaller norm count as this large: where a neuron is to become 0, all depends on it.
 _SMALLEST_TARGET = 1e-12
 # A neuron that lacks this share of Delta, as rounding may take, has reached it.
 _ROUNDING = 1e-5
-
-# Activation and logits of one image, for a key that only random models use.
-_Run = Callable[[Array, PRNGKeyArray], tuple[Array, Array]]
 
 
 class NeuronAttackResult(NamedTuple):
@@ -71,172 +70,11 @@ class NeuronAttackResult(NamedTuple):
     queries: Int[Array, ' batch']
 
 
-class ActivationResult(NamedTuple):
-    """What an attack on the value of one neuron found, per example (or for one).
-
-    It has the fields of `AttackResult`, though the attack does not aim at another class.
-
-    Attributes:
-      x_adv: the image of the most extreme value found `[B, ...]`.
-      success: whether `x_adv` is misclassified `[B]`.
-      margin: logit of the label minus the largest other, on `x_adv` `[B]`.
-      queries: forward passes made `[B]`.
-      before: the neuron's value on the clean image `[B]`, for a channel the sum over its positions.
-      activation: its value on `x_adv` `[B]`.
-    """
-
-    x_adv: Float[Array, 'batch ...']
-    success: Bool[Array, ' batch']
-    margin: Float[Array, ' batch']
-    queries: Int[Array, ' batch']
-    before: Float[Array, ' batch']
-    activation: Float[Array, ' batch']
-
-
 class _Best(NamedTuple):
     """The strongest iterate through a neuron, and the largest share of delta of any iterate."""
 
     iterate: Iterate
     gain: Array
-
-
-# ----------------------------------------------------------------------------- common machinery
-
-
-def _runner(forward: Forward, variables: Variables, layer: str, straight_layer: str | None) -> _Run:
-    """The model as a function of one image: activation of a layer and logits, at least float32."""
-
-    def run(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        model = redraw(forward, key)
-        edits = {} if straight_layer is None else _straight(model, variables, x, straight_layer)
-        logits, tapped = model(variables, x[None], edits=edits, taps=(layer,))
-        check_neurons(layer, tapped[layer])
-        return _at_least_single(tapped[layer][0]), _at_least_single(logits[0])
-
-    return run
-
-
-def _straight(model: Forward, variables: Variables, x: Array, layer: str) -> Mapping[str, Edit]:
-    """An edit that keeps what a layer returns and passes gradients straight to what enters it.
-
-    An edit sees only one of the two, so what enters comes from a forward pass of its own. Up to the
-    layer it is equal to the one that is edited, and XLA merges them.
-    """
-    entering = model(variables, x[None], taps=(f'{layer}:in',))[1][f'{layer}:in']
-
-    def edit(value: Array) -> Array:
-        if value.shape != entering.shape:
-            raise ValueError(
-                f'straight_layer {layer!r} maps shape {entering.shape} to {value.shape}; name a '
-                'layer that keeps the shape, such as an activation.'
-            )
-        # For a ReLU exact: the difference is 0 or minus the first term.
-        return entering + jax.lax.stop_gradient(value - entering)
-
-    return {layer: edit}
-
-
-def _at_least_single(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
-def _norm(values: Array) -> Array:
-    """The l2 norm of all entries, with gradient 0 at 0."""
-    squares = (values**2).sum()
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
-
-
-def _ascend(
-    run: _Run,
-    value: Callable[[Array], Array],
-    see: Callable[[Array, Array, Array, Array], Any],
-    keep: Callable[[Any, Any], Any],
-    clean: Any,
-    x: Float[Array, '...'],
-    key: PRNGKeyArray,
-    *,
-    threat: Threat,
-    steps: int | Array,
-    step_size: float | Array,
-    restarts: int | Array,
-    start: str,
-) -> Any:
-    """Projected steepest ascent of a function of an activation, from one image.
-
-    Args:
-      run: the model.
-      value: from the activation to what is ascended.
-      see: from an iterate, its value, activation and logits to what is known of it.
-      keep: of a new and an old `see`, what counts.
-      clean: `see` of the clean image.
-      x: the clean image.
-      key: randomness.
-      threat: the perturbations allowed.
-      steps: steps per restart.
-      step_size: their length.
-      restarts: how many runs.
-      start: `'clean'` or `'random'`.
-
-    Returns:
-      What counts of all iterates.
-    """
-
-    def evaluate(image: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Array, Array]]:
-        activation, logits = run(image, key)
-        return value(activation), (activation, logits)
-
-    def restart(number: Array, best: Any) -> Any:
-        own = jax.random.fold_in(key, number)
-        first = random_start(threat, x, own) if start == 'random' else x
-
-        def step(number: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
-            image, best = state
-            own_key = jax.random.fold_in(own, number)
-            fast = with_fast_input_gradients(lambda image: evaluate(image, own_key))
-            (height, seen), gradient = jax.value_and_grad(fast, has_aux=True)(image)
-            moved = project(threat, x, image + step_size * steepest_ascent(threat, gradient))
-            return moved, keep(see(image, height, *seen), best)
-
-        last, best = jax.lax.fori_loop(0, steps, step, (first, best))
-        height, seen = evaluate(last, jax.random.fold_in(own, steps))
-        return keep(see(last, height, *seen), best)
-
-    return jax.lax.fori_loop(0, restarts, restart, clean)
-
-
-@functools.partial(jax.jit, static_argnames=('layer', 'unit'))
-def _count(forward: Forward, variables: Variables, x: Array, layer: str, unit: str) -> Array:
-    """Number of neurons; nothing of the network is run for it, and it is traced only once."""
-    activation = forward(variables, x, taps=(layer,))[1][layer]
-    return jnp.int32(units.count(activation.shape[1:], unit))
-
-
-def _check_steps(steps: int, restarts: int, start: str) -> None:
-    if steps < 1 or restarts < 1:
-        raise ValueError(f'steps is {steps} and restarts {restarts}; both must be at least 1.')
-    if start not in STARTS:
-        raise ValueError(f"start is {start!r}; it must be 'random' or 'clean'.")
-
-
-def _check_indices(
-    forward: Forward, variables: Variables, x: Array, neurons: Array, layer: str, unit: str
-) -> None:
-    """Raises a ValueError unless neurons are integers that exist; traced ones pass the latter."""
-    if not jnp.issubdtype(neurons.dtype, jnp.integer):
-        raise ValueError(f'neurons are of type {neurons.dtype}; they must be integer indices.')
-    found = _count(forward, variables, x, layer, unit), neurons.min(), neurons.max()
-    if any(isinstance(value, jax.core.Tracer) for value in found):
-        return
-    count, low, high = (int(value) for value in found)
-    if low < 0 or high >= count:
-        raise ValueError(
-            f'neurons reach from {low} to {high}, but layer {layer!r} has {count} of them with '
-            f'unit={unit!r}; give indices from 0 to {count - 1}.'
-        )
-
-
-# ------------------------------------------------------------------------- through single neurons
 
 
 def neuron_attack_example(
@@ -266,7 +104,7 @@ def neuron_attack_example(
     no default. Returns arrays `[n, ...]`.
     """
     units.check_unit(unit)
-    run = _runner(forward, variables, layer, straight_layer)
+    run = activation_and_logits(forward, variables, layer, straight_layer)
     features, logits = run(x, key)
     clean = judge(x, logits, y, cross_entropy(logits, y))
     positions = features.size // units.count(features.shape, unit)
@@ -278,12 +116,12 @@ def neuron_attack_example(
         direction = units.direction(neuron, features.shape, unit, features.dtype)
         target = features + change * direction
         whole, part = (
-            jnp.maximum(_norm(aim), _SMALLEST_TARGET) for aim in (target, target * direction)
+            jnp.maximum(l2_norm(aim), _SMALLEST_TARGET) for aim in (target, target * direction)
         )
 
         def nearness(activation: Array) -> Array:
             off = activation - target
-            return -(_norm(off) / whole + weight * _norm(off * direction) / part)
+            return -(l2_norm(off) / whole + weight * l2_norm(off * direction) / part)
 
         def see(image: Array, _: Array, activation: Array, logits: Array) -> _Best:
             moved = ((activation - features) * direction).sum() / positions
@@ -295,7 +133,7 @@ def neuron_attack_example(
             gain = jnp.where(new.gain > best.gain, new.gain, best.gain)
             return _Best(stronger(new.iterate, best.iterate), gain)
 
-        return _ascend(
+        return ascend(
             run,
             nearness,
             see,
@@ -384,7 +222,7 @@ def neuron_attack(
       ValueError: a number or choice is out of range, a neuron does not exist, delta is not finite,
         or images are not finite or out of bounds.
     """
-    _check_steps(steps, restarts, start)
+    check_steps(steps, restarts, start)
     if isinstance(weight, (int, float)):
         _validate.check_range('weight', weight, low=0)
     units.check_unit(unit)
@@ -400,7 +238,7 @@ def neuron_attack(
             'delta has values that are not finite; easiest_neurons() replaces those of neurons '
             'that no change suffices for.'
         )
-    _check_indices(forward, variables, x, neurons, layer, unit)
+    check_indices(forward, variables, x, neurons, layer, unit)
     return attack_batch(
         neuron_attack_example,
         forward,
@@ -504,8 +342,20 @@ class NeuronAttackReport(NamedTuple):
     reached: float
 
 
+class NeuronSuccess(Protocol):
+    """What a report needs to know of attacks through neurons, see `NeuronAttackResult`."""
+
+    @property
+    def success(self) -> Bool[Array | np.ndarray, 'images n']:
+        """Whether the attack through each neuron succeeded."""
+
+    @property
+    def reached(self) -> Bool[Array | np.ndarray, 'images n']:
+        """Whether the neuron reached its delta."""
+
+
 def neuron_attack_report(
-    result: NeuronAttackResult, counts: Sequence[int] = (1, 4, 8, 16)
+    result: NeuronSuccess, counts: Sequence[int] = (1, 4, 8, 16)
 ) -> NeuronAttackReport:
     """Summarizes attacks through the easiest neurons of each image.
 
@@ -537,257 +387,4 @@ def neuron_attack_report(
         float(success.sum(1).mean()),
         success.mean(0),
         float(reached.mean()),
-    )
-
-
-# --------------------------------------------------------------------- on a layer or a neuron
-
-
-def latent_attack_example(
-    forward: Forward,
-    variables: Variables,
-    x: Float[Array, '...'],
-    y: Int[Array, ''],
-    key: PRNGKeyArray,
-    *,
-    threat: Threat,
-    steps: int | Int[Array, ''],
-    step_size: float | Float[Array, ''],
-    restarts: int | Int[Array, ''] = 1,
-    layer: str = 'head:in',
-    straight_layer: str | None = None,
-) -> AttackResult:
-    """The attack on one example: the function that `latent_attack` maps over a batch.
-
-    It has the arguments and errors of `latent_attack`, with `x` one image and `y` its label;
-    `steps` and `restarts` may be traced, and `step_size` has no default.
-    """
-    run = _runner(forward, variables, layer, straight_layer)
-    features, logits = run(x, key)
-
-    def distance(activation: Array) -> Array:
-        return _norm(activation - features)
-
-    def see(image: Array, value: Array, _: Array, logits: Array) -> Iterate:
-        return judge(image, logits, y, value)
-
-    clean = judge(x, logits, y, jnp.zeros((), features.dtype))
-    best = _ascend(
-        run,
-        distance,
-        see,
-        stronger,
-        clean,
-        x,
-        key,
-        threat=threat,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        # The clean image has distance 0 and no gradient.
-        start='random',
-    )
-    best = choose(clean.fools, clean, best)
-    return AttackResult(best.x, best.fools, best.margin, 1 + restarts * (jnp.int32(steps) + 1))
-
-
-def latent_attack(
-    forward: Forward,
-    variables: Variables,
-    x: Float[Array, 'batch ...'],
-    y: Int[Array, ' batch'],
-    key: PRNGKeyArray,
-    *,
-    threat: Threat,
-    layer: str = 'head:in',
-    steps: int = 20,
-    step_size: float | Float[Array, ''] | None = None,
-    restarts: int = 1,
-    straight_layer: str | None = None,
-    index: Int[Array, ' batch'] | None = None,
-) -> AttackResult:
-    """Moves the activation h of a layer as far as possible from that of the image, jit-compiled.
-
-    Projected steepest ascent of ||h(x') - h(x)||_2 from a random start; labels only judge the
-    iterates. Images that are misclassified already come back unchanged.
-
-    Args:
-      forward: the model to attack.
-      variables: its variables.
-      x: images `[B, ...]` inside the threat's bounds.
-      y: labels `[B]`.
-      key: randomness of the starts, and of a random model.
-      threat: the perturbations allowed.
-      layer: name of the layer.
-      steps: gradient steps per restart, at least 1.
-      step_size: length of a step in the threat's norm; 2.5 eps / steps by default.
-      restarts: independent runs, of which the strongest iterate counts, at least 1.
-      straight_layer: as of `neuron_attack`.
-      index: identity of each example `[B]`; by default its place in this batch.
-
-    Returns:
-      Per example an iterate that fools, if any does, and the farthest of those.
-
-    Raises:
-      LayerError: a layer cannot be tapped.
-      ValueError: a number is out of range, or images are not finite or out of bounds.
-    """
-    _check_steps(steps, restarts, 'random')
-    return attack_batch(
-        latent_attack_example,
-        forward,
-        variables,
-        x,
-        y,
-        key,
-        threat=threat,
-        index=index,
-        shared={
-            'steps': steps,
-            'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
-            'restarts': restarts,
-        },
-        options={'layer': layer, 'straight_layer': straight_layer},
-    )
-
-
-def activation_attack_example(
-    forward: Forward,
-    variables: Variables,
-    x: Float[Array, '...'],
-    y: Int[Array, ''],
-    key: PRNGKeyArray,
-    *,
-    threat: Threat,
-    neuron: Int[Array, ''],
-    sign: int | Int[Array, ''] = 1,
-    steps: int | Int[Array, ''],
-    step_size: float | Float[Array, ''],
-    restarts: int | Int[Array, ''] = 1,
-    layer: str,
-    unit: str = 'channel',
-    start: str = 'clean',
-    straight_layer: str | None = None,
-) -> ActivationResult:
-    """The attack on one example: the function that `activation_attack` maps over a batch.
-
-    It has the arguments and errors of `activation_attack`, with `x` one image, `y` its label and
-    `neuron` one index; numbers may be traced, and `step_size` has no default.
-    """
-    units.check_unit(unit)
-    run = _runner(forward, variables, layer, straight_layer)
-    features, logits = run(x, key)
-    direction = units.direction(neuron, features.shape, unit, features.dtype)
-
-    def height(activation: Array) -> Array:
-        return sign * (activation * direction).sum()
-
-    def see(image: Array, value: Array, _: Array, logits: Array) -> Iterate:
-        return judge(image, logits, y, value)
-
-    def keep(new: Iterate, best: Iterate) -> Iterate:
-        return choose(new.loss > best.loss, new, best)
-
-    clean = judge(x, logits, y, height(features))
-    best = _ascend(
-        run,
-        height,
-        see,
-        keep,
-        clean,
-        x,
-        key,
-        threat=threat,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        start=start,
-    )
-    queries = 1 + restarts * (jnp.int32(steps) + 1)
-    return ActivationResult(
-        best.x, best.fools, best.margin, queries, sign * clean.loss, sign * best.loss
-    )
-
-
-def activation_attack(
-    forward: Forward,
-    variables: Variables,
-    x: Float[Array, 'batch ...'],
-    y: Int[Array, ' batch'],
-    key: PRNGKeyArray,
-    *,
-    threat: Threat,
-    layer: str,
-    neuron: int | Int[Array, ' batch'],
-    sign: int = 1,
-    unit: str = 'channel',
-    steps: int = 20,
-    step_size: float | Float[Array, ''] | None = None,
-    start: str = 'clean',
-    restarts: int = 1,
-    straight_layer: str | None = None,
-    index: Int[Array, ' batch'] | None = None,
-) -> ActivationResult:
-    """Raises or lowers the value of one neuron as far as possible, jit-compiled.
-
-    Projected steepest ascent of the neuron's value: for a channel the sum over its positions.
-    Labels only say whether the image found is misclassified; every image is attacked.
-
-    Args:
-      forward: the model to attack.
-      variables: its variables.
-      x: images `[B, ...]` inside the threat's bounds.
-      y: labels `[B]`.
-      key: randomness of the starts, and of a random model.
-      threat: the perturbations allowed.
-      layer: name of the layer.
-      neuron: index of the neuron, one for all or one for each image `[B]`.
-      sign: 1 to raise its value, -1 to lower it.
-      unit: `'channel'` or `'unit'`.
-      steps: gradient steps per restart, at least 1.
-      step_size: length of a step in the threat's norm; 2.5 eps / steps by default.
-      start: `'clean'` or `'random'`; behind a ReLU a neuron that is off gives no gradient, then
-        start at random or name a `straight_layer`.
-      restarts: independent runs, of which the most extreme iterate counts, at least 1.
-      straight_layer: as of `neuron_attack`.
-      index: identity of each example `[B]`; by default its place in this batch.
-
-    Returns:
-      Per example the image of the most extreme value, and the value before and after.
-
-    Raises:
-      LayerError: a layer cannot be tapped.
-      ValueError: a number or choice is out of range, the neuron does not exist, or images are not
-        finite or out of bounds.
-    """
-    _check_steps(steps, restarts, start)
-    units.check_unit(unit)
-    if sign not in (1, -1):
-        raise ValueError(f'sign is {sign!r}; it must be 1 to raise the neuron or -1 to lower it.')
-    x, neurons = jnp.asarray(x), jnp.asarray(neuron)
-    if neurons.ndim > 1:
-        raise ValueError(f'neuron has shape {neurons.shape}; it must be one index, or [B].')
-    _check_indices(forward, variables, x, neurons, layer, unit)
-    return attack_batch(
-        activation_attack_example,
-        forward,
-        variables,
-        x,
-        y,
-        key,
-        threat=threat,
-        index=index,
-        each={'neuron': jnp.broadcast_to(neurons, x.shape[:1]) if not neurons.ndim else neurons},
-        shared={
-            'sign': sign,
-            'steps': steps,
-            'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
-            'restarts': restarts,
-        },
-        options={
-            'layer': layer,
-            'unit': unit,
-            'start': start,
-            'straight_layer': straight_layer,
-        },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,31 @@ class AttackResult(NamedTuple):
     success: Bool[Array, ' batch']
     margin: Float[Array, ' batch']
     queries: Int[Array, ' batch']
+
+
+def worst_case(first: Any, *others: Any) -> AttackResult:
+    """The strongest of several attacks for each image: any ensemble.
+
+    Args:
+      first: result of an attack on B images, of `AttackResult` or with its fields.
+      *others: results of other attacks on the same images and for the same threat.
+
+    Returns:
+      Per image what an attack that succeeded found, or else the first that reached the smallest
+      margin; the queries of all together.
+    """
+    worst = AttackResult(first.x_adv, first.success, first.margin, first.queries)
+    for other in others:
+        better = other.success & ~worst.success
+        better |= (other.success == worst.success) & (other.margin < worst.margin)
+        rows = better.reshape(-1, *[1] * (worst.x_adv.ndim - 1))
+        worst = AttackResult(
+            jnp.where(rows, other.x_adv, worst.x_adv),
+            worst.success | other.success,
+            jnp.where(better, other.margin, worst.margin),
+            worst.queries + other.queries,
+        )
+    return worst
 
 
 class Iterate(NamedTuple):

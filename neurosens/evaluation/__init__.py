@@ -10,15 +10,12 @@ from neurosens.evaluation.accuracy import (
 )
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
-from neurosens.evaluation.neuron_report import (
-    LayerReport,
-    NeuronReport,
-    fetch_images,
-)
+from neurosens.evaluation.neuron_measures import chosen_layers as neuron_layers
+from neurosens.evaluation.neuron_measures import fetch_images
+from neurosens.evaluation.neuron_measures import measure as measure_neurons
+from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
 from neurosens.evaluation.neuron_report import arrays as neuron_arrays
-from neurosens.evaluation.neuron_report import chosen_layers as neuron_layers
 from neurosens.evaluation.neuron_report import facts as neuron_facts
-from neurosens.evaluation.neuron_report import measure as measure_neurons
 from neurosens.evaluation.report import results, rows, table, write
 from neurosens.evaluation.robustness import (
     AttackOutcome,
@@ -38,6 +35,7 @@ __all__ = [
     'fetch_images',
     'NeuronReport',
     'LayerReport',
+    'ThroughNeurons',
     'Progress',
     'AttackOutcome',
     'Attacked',

@@ -19,9 +19,10 @@ from neurosens.evaluation import (
     neuron_report,
     plots,
     sensitivity_plots,
+    through_plots,
     top_neuron_plots,
 )
-from neurosens.evaluation.neuron_report import LayerReport, NeuronReport
+from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
 from neurosens.evaluation.report import aligned
 from neurosens.neurons import filtering
 from neurosens.neurons.agreement import rows as agreement_rows
@@ -131,6 +132,8 @@ def _plots(
         yield 'top_neurons', lambda: top_neuron_plots.top_neurons(report, layer, images, top)
     if layer.targeting or (layer.clean is not None and layer.attacked is not None):
         yield 'targeting', lambda: measure_plots.targeting(layer, report.attack)
+    if layer.through is not None:
+        yield 'attack', lambda: through_plots.through_neurons(layer)
     if layer.curves:
         yield 'filtering_curves', lambda: measure_plots.filtering_curves(layer, report.attack)
 
@@ -181,7 +184,8 @@ def neuron_table(report: NeuronReport) -> str:
     Returns:
       For each layer a headline, its fragile neurons and the rule that calls them so, the neurons
       that are most sensitive (or that matter most by the first measure), correlations of targeting
-      with the nodal-dropout responses d_k, filtering scores, and how far measures agree.
+      with the nodal-dropout responses d_k, success of attacks through single neurons, filtering
+      scores, and how far measures agree.
     """
     return '\n\n\n'.join('\n\n'.join(_blocks(report, layer)) for layer in report.layers)
 
@@ -193,6 +197,8 @@ def _blocks(report: NeuronReport, layer: LayerReport) -> Iterator[str]:
         yield '\n'.join(_most_important(report, layer))
     if layer.targeting:
         yield '\n'.join(_targeting(layer))
+    if layer.through is not None:
+        yield '\n'.join(_through(layer.through))
     if layer.curves:
         yield '\n'.join(_filtering(layer))
     agreement = layer.agreement()
@@ -260,6 +266,19 @@ def _targeting(layer: LayerReport) -> list[str]:
             body.append([f'{score} {kind}', *cells])
     header = ['targeting against d_k', 'rho', 'p', 'rho given norms', 'p']
     return aligned(header, body)
+
+
+def _through(through: ThroughNeurons) -> list[str]:
+    """Shares of predictions changed, by attacks of one budget."""
+    summary = through.summary()
+    columns = {
+        f'easiest {count}' if count > 1 else 'easiest': share
+        for count, share in zip(summary.counts.tolist(), summary.broken.tolist())
+    }
+    columns |= {'PGD': through.pgd.mean(), 'Delta reached': summary.reached}
+    cells = [f'{share:.2%}' for share in columns.values()]
+    body = [[f'changed, {through.attack}', *cells, f'{summary.mean_successes:.2f}']]
+    return aligned(['through neurons', *columns, 'neurons that do'], body)
 
 
 def _cells(found: neurons.correlation.Correlation | None) -> list[str]:

@@ -1,28 +1,48 @@
-"""What single neurons of a model do over a data set: every measure of `neurosens.neurons`."""
+"""Reports on single neurons of a model over a data set: what they hold, as arrays and as facts."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int
 
 from neurosens import attacks, data, neurons
-from neurosens import config as config_lib
-from neurosens.evaluation import accuracy
-from neurosens.forward import Forward, Variables
 from neurosens.neurons import filtering
-from neurosens.neurons.statistics import activation_summary, from_summary
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Both, since the sign of the correlation with fragility can differ between them.
-TARGET_SCORES = ('l2', 'relative_l2')
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughNeurons:
+    """Attacks through the n easiest neurons of each of M images, beside PGD on the whole model.
+
+    Both leave the class that the model predicts, within the same threat and with equally many
+    steps.
+
+    Attributes:
+      attack: the threat and the steps in words.
+      neurons: the neurons, the easiest first `[M, n]`.
+      success: whether the attack through each changed the prediction `[M, n]`.
+      reached: whether the neuron reached its Delta on the way `[M, n]`.
+      gain: the largest share of Delta by which it moved `[M, n]`.
+      pgd: whether PGD changed the prediction `[M]`.
+    """
+
+    attack: str
+    neurons: Int[np.ndarray, 'images n']
+    success: Bool[np.ndarray, 'images n']
+    reached: Bool[np.ndarray, 'images n']
+    gain: Float[np.ndarray, 'images n']
+    pgd: Bool[np.ndarray, ' images']
+
+    def summary(self) -> attacks.NeuronAttackReport:
+        """Success of the first 1, 4, 8, 16 and all n neurons, and by rank."""
+        attacked = self.success.shape[1]
+        counts = sorted({count for count in (1, 4, 8, 16) if count < attacked} | {attacked})
+        return attacks.neuron_attack_report(self, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +66,7 @@ class LayerReport:
       gradient: estimate of the squared input gradient norm `[M, N]`.
       gradient_error: its standard error `[M, N]`.
       curves: synaptic filtering of the layer's kernel, for each kind of filter.
+      through: the attacks through the easiest neurons of each image.
     """
 
     layer: neurons.NeuronLayer
@@ -64,6 +85,7 @@ class LayerReport:
     gradient: Float[np.ndarray, 'images neurons'] | None = None
     gradient_error: Float[np.ndarray, 'images neurons'] | None = None
     curves: Mapping[str, filtering.Curve] = dataclasses.field(default_factory=dict)
+    through: ThroughNeurons | None = None
 
     def scaled_distance(self) -> Float[np.ndarray, 'images neurons']:
         """|Delta| in standard deviations of the neuron `[M, N]`; infinite for a dead neuron."""
@@ -139,441 +161,6 @@ class NeuronReport:
     layers: tuple[LayerReport, ...]
 
 
-def chosen_layers(
-    forward: Forward,
-    variables: Variables,
-    info: data.DatasetInfo,
-    settings: config_lib.Neurons,
-) -> tuple[neurons.NeuronLayer, ...]:
-    """The layers to measure, without running the model: what is wrong with them shows here.
-
-    Args:
-      forward: the model.
-      variables: its variables, or their shapes.
-      info: the data set.
-      settings: layers and measures.
-
-    Returns:
-      The layers named in the settings, or the default ones.
-
-    Raises:
-      LayerError: a layer cannot be tapped.
-      ValueError: the method of sensitivity does not fit a layer.
-    """
-    image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
-    names = settings.layers or neurons.default_layers(forward, variables, image)
-    layers = tuple(
-        neurons.describe(forward, variables, image, name, unit=settings.unit) for name in names
-    )
-    for layer in layers:
-        if 'sensitivity' in settings.measures and settings.method == 'closed_form':
-            neurons.check_closed_form(layer.facts, layer.name)
-    return layers
-
-
-def measure(
-    forward: Forward,
-    variables: Variables,
-    source: data.Source,
-    mesh: Mesh,
-    settings: config_lib.Neurons,
-    key: PRNGKeyArray,
-    *,
-    split: str,
-    eps: float,
-    progress: Callable[[str], accuracy.Progress] = lambda name: iter,
-) -> NeuronReport:
-    """Measures the neurons of a model on a data set.
-
-    Args:
-      forward: the model.
-      variables: its variables, replicated over the mesh.
-      source: the data.
-      mesh: devices to run on.
-      settings: layers and measures.
-      key: randomness of the probes, folded with each image's position in the data set.
-      split: name of the split, for the report.
-      eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixel units.
-      progress: from a label to a wrapper of an iterator of batches.
-
-    Returns:
-      The report; results do not depend on batches and devices.
-
-    Raises:
-      LayerError: a layer cannot be tapped.
-      ValueError: a measure does not fit a layer.
-    """
-    layers = chosen_layers(forward, variables, source.info, settings)
-    run = functools.partial(
-        accuracy.stream,
-        source,
-        mesh,
-        settings.batch_size,
-        limit=settings.limit or None,
-    )
-    label = functools.partial(_predicted, forward, variables)
-    predicted = run(label, progress=progress('predictions'))
-    attack = jax.tree_util.Partial(_fgsm, jnp.float32(eps))
-    reports = []
-    for layer in layers:
-        measured: dict[str, Any] = {'layer': layer}
-        for measure_name in _with_prerequisites(settings.measures):
-            wrap = progress(f'{layer.name} {measure_name}')
-            step = functools.partial(_MEASURES[measure_name], forward, variables, layer, settings)
-            measured.update(step(run=run, wrap=wrap, attack=attack, key=key, predicted=predicted))
-        if 'targeting' in settings.measures:
-            measured['targeting'] = _targeting_reports(
-                measured, predicted['labels'], source.info.num_classes, variables, layer
-            )
-        measured = {name: value for name, value in measured.items() if not name.startswith('_')}
-        reports.append(LayerReport(**measured))
-    return NeuronReport(
-        source.info,
-        split,
-        predicted['labels'],
-        predicted['predictions'],
-        f'FGSM, linf eps {eps:g}',
-        tuple(reports),
-    )
-
-
-def _with_prerequisites(measures: Iterable[str]) -> list[str]:
-    """The measures asked for and those that their summaries need, in a fixed order."""
-    wanted = set(measures)
-    if 'sensitivity' in wanted:
-        wanted.add('statistics')
-    if 'targeting' in wanted:
-        wanted.add('ablation')
-    return [name for name in config_lib.MEASURES if name in wanted]
-
-
-# ---------------------------------------------------------------------------------- per batch
-
-
-@jax.jit
-def _predicted(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
-    logits = forward(variables, data.to_float(batch.image))[0]
-    return {'labels': batch.label, 'predictions': logits.argmax(-1).astype(jnp.int32)}
-
-
-def _fgsm(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
-    threat = attacks.Threat('linf', eps)
-    return attacks.fgsm(forward, variables, x, y, jax.random.key(0), threat=threat).x_adv
-
-
-_attack_batch = jax.jit(lambda attack, forward, variables, x, y: attack(forward, variables, x, y))
-
-
-@functools.partial(jax.jit, static_argnames=('layer', 'unit'))
-def _peaks(forward: Forward, variables: Variables, x: Array, layer: str, unit: str) -> Array:
-    activation = forward(variables, x, taps=(layer,))[1][layer]
-    if unit == 'unit' or activation.ndim <= 2:
-        return activation.reshape(activation.shape[0], -1)
-    return activation.max(tuple(range(1, activation.ndim - 1)))
-
-
-# --------------------------------------------------------------------------------- per measure
-
-Run = Callable[..., dict[str, np.ndarray]]
-
-
-def _statistics(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    total: list[neurons.Statistics] = []
-    pending: list[Any] = []
-
-    def fetch() -> None:
-        while pending:
-            part = from_summary(pending.pop())
-            total[:] = [neurons.merge(total[0], part)] if total else [part]
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        summary = activation_summary(
-            forward, variables, x, batch.mask, layer=layer.name, unit=layer.unit
-        )
-        # Fetched one batch late, so that devices do not wait for the host.
-        fetch()
-        pending.append(summary)
-        return {'peak': _peaks(forward, variables, x, layer.name, layer.unit)}
-
-    arrays = run(step, progress=wrap)
-    fetch()
-    return {'statistics': total[0], 'peak': arrays['peak']}
-
-
-def _sensitivity(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    method = settings.method
-    if method == 'auto':
-        method = 'closed_form' if layer.facts.affine_tail else 'first_order'
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        result = neurons.sensitivity(
-            forward,
-            variables,
-            data.to_float(batch.image),
-            layer=layer.name,
-            unit=layer.unit,
-            method=method,
-            chunk=settings.chunk or None,
-        )
-        return result._asdict()
-
-    return {'method': method, **run(step, progress=wrap)}
-
-
-def _influence(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del settings, rest
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        values = neurons.influence(forward, variables, x, layer=layer.name, unit=layer.unit)
-        return {'influence': values}
-
-    return run(step, progress=wrap)
-
-
-def _ablation(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    ablate = functools.partial(
-        neurons.ablation,
-        forward,
-        variables,
-        layer=layer.name,
-        unit=layer.unit,
-        chunk=settings.chunk or None,
-    )
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        attacked = ablate(_attack_batch(attack, forward, variables, x, batch.label), batch.label)
-        clean = ablate(x, batch.label)
-        return {
-            **{f'clean {name}': value for name, value in clean._asdict().items()},
-            **{f'attacked {name}': value for name, value in attacked._asdict().items()},
-        }
-
-    arrays = run(step, progress=wrap)
-    results = {}
-    for kind in ('clean', 'attacked'):
-        fields = (arrays[f'{kind} {name}'] for name in neurons.Ablation._fields)
-        results[kind] = neurons.response(neurons.Ablation._make(fields))
-    rule = settings.fragile
-    return {
-        **results,
-        'fragility': neurons.fragility(results['clean'].accuracy, rule),
-        'attacked_fragility': neurons.fragility(results['attacked'].accuracy, rule),
-    }
-
-
-def _targeting(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del settings, rest
-    # Feature maps before the normalisation where the layer belongs to filters.
-    name = layer.kernel_layer if _is_filter(layer) else layer.name
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        x_adv = _attack_batch(attack, forward, variables, x, batch.label)
-        target = functools.partial(neurons.shift, forward, variables, x, x_adv, unit=layer.unit)
-        before = target(layer=name)
-        moved = (x_adv != x).reshape(len(x), -1).any(-1)
-        return {**before._asdict(), 'after': target(layer=layer.name).mean, 'moved': moved}
-
-    arrays = run(step, progress=wrap)
-    # The attack leaves images that are misclassified already as they are.
-    moved = arrays.pop('moved')
-    after = arrays.pop('after')
-    shift = after[moved].mean(0) if moved.any() else np.full(layer.neurons, np.nan)
-    return {
-        'shift': shift,
-        '_shift': neurons.Shift._make(arrays[name] for name in neurons.Shift._fields),
-        '_moved': moved,
-    }
-
-
-def _is_filter(layer: neurons.NeuronLayer) -> bool:
-    return layer.kernel_layer is not None and layer.unit == 'channel' and len(layer.shape) > 1
-
-
-def _targeting_reports(
-    measured: dict[str, Any],
-    labels: np.ndarray,
-    num_classes: int,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-) -> dict[str, neurons.TargetingReport]:
-    moved: Bool[np.ndarray, ' images'] = measured['_moved']
-    if not moved.any():
-        return {}
-    shift = jax.tree.map(lambda leaf: leaf[moved], measured['_shift'])
-    norms = None
-    if layer.kernel_layer is not None and layer.unit == 'channel':
-        norms = np.asarray(filtering.filter_norms(variables, layer.kernel_layer))
-    responses = measured['clean'].accuracy
-    return {
-        score: neurons.targeting_report(
-            neurons.target(shift, score), labels[moved], responses, num_classes, norms=norms
-        )
-        for score in TARGET_SCORES
-    }
-
-
-def _input_gradients(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    key: PRNGKeyArray,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        if settings.probes == 0:
-            norms = neurons.input_gradient_norms(
-                forward,
-                variables,
-                x,
-                layer=layer.name,
-                unit=layer.unit,
-                chunk=settings.chunk or None,
-            )
-            squared = norms.l2**2
-            return {'gradient': squared, 'gradient_error': jnp.zeros_like(squared)}
-        estimate = neurons.probe_gradients(
-            forward,
-            variables,
-            x,
-            key,
-            probes=settings.probes,
-            layers=(layer.name,),
-            unit=layer.unit,
-            index=batch.index,
-        )[layer.name]
-        return {'gradient': estimate.value, 'gradient_error': estimate.standard_error}
-
-    return run(step, progress=wrap)
-
-
-def _filtering(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    if layer.kernel_layer is None:
-        return {}
-    name = layer.kernel_layer
-    alphas = filtering.thresholds(filtering.kernels(variables)[name], settings.thresholds)
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x, found = data.to_float(batch.image), {}
-        for kind in filtering.KINDS:
-            # The first threshold removes nothing: the baseline, by the same program.
-            sweep = jnp.append(filtering.removing_nothing(kind), alphas)
-            result = filtering.filtering_responses(
-                forward,
-                variables,
-                x,
-                batch.label,
-                alphas=sweep,
-                kind=kind,
-                layer=name,
-                attack=attack,
-            )
-            found[f'{kind} clean'] = result.clean
-            assert result.adversarial is not None
-            found[f'{kind} adversarial'] = result.adversarial
-        return found
-
-    arrays = run(step, progress=wrap)
-    curves = {}
-    for kind in filtering.KINDS:
-        clean = arrays[f'{kind} clean'].mean(0)
-        adversarial = arrays[f'{kind} adversarial'].mean(0)
-        curves[kind] = filtering.Curve(
-            alphas,
-            filtering.present_shares(variables, jnp.asarray(alphas), kind, layer=name),
-            clean[1:],
-            adversarial[1:],
-            float(clean[0]),
-            float(adversarial[0]),
-        )
-    return {'curves': curves}
-
-
-_MEASURES: Mapping[str, Callable[..., dict[str, Any]]] = {
-    'statistics': _statistics,
-    'sensitivity': _sensitivity,
-    'influence': _influence,
-    'ablation': _ablation,
-    'targeting': _targeting,
-    'input_gradients': _input_gradients,
-    'filtering': _filtering,
-}
-
-
-# ------------------------------------------------------------------------------------- tables
-
-
 def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
     """Every array of a layer's report, as `evaluate.py` writes them to one `.npz` file.
 
@@ -593,6 +180,8 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `shift` `[N]`; `target_<score>` (mean t_k) and `target_histogram_<score>` `[N]`,
       `target_class_histogram_<score>` `[K, N]`;
       `input_gradient_squared`, `input_gradient_squared_error` `[M, N]`;
+      `attack_neurons`, `attack_success`, `attack_reached`, `attack_gain` `[M, n]` and `attack_pgd`
+      `[M]`, see `ThroughNeurons`;
       `filtering_<kind>` `[T, 4]`: threshold, share present, accuracy clean and under FGSM.
     """
     found: dict[str, Any] = {'labels': report.labels, 'predictions': report.predictions}
@@ -629,6 +218,9 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
     if layer.gradient is not None:
         found['input_gradient_squared'] = layer.gradient
         found['input_gradient_squared_error'] = layer.gradient_error
+    if layer.through is not None:
+        for name in ('neurons', 'success', 'reached', 'gain', 'pgd'):
+            found[f'attack_{name}'] = getattr(layer.through, name)
     for kind, curve in layer.curves.items():
         found[f'filtering_{kind}'] = np.stack(curve[:4], axis=1)
     return found
@@ -650,7 +242,7 @@ def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray
         name: value
         for name, value in everything.items()
         if value.shape == (layer.layer.neurons,)
-        and name not in ('labels', 'predictions', 'quantile_levels')
+        and name not in ('labels', 'predictions', 'quantile_levels', 'attack_pgd')
     }
     if layer.delta is not None:
         columns['median_absolute_delta'] = np.median(np.abs(layer.delta), axis=0)
@@ -672,7 +264,8 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
     Returns:
       Keys `<prefix>/<layer>/<fact>`: the number of neurons, how Delta was computed, the median of
       |Delta| / std over images and neurons, the rules and counts of fragile neurons, correlations
-      with their p-values, filtering scores, and the rank correlations between measures.
+      with their p-values, success of attacks through neurons, filtering scores, and the rank
+      correlations between measures.
     """
     flat: dict[str, Any] = {f'{prefix}/images': len(report.labels)}
     for layer in report.layers:
@@ -701,6 +294,14 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
                 if found is not None:
                     flat[f'{base}/targeting_{score}_{name}'] = _finite(found.value)
                     flat[f'{base}/targeting_{score}_{name}_p'] = _finite(found.p_value)
+        if layer.through is not None:
+            summary = layer.through.summary()
+            flat[f'{base}/attack'] = layer.through.attack
+            for count, share in zip(summary.counts.tolist(), summary.broken.tolist()):
+                flat[f'{base}/attack_broken_by_{count}'] = share
+            flat[f'{base}/attack_mean_successes'] = summary.mean_successes
+            flat[f'{base}/attack_reached'] = summary.reached
+            flat[f'{base}/attack_pgd'] = float(layer.through.pgd.mean())
         for kind, curve in layer.curves.items():
             for name, value in filtering.scores(curve)._asdict().items():
                 flat[f'{base}/filtering_{kind}_{name}'] = _finite(value)
@@ -716,28 +317,3 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """A number that JSON can hold: NaN and infinity are no JSON."""
     return float(value) if np.isfinite(value) else None
-
-
-def fetch_images(
-    source: data.Source, wanted: Iterable[int], limit: int | None, batch_size: int = 256
-) -> dict[int, np.ndarray]:
-    """Reads single images of a data set by their positions.
-
-    Args:
-      source: the data.
-      wanted: positions.
-      limit: as in the evaluation that named them.
-      batch_size: images read at once.
-
-    Returns:
-      uint8 images `[H, W, C]` by position.
-    """
-    missing, found = set(wanted), {}
-    for batch in source.eval_batches(batch_size=batch_size, limit=limit):
-        for row, position in enumerate(batch.index):
-            if batch.mask[row] and int(position) in missing:
-                found[int(position)] = batch.image[row]
-                missing.discard(int(position))
-        if not missing:
-            break
-    return found

@@ -82,6 +82,7 @@ def evaluate(
     progress: Callable[[str], accuracy.Progress] = lambda name: iter,
     ensemble_progress: attacks.Progress | None = None,
     directory: pathlib.Path | None = None,
+    surrogate: tuple[Forward, Variables] | None = None,
 ) -> RobustnessReport:
     """Measures clean accuracy and accuracy under attack.
 
@@ -96,6 +97,8 @@ def evaluate(
       progress: from a label to a wrapper of an iterator of batches.
       ensemble_progress: called before each batch of AutoAttack, see `attacks.autoattack`.
       directory: where AutoAttack notes finished work, to go on after an interruption.
+      surrogate: another model and its variables, replicated: adds the attack `transfer`, which
+        finds its images by PGD on that model.
 
     Returns:
       The report.
@@ -111,7 +114,7 @@ def evaluate(
         progress=progress('clean'),
     )
     outcomes: list[AttackOutcome] = []
-    for name in settings.attacks:
+    for name in (*settings.attacks, *(['transfer'] if surrogate is not None else [])):
         if name.startswith('autoattack'):
             ensemble = functools.partial(
                 _autoattack, name, forward, variables, source, mesh, settings, key, predictions
@@ -124,7 +127,7 @@ def evaluate(
         smallest = name in _MINIMUM
         for eps in sorted(settings.eps)[-1:] if smallest else settings.eps:
             attacked = accuracy.attack(
-                _attack(name, forward, variables, settings, eps, key),
+                _attack(name, forward, variables, settings, eps, key, surrogate),
                 forward,
                 variables,
                 source,
@@ -225,17 +228,21 @@ def _attack(
     settings: config_lib.Evaluation,
     eps: float,
     key: PRNGKeyArray,
+    surrogate: tuple[Forward, Variables] | None = None,
 ) -> Callable[[Array, Array, Array], attacks.AttackResult | attacks.MinimumResult]:
     """An attack with everything bound but images, labels and their positions."""
     method: Callable[..., Any]
     options: dict[str, Any] = {}
-    if name in ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm'):
+    if name in ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'transfer'):
         method, options['loss'] = getattr(attacks, name), settings.loss
-        if name in ('bim', 'pgd', 'mi_fgsm', 'ni_fgsm'):
+        if name == 'transfer':
+            assert surrogate is not None
+            options['surrogate'], options['surrogate_variables'] = surrogate
+        if name in ('bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'transfer'):
             options['steps'] = settings.steps
             if settings.step_size:
                 options['step_size'] = settings.step_size * eps
-        if name == 'pgd':
+        if name in ('pgd', 'transfer'):
             options['restarts'] = settings.restarts
     elif name in ('apgd', 'apgd_dlr'):
         method = attacks.apgd

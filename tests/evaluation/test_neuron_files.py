@@ -14,6 +14,7 @@ from neurosens.evaluation import (
     measure_plots,
     neuron_distances,
     neuron_files,
+    neuron_measures,
     neuron_report,
     sensitivity_plots,
     top_neuron_plots,
@@ -31,6 +32,7 @@ FIELDS = {
     'targeting': ('targeting', 'shift', 'clean', 'attacked', 'fragility', 'attacked_fragility'),
     'input_gradients': ('gradient', 'gradient_error'),
     'filtering': ('curves',),
+    'attack': ('statistics', 'peak', 'method', 'delta', 'flips_to', 'through'),
 }
 
 
@@ -56,7 +58,7 @@ def make_layer(name, count, seed, labels):
             norms=random.exponential(size=count),
             permutations=99,
         )
-        for score in neuron_report.TARGET_SCORES
+        for score in neuron_measures.TARGET_SCORES
     }
     alphas, present = np.linspace(-1, 1, 5), np.linspace(1, 0, 5)
     curves = {
@@ -64,6 +66,15 @@ def make_layer(name, count, seed, labels):
         # Nothing is right under attack, so that two scores are not defined.
         'maxmin': filtering.Curve(alphas, present[::-1], present, 0 * present, 0.9, 0.0),
     }
+    ranks = min(count, 5)
+    through = evaluation.ThroughNeurons(
+        'l2 eps 0.5, 50 steps',
+        random.permuted(np.tile(np.arange(count), (IMAGES, 1)), axis=1)[:, :ranks],
+        random.random((IMAGES, ranks)) < 0.3,
+        random.random((IMAGES, ranks)) < 0.2,
+        random.exponential(size=(IMAGES, ranks)),
+        random.random(IMAGES) < 0.6,
+    )
     facts = tail.LayerFacts((4, 4, count), True, False)
     return evaluation.LayerReport(
         neurons.NeuronLayer(name, facts.shape, 'channel', count, 'stage1/conv', facts),
@@ -82,6 +93,7 @@ def make_layer(name, count, seed, labels):
         random.exponential(size=shape).astype(np.float32),
         random.exponential(size=shape).astype(np.float32),
         curves,
+        through,
     )
 
 
@@ -201,6 +213,7 @@ def test_every_plot_is_there_and_nothing_old(written):
             'measure_heatmap',
             'top_neurons',
             'targeting',
+            'attack',
             'filtering_curves',
         ],
         'head-in': [
@@ -239,6 +252,13 @@ def test_every_measure_is_optional(measure, report, pictures, tmp_path):
         'targeting': ['measure_heatmap', 'measure_scatter', 'targeting'],
         'input_gradients': ['measure_heatmap'],
         'filtering': ['filtering_curves'],
+        'attack': [
+            'attack',
+            'measure_heatmap',
+            'sensitivity_curve',
+            'sensitivity_histogram',
+            'top_neurons',
+        ],
     }[measure]
     plots = neuron_files._plots(one, one.layers[0], {'a': one.layers[0]}, pictures, 1)
     drawn = {name: draw(function()) for name, function in plots}
@@ -421,7 +441,7 @@ def test_terminal_table_has_what_was_found(report):
     assert f'fragile: {fragile.fragile.sum()} of 6 on clean images ({fragile.rule}' in first
     blocks = first.split('\n\n')
     # Of these all lines are equally long.
-    for block in blocks[1:4]:
+    for block in blocks[1:5]:
         assert len({len(line) for line in block.splitlines()}) == 1
     chosen = neuron_distances.most_sensitive(layer, 5)
     assert [line.split()[1] for line in blocks[1].splitlines()[2:]] == [*map(str, chosen)]
@@ -429,5 +449,13 @@ def test_terminal_table_has_what_was_found(report):
     found = layer.targeting['l2']
     assert f'{found.score_correlation.value:+.3f}' in blocks[2].splitlines()[2]
     assert f'{found.score_partial.p_value:.2g}' in blocks[2].splitlines()[2]
-    assert 'fragile' in blocks[3] and 'not defined' in blocks[3]
+    summary = layer.through.summary()
+    success = layer.through.success
+    np.testing.assert_array_equal(summary.counts, [1, 4, 5])
+    expected = [success[:, :count].any(1).mean() for count in (1, 4, 5)]
+    expected += [layer.through.pgd.mean(), layer.through.reached.mean()]
+    for share in expected:
+        assert f' {share:.2%}' in blocks[3]
+    assert blocks[3].endswith(f'{success.sum(1).mean():.2f}')
+    assert 'fragile' in blocks[4] and 'not defined' in blocks[4]
     assert "Spearman's rho over 4 neurons" in second and 'targeting' not in second

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neurosens import data, metrics, neurons, training
+from neurosens import attacks, data, evaluation, metrics, neurons, training
 
 EVALUATE = (
     '--config.evaluation.eps=(0.02,0.1)',
@@ -182,9 +182,16 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     workdir, _ = trained
     other = tmp_path / 'other'
     scripts.run('train.py', f'--workdir={other}', *scripts.tiny, '--config.seed=1')
-    few = ('--config.evaluation.attacks=()', "--config.neurons.measures=('sensitivity',)")
-    few += ("--config.neurons.layers=('act2',)", '--config.neurons.limit=30')
-    scripts.run('evaluate.py', f'--workdir={workdir}', f'--compare={other}', *few)
+    few = ('--config.evaluation.attacks=()', '--config.evaluation.eps=(0.1,)')
+    few += (
+        '--config.evaluation.limit=30',
+        '--config.neurons.limit=30',
+        '--config.neurons.probes=1',
+    )
+    few += ("--config.neurons.measures=('attack',)", "--config.neurons.layers=('act2',)")
+    few += ('--config.neurons.attack_steps=4', '--config.neurons.attack_neurons=3')
+    others = (f'--compare={other}', f'--transfer_from={other}')
+    out, _ = scripts.run('evaluate.py', f'--workdir={workdir}', *others, *few)
     directory = workdir / 'report' / 'neurons'
     assert (directory / 'act2-compare.npz').exists()
     ours = np.load(directory / 'act2.npz')['delta']
@@ -198,6 +205,43 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     results = json.loads((workdir / 'report' / 'results.json').read_text())
     assert results['compared/workdir'] == str(other)
     assert not (directory / 'act1.npz').exists(), 'files of an earlier evaluation are gone'
+    # Images that fool the other model, and attacks through single neurons of this one.
+    assert results['transfer_from'] == str(other)
+    assert results['robust_accuracy/transfer-linf-0.1'] <= results['clean_accuracy']
+    target, labels = training.load(workdir), data.load('digits', 'test').labels[:30]
+    moved = attacks.transfer(
+        target.forward,
+        target.variables,
+        x,
+        labels,
+        evaluation.fixed_key(0),
+        threat=attacks.Threat('linf', 0.1),
+        surrogate=model.forward,
+        surrogate_variables=model.variables,
+    )
+    assert results['robust_accuracy/transfer-linf-0.1'] == np.mean(~moved.success)
+    arrays = dict(np.load(directory / 'act2.npz'))
+    assert arrays['attack_neurons'].shape == arrays['attack_success'].shape == (30, 3)
+    predictions = np.asarray(target.forward(target.variables, x)[0]).argmax(-1)
+    chosen = arrays['attack_neurons']
+    found = attacks.neuron_attack(
+        target.forward,
+        target.variables,
+        x,
+        predictions,
+        evaluation.fixed_key(0),
+        threat=attacks.Threat('l2', 0.5),
+        neurons=chosen,
+        delta=np.take_along_axis(arrays['delta'], chosen, 1),
+        layer='act2',
+        steps=4,
+    )
+    np.testing.assert_array_equal(arrays['attack_success'], found.success)
+    np.testing.assert_allclose(arrays['attack_gain'], found.gain, atol=1e-4)
+    share = found.success.any(1).mean()
+    assert results['neurons/act2/attack_broken_by_3'] == pytest.approx(share)
+    assert f' {share:.2%}' in out
+    assert (directory / 'act2-attack.png').exists()
 
 
 MISTAKES = [
@@ -214,8 +258,14 @@ MISTAKES = [
         "sensitivity has no closed form; use method='first_order' or 'exact'",
     ),
     (['--config.neurons.unit=filter'], "Unknown neurons.unit 'filter'; valid names are channel"),
+    (
+        ["--config.neurons.measures=('attack',)", '--config.neurons.straight_layer=pool9'],
+        "Unknown layer 'pool9'",
+    ),
     (['--compare=nowhere'], 'There is no checkpoint in nowhere'),
-    (['--config.neurons.measures=()', '--compare=nowhere'], 'neurons.measures is empty'),
+    (['--transfer_from=nowhere'], 'There is no checkpoint in nowhere'),
+    (['--config.neurons.measures=()', '--compare=SELF'], 'neurons.measures is empty'),
+    (['--config.neurons.attack_norm=l3'], "Unknown neurons.attack_norm 'l3'"),
 ]
 
 
@@ -224,6 +274,7 @@ def test_a_mistake_is_one_sentence(trained, arguments, sentence, capsys):
     import evaluate
 
     workdir, _ = trained
+    arguments = [argument.replace('SELF', str(workdir)) for argument in arguments]
     # In process: JAX runs already, so the number of CPU devices is left alone.
     few = [
         '--config.cpu_devices=8',

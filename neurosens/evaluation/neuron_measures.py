@@ -1,0 +1,559 @@
+"""Measures single neurons over a data set, with every measure of `neurosens.neurons`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, PRNGKeyArray
+
+from neurosens import attacks, data, neurons, parallel
+from neurosens import config as config_lib
+from neurosens.attacks.representation import activation_and_logits
+from neurosens.evaluation import accuracy
+from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import filtering
+from neurosens.neurons.statistics import activation_summary, from_summary
+
+# Both, since the sign of the correlation with fragility can differ between them.
+TARGET_SCORES = ('l2', 'relative_l2')
+
+
+def chosen_layers(
+    forward: Forward,
+    variables: Variables,
+    info: data.DatasetInfo,
+    settings: config_lib.Neurons,
+) -> tuple[neurons.NeuronLayer, ...]:
+    """The layers to measure, without running the model: what is wrong with them shows here.
+
+    Args:
+      forward: the model.
+      variables: its variables, or their shapes.
+      info: the data set.
+      settings: layers and measures.
+
+    Returns:
+      The layers named in the settings, or the default ones.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+      ValueError: the method of sensitivity or the straight layer of attacks does not fit.
+    """
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+    names = settings.layers or neurons.default_layers(forward, variables, image)
+    layers = tuple(
+        neurons.describe(forward, variables, image, name, unit=settings.unit) for name in names
+    )
+    for layer in layers:
+        if 'sensitivity' in settings.measures and settings.method == 'closed_form':
+            neurons.check_closed_form(layer.facts, layer.name)
+        if 'attack' in settings.measures and settings.straight_layer:
+            jax.eval_shape(
+                functools.partial(
+                    _straight_activation, forward, layer.name, settings.straight_layer
+                ),
+                variables,
+                image,
+            )
+    return layers
+
+
+def _straight_activation(
+    forward: Forward, layer: str, straight_layer: str, variables: Variables, x: Array
+) -> Array:
+    run = activation_and_logits(forward, variables, layer, straight_layer)
+    return run(x[0], jax.random.key(0))[0]
+
+
+def measure(
+    forward: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    settings: config_lib.Neurons,
+    key: PRNGKeyArray,
+    *,
+    split: str,
+    eps: float,
+    progress: Callable[[str], accuracy.Progress] = lambda name: iter,
+) -> NeuronReport:
+    """Measures the neurons of a model on a data set.
+
+    Args:
+      forward: the model.
+      variables: its variables, replicated over the mesh.
+      source: the data.
+      mesh: devices to run on.
+      settings: layers and measures.
+      key: randomness of the probes, folded with each image's position in the data set.
+      split: name of the split, for the report.
+      eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixel units.
+      progress: from a label to a wrapper of an iterator of batches.
+
+    Returns:
+      The report; results do not depend on batches and devices.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+      ValueError: a measure does not fit a layer.
+    """
+    layers = chosen_layers(forward, variables, source.info, settings)
+    run = functools.partial(
+        accuracy.stream,
+        source,
+        mesh,
+        settings.batch_size,
+        limit=settings.limit or None,
+    )
+    label = functools.partial(_predicted, forward, variables)
+    predicted = run(label, progress=progress('predictions'))
+    attack = jax.tree_util.Partial(_fgsm, jnp.float32(eps))
+    reports = []
+    for layer in layers:
+        measured: dict[str, Any] = {'layer': layer}
+        for measure_name in _with_prerequisites(settings.measures):
+            wrap = progress(f'{layer.name} {measure_name}')
+            step = functools.partial(_MEASURES[measure_name], forward, variables, layer, settings)
+            measured.update(
+                step(run=run, wrap=wrap, attack=attack, key=key, measured=measured, mesh=mesh)
+            )
+        if 'targeting' in settings.measures:
+            measured['targeting'] = _targeting_reports(
+                measured, predicted['labels'], source.info.num_classes, variables, layer
+            )
+        measured = {name: value for name, value in measured.items() if not name.startswith('_')}
+        reports.append(LayerReport(**measured))
+    return NeuronReport(
+        source.info,
+        split,
+        predicted['labels'],
+        predicted['predictions'],
+        f'FGSM, linf eps {eps:g}',
+        tuple(reports),
+    )
+
+
+def _with_prerequisites(measures: Iterable[str]) -> list[str]:
+    """The measures asked for and those that their summaries need, in a fixed order."""
+    wanted = set(measures)
+    if 'attack' in wanted:
+        wanted.add('sensitivity')
+    if 'sensitivity' in wanted:
+        wanted.add('statistics')
+    if 'targeting' in wanted:
+        wanted.add('ablation')
+    return [name for name in config_lib.MEASURES if name in wanted]
+
+
+# ---------------------------------------------------------------------------------- per batch
+
+
+@jax.jit
+def _predicted(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
+    logits = forward(variables, data.to_float(batch.image))[0]
+    return {'labels': batch.label, 'predictions': logits.argmax(-1).astype(jnp.int32)}
+
+
+def _fgsm(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
+    threat = attacks.Threat('linf', eps)
+    return attacks.fgsm(forward, variables, x, y, jax.random.key(0), threat=threat).x_adv
+
+
+_attack_batch = jax.jit(lambda attack, forward, variables, x, y: attack(forward, variables, x, y))
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'unit'))
+def _peaks(forward: Forward, variables: Variables, x: Array, layer: str, unit: str) -> Array:
+    activation = forward(variables, x, taps=(layer,))[1][layer]
+    if unit == 'unit' or activation.ndim <= 2:
+        return activation.reshape(activation.shape[0], -1)
+    return activation.max(tuple(range(1, activation.ndim - 1)))
+
+
+# --------------------------------------------------------------------------------- per measure
+
+Run = Callable[..., dict[str, np.ndarray]]
+
+
+def _statistics(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+    total: list[neurons.Statistics] = []
+    pending: list[Any] = []
+
+    def fetch() -> None:
+        while pending:
+            part = from_summary(pending.pop())
+            total[:] = [neurons.merge(total[0], part)] if total else [part]
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        summary = activation_summary(
+            forward, variables, x, batch.mask, layer=layer.name, unit=layer.unit
+        )
+        # Fetched one batch late, so that devices do not wait for the host.
+        fetch()
+        pending.append(summary)
+        return {'peak': _peaks(forward, variables, x, layer.name, layer.unit)}
+
+    arrays = run(step, progress=wrap)
+    fetch()
+    return {'statistics': total[0], 'peak': arrays['peak']}
+
+
+def _sensitivity(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+    method = settings.method
+    if method == 'auto':
+        method = 'closed_form' if layer.facts.affine_tail else 'first_order'
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        result = neurons.sensitivity(
+            forward,
+            variables,
+            data.to_float(batch.image),
+            layer=layer.name,
+            unit=layer.unit,
+            method=method,
+            chunk=settings.chunk or None,
+        )
+        return result._asdict()
+
+    return {'method': method, **run(step, progress=wrap)}
+
+
+def _influence(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    **rest: Any,
+) -> dict[str, Any]:
+    del settings, rest
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        values = neurons.influence(forward, variables, x, layer=layer.name, unit=layer.unit)
+        return {'influence': values}
+
+    return run(step, progress=wrap)
+
+
+def _ablation(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    attack: Any,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+    ablate = functools.partial(
+        neurons.ablation,
+        forward,
+        variables,
+        layer=layer.name,
+        unit=layer.unit,
+        chunk=settings.chunk or None,
+    )
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        attacked = ablate(_attack_batch(attack, forward, variables, x, batch.label), batch.label)
+        clean = ablate(x, batch.label)
+        return {
+            **{f'clean {name}': value for name, value in clean._asdict().items()},
+            **{f'attacked {name}': value for name, value in attacked._asdict().items()},
+        }
+
+    arrays = run(step, progress=wrap)
+    results = {}
+    for kind in ('clean', 'attacked'):
+        fields = (arrays[f'{kind} {name}'] for name in neurons.Ablation._fields)
+        results[kind] = neurons.response(neurons.Ablation._make(fields))
+    rule = settings.fragile
+    return {
+        **results,
+        'fragility': neurons.fragility(results['clean'].accuracy, rule),
+        'attacked_fragility': neurons.fragility(results['attacked'].accuracy, rule),
+    }
+
+
+def _targeting(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    attack: Any,
+    **rest: Any,
+) -> dict[str, Any]:
+    del settings, rest
+    # Feature maps before the normalisation where the layer belongs to filters.
+    name = layer.kernel_layer if _is_filter(layer) else layer.name
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        x_adv = _attack_batch(attack, forward, variables, x, batch.label)
+        target = functools.partial(neurons.shift, forward, variables, x, x_adv, unit=layer.unit)
+        before = target(layer=name)
+        moved = (x_adv != x).reshape(len(x), -1).any(-1)
+        return {**before._asdict(), 'after': target(layer=layer.name).mean, 'moved': moved}
+
+    arrays = run(step, progress=wrap)
+    # The attack leaves images that are misclassified already as they are.
+    moved = arrays.pop('moved')
+    after = arrays.pop('after')
+    shift = after[moved].mean(0) if moved.any() else np.full(layer.neurons, np.nan)
+    return {
+        'shift': shift,
+        '_shift': neurons.Shift._make(arrays[name] for name in neurons.Shift._fields),
+        '_moved': moved,
+    }
+
+
+def _is_filter(layer: neurons.NeuronLayer) -> bool:
+    return layer.kernel_layer is not None and layer.unit == 'channel' and len(layer.shape) > 1
+
+
+def _targeting_reports(
+    measured: dict[str, Any],
+    labels: np.ndarray,
+    num_classes: int,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+) -> dict[str, neurons.TargetingReport]:
+    moved: Bool[np.ndarray, ' images'] = measured['_moved']
+    if not moved.any():
+        return {}
+    shift = jax.tree.map(lambda leaf: leaf[moved], measured['_shift'])
+    norms = None
+    if layer.kernel_layer is not None and layer.unit == 'channel':
+        norms = np.asarray(filtering.filter_norms(variables, layer.kernel_layer))
+    responses = measured['clean'].accuracy
+    return {
+        score: neurons.targeting_report(
+            neurons.target(shift, score), labels[moved], responses, num_classes, norms=norms
+        )
+        for score in TARGET_SCORES
+    }
+
+
+def _input_gradients(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    key: PRNGKeyArray,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        if settings.probes == 0:
+            norms = neurons.input_gradient_norms(
+                forward,
+                variables,
+                x,
+                layer=layer.name,
+                unit=layer.unit,
+                chunk=settings.chunk or None,
+            )
+            squared = norms.l2**2
+            return {'gradient': squared, 'gradient_error': jnp.zeros_like(squared)}
+        estimate = neurons.probe_gradients(
+            forward,
+            variables,
+            x,
+            key,
+            probes=settings.probes,
+            layers=(layer.name,),
+            unit=layer.unit,
+            index=batch.index,
+        )[layer.name]
+        return {'gradient': estimate.value, 'gradient_error': estimate.standard_error}
+
+    return run(step, progress=wrap)
+
+
+def _filtering(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    attack: Any,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+    if layer.kernel_layer is None:
+        return {}
+    name = layer.kernel_layer
+    alphas = filtering.thresholds(filtering.kernels(variables)[name], settings.thresholds)
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x, found = data.to_float(batch.image), {}
+        for kind in filtering.KINDS:
+            # The first threshold removes nothing: the baseline, by the same program.
+            sweep = jnp.append(filtering.removing_nothing(kind), alphas)
+            result = filtering.filtering_responses(
+                forward,
+                variables,
+                x,
+                batch.label,
+                alphas=sweep,
+                kind=kind,
+                layer=name,
+                attack=attack,
+            )
+            found[f'{kind} clean'] = result.clean
+            assert result.adversarial is not None
+            found[f'{kind} adversarial'] = result.adversarial
+        return found
+
+    arrays = run(step, progress=wrap)
+    curves = {}
+    for kind in filtering.KINDS:
+        clean = arrays[f'{kind} clean'].mean(0)
+        adversarial = arrays[f'{kind} adversarial'].mean(0)
+        curves[kind] = filtering.Curve(
+            alphas,
+            filtering.present_shares(variables, jnp.asarray(alphas), kind, layer=name),
+            clean[1:],
+            adversarial[1:],
+            float(clean[0]),
+            float(adversarial[0]),
+        )
+    return {'curves': curves}
+
+
+@jax.jit
+def _rows(values: Any, index: Array) -> Any:
+    """Rows of arrays by their place; places of padding, beyond the end, give the last."""
+    return jax.tree.map(lambda array: array.at[index].get(mode='clip'), values)
+
+
+def _attack_through(
+    forward: Forward,
+    variables: Variables,
+    layer: neurons.NeuronLayer,
+    settings: config_lib.Neurons,
+    *,
+    run: Run,
+    wrap: accuracy.Progress,
+    key: PRNGKeyArray,
+    measured: Mapping[str, Any],
+    mesh: Mesh,
+    **rest: Any,
+) -> dict[str, Any]:
+    del rest
+    statistics = measured['statistics']
+    count = min(settings.attack_neurons, layer.neurons)
+    # Images of undefined logits have no Delta; their neurons are left where they are.
+    delta = np.nan_to_num(measured['delta'], nan=np.inf)
+    chosen, change = attacks.easiest_neurons(delta, statistics.mean, statistics.std(), count)
+    aims = parallel.replicate(mesh, {'neurons': np.asarray(chosen), 'delta': np.asarray(change)})
+    threat = attacks.Threat(settings.attack_norm, settings.attack_eps)
+    through: Callable[..., attacks.NeuronAttackResult] = functools.partial(
+        attacks.neuron_attack,
+        layer=layer.name,
+        unit=layer.unit,
+        straight_layer=settings.straight_layer or None,
+        chunk=settings.chunk or None,
+    )
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        predictions = _predicted(forward, variables, batch)['predictions']
+        problem = (forward, variables, x, predictions, key)
+        budget: dict[str, Any] = {
+            'threat': threat,
+            'steps': settings.attack_steps,
+            'index': batch.index,
+        }
+        result = through(*problem, **budget, **_rows(aims, batch.index))
+        return {
+            'success': result.success,
+            'reached': result.reached,
+            'gain': result.gain,
+            'pgd': attacks.pgd(*problem, **budget).success,
+        }
+
+    arrays = run(step, progress=wrap)
+    words = f'{settings.attack_norm} eps {settings.attack_eps:g}, {settings.attack_steps} steps'
+    return {'through': ThroughNeurons(words, np.asarray(chosen), **arrays)}
+
+
+_MEASURES: Mapping[str, Callable[..., dict[str, Any]]] = {
+    'statistics': _statistics,
+    'sensitivity': _sensitivity,
+    'influence': _influence,
+    'ablation': _ablation,
+    'targeting': _targeting,
+    'input_gradients': _input_gradients,
+    'attack': _attack_through,
+    'filtering': _filtering,
+}
+
+
+def fetch_images(
+    source: data.Source, wanted: Iterable[int], limit: int | None, batch_size: int = 256
+) -> dict[int, np.ndarray]:
+    """Reads single images of a data set by their positions.
+
+    Args:
+      source: the data.
+      wanted: positions.
+      limit: as in the evaluation that named them.
+      batch_size: images read at once.
+
+    Returns:
+      uint8 images `[H, W, C]` by position.
+    """
+    missing, found = set(wanted), {}
+    for batch in source.eval_batches(batch_size=batch_size, limit=limit):
+        for row, position in enumerate(batch.index):
+            if batch.mask[row] and int(position) in missing:
+                found[int(position)] = batch.image[row]
+                missing.discard(int(position))
+        if not missing:
+            break
+    return found
