@@ -1,12 +1,14 @@
 """Do our attacks find what their PyTorch originals find? Robust accuracy, image by image.
 
     python -m benchmarks.attack_parity compare --weights DIR --data_dir DIR --output DIR
+    python -m benchmarks.attack_parity smallest --weights DIR --data_dir DIR
     python -m benchmarks.attack_parity published --weights DIR --data_dir DIR
 
 `compare` runs both sides with equal budgets on the first test images and keeps what every run found
 in the output folder, so that an interrupted comparison goes on where it stopped. Random attacks
 differ from seed to seed: how much torchattacks differs from itself is the yardstick for how much we
-may differ from it. `published` repeats figures that were published with the weights.
+may differ from it. `smallest` compares the perturbations found by attacks that look for the
+smallest one with those of foolbox. `published` repeats figures published with the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 
+import foolbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +159,73 @@ def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[str, ..
     )
 
 
+# Attack, norm, our options and foolbox's attack with the same budget.
+_SMALLEST: tuple[tuple[str, str, dict, Callable[[], object]], ...] = (
+    ('deepfool', 'l2', {'steps': 50}, lambda: foolbox.attacks.L2DeepFoolAttack(steps=50)),
+    ('deepfool', 'linf', {'steps': 50}, lambda: foolbox.attacks.LinfDeepFoolAttack(steps=50)),
+    ('fmn', 'l2', {'steps': 100}, lambda: foolbox.attacks.L2FMNAttack(steps=100)),
+    ('fmn', 'linf', {'steps': 100}, lambda: foolbox.attacks.LInfFMNAttack(steps=100)),
+    ('fmn', 'l1', {'steps': 100}, lambda: foolbox.attacks.L1FMNAttack(steps=100)),
+    (
+        'carlini_wagner',
+        'l2',
+        {'steps': 200, 'searches': 5},
+        lambda: foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=5, steps=200),
+    ),
+)
+
+
+def smallest(arguments: argparse.Namespace) -> str:
+    """Returns a Markdown table of the smallest perturbations found, ours and foolbox's."""
+    orders = {'linf': np.inf, 'l2': 2, 'l1': 1}
+    mesh = parallel.data_mesh()
+    rows = []
+    for name in arguments.networks:
+        pair = published.load(name, arguments.weights)
+        x, y = published.images(pair.data_set, arguments.data_dir, _BATCH)
+        correct = pair.network(published.torch_images(x)).argmax(1).numpy() == y
+        variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
+        images, labels = parallel.shard(mesh, (x, y))
+        for attack, norm, options, make in _SMALLEST:
+            start = time.perf_counter()
+            result = getattr(attacks, attack)(
+                pair.forward,
+                variables,
+                images,
+                labels,
+                jax.random.key(0),
+                threat=attacks.Threat(norm, np.inf),
+                **options,
+            )
+            ours = np.asarray(result.distance)[correct]
+            seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            model = foolbox.PyTorchModel(pair.network, bounds=(0, 1))
+            clean = published.torch_images(x[correct])
+            target = torch.from_numpy(np.int64(y[correct]))
+            _, found, success = make()(model, clean, target, epsilons=None)
+            change = (found - clean).detach().flatten(1).numpy()
+            theirs = np.linalg.norm(change, orders[norm], axis=1)
+            theirs = np.where(success.numpy(), theirs, np.inf)
+            print(f'{name} {attack} {norm}: {seconds:.0f} s, ', end='', flush=True)
+            print(f'foolbox {time.perf_counter() - start:.0f} s', flush=True)
+            shares = [np.isfinite(found).mean() for found in (ours, theirs)]
+            both = np.isfinite(ours) & np.isfinite(theirs)
+            quotient = np.quantile(ours[both] / theirs[both], (0.1, 0.5, 0.9))
+            rows.append(
+                (
+                    name,
+                    attack,
+                    norm,
+                    *(f'{np.median(found):.4g}' for found in (ours, theirs)),
+                    *(f'{100 * share:.1f}' for share in shares),
+                    f'{quotient[1]:.3f} ({quotient[0]:.3f}-{quotient[2]:.3f})',
+                )
+            )
+    header = ('Network', 'Attack', 'Norm', 'median, ours', 'foolbox', 'found %, ours', 'foolbox')
+    return harness.markdown_table((*header, 'ours / foolbox'), rows)
+
+
 def _success_of_correct(
     forward: LinenForward, variables: dict, x: np.ndarray, y: np.ndarray, **options: object
 ) -> tuple[float, float]:
@@ -206,7 +276,7 @@ def figures(arguments: argparse.Namespace) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('subject', choices=('compare', 'published'))
+    parser.add_argument('subject', choices=('compare', 'smallest', 'published'))
     parser.add_argument('--weights', required=True, help='folder of the published weights')
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
     parser.add_argument('--output', default='attack_parity', help='folder of what runs found')
@@ -226,7 +296,8 @@ def main() -> None:
     parallel.use_cpu_devices(parallel.cpu_device_count(_BATCH))
     torch.set_num_threads(harness.cores())
     print(harness.machine_line(harness.machine()))
-    table = {'compare': compare, 'published': figures}[arguments.subject](arguments)
+    subjects = {'compare': compare, 'smallest': smallest, 'published': figures}
+    table = subjects[arguments.subject](arguments)
     print(f'\n{table}')
 
 

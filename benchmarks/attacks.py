@@ -148,8 +148,6 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         'PyTorch pairs in turn',
     ),
 }
-# Threads of PyTorch that wait give up their core.
-_WAITING = {'OMP_WAIT_POLICY': 'passive'}
 # Budgets that differ from those of `Setting`: Square's cost is the same for every query.
 _CHANGES: dict[str, Mapping[str, Any]] = {'steps': {'queries': 100}}
 
@@ -166,13 +164,12 @@ def measure(
     }
     with (
         harness.worker(harness.WorkerSpec('benchmarks.attacks:prepare', options)) as ours,
-        harness.worker(
-            harness.WorkerSpec('benchmarks.torch_attacks:prepare', options, _WAITING)
-        ) as theirs,
+        harness.worker(harness.WorkerSpec('benchmarks.torch_attacks:prepare', options)) as theirs,
     ):
         units = {
             unit: (ours if unit in ours.details['units'] else theirs).unit(unit)
             for unit in SUBJECTS[subject]
+            if not arguments.only or any(part in unit for part in arguments.only)
         }
         # The ensembles take minutes: theirs starts cold, and so does ours, with its compilation.
         warmup = 0 if subject == 'autoattack' else 1
@@ -192,7 +189,7 @@ def table(subject: str, measurement: harness.Measurement, scale: Mapping[str, fl
         scale: what part of the work some candidates did, by name.
     """
     rows = []
-    for name in SUBJECTS[subject]:
+    for name in measurement.seconds:
         summary = measurement.summary(name)
         part = scale.get(name, 1.0)
         reference = name.replace(name.split()[0], 'neurosens', 1)
@@ -251,6 +248,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--weights', required=True, help='folder of the published weights')
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
     parser.add_argument('--networks', nargs='+', default=NETWORKS, choices=NETWORKS)
+    parser.add_argument('--only', nargs='+', default=(), help='parts of names of candidates')
     parser.add_argument('--rounds', type=int, default=3, help='measured rounds')
     parser.add_argument('--json', default='', help='file for the timings of every round')
     return parser.parse_args()
@@ -272,7 +270,7 @@ def main() -> None:
         scale = {'PyTorch pairs in turn': 1 / 32} if arguments.subject == 'neurons' else {}
         print(f'\n{name}, eps {_EPS[name]:.4g}, {arguments.rounds} rounds:\n')
         print(table(arguments.subject, measured, scale), flush=True)
-        if arguments.subject == 'steps':
+        if arguments.subject == 'steps' and not arguments.only:
             print(f'\n{overheads(measured)}', flush=True)
     if arguments.json and measurements:
         harness.write_json(

@@ -27,7 +27,18 @@ import numpy as np
 
 Unit: TypeAlias = Callable[[], object]
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'captum')
+_PACKAGES = (
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'numpy',
+    'torch',
+    'captum',
+    'torchattacks',
+    'foolbox',
+    'adversarial-robustness-toolbox',
+)
 _STOP_SECONDS = 10.0
 
 

@@ -1,6 +1,15 @@
 """neurosens: which neurons make a classifier fragile, measured and trained away in JAX."""
 
-from neurosens import attacks, data, evaluation, models, neurons, parallel, training
+from neurosens import (
+    attacks,
+    data,
+    evaluation,
+    models,
+    neurons,
+    parallel,
+    regularizers,
+    training,
+)
 from neurosens.attacks import Threat
 from neurosens.forward import (
     Forward,
@@ -25,6 +34,7 @@ __all__ = [
     'models',
     'neurons',
     'parallel',
+    'regularizers',
     'training',
     'with_edits',
     'with_input_transform',

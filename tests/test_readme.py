@@ -3,7 +3,10 @@
 import pathlib
 import re
 
-README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+from neurosens import training
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 
 
 def test_the_library_example_runs(capsys):
@@ -22,3 +25,20 @@ def test_every_config_is_listed():
     configs = pathlib.Path(__file__).parent.parent / 'configs'
     listed = set(re.findall(r'`(configs/[\w/]+\.py)`', README))
     assert listed == {f'configs/{path.name}' for path in configs.glob('*.py')}
+
+
+def test_the_training_loop_of_the_docs_runs(capsys):
+    text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
+    (example,) = (
+        block
+        for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+        if 'import neurosens' in block
+    )
+    exec(compile(example, 'training.md', 'exec'), {'__name__': 'training'})
+    assert 0 < float(capsys.readouterr().out) < 10
+
+
+def test_every_objective_and_regularizer_is_documented():
+    text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
+    listed = set(re.findall(r'^\| `(\w+)` \|', text, re.MULTILINE))
+    assert listed == {*training.OBJECTIVES, *training.REGULARIZERS}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -153,6 +152,9 @@ def _scaled_ranks(values: Float[np.ndarray, ' neurons']) -> Float[np.ndarray, ' 
     """Ranks from 0 for the smallest to 1 for the largest, means of them for ties, NaN for NaN."""
     defined = ~np.isnan(values)
     ranks = np.full(values.shape, np.nan)
+    # Imported where it is used: it takes as long to import as JAX.
+    import scipy.stats
+
     ranks[defined] = (scipy.stats.rankdata(values[defined]) - 1) / max(1, defined.sum() - 1)
     return ranks
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-import scipy.stats
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -58,6 +57,9 @@ def spearman(a: Values, b: Values) -> float:
     a, b = _finite(a, b)
     if a.size < 3 or _constant(a) or _constant(b):
         return float('nan')
+    # Imported where it is used: it takes as long to import as JAX.
+    import scipy.stats
+
     return float(scipy.stats.spearmanr(a, b).statistic)
 
 
@@ -196,6 +198,8 @@ def _constant(values: np.ndarray) -> bool:
 
 def _ranks(values: np.ndarray) -> Float[np.ndarray, ' neurons']:
     """Ranks, shifted to mean 0: exact multiples of 1/2."""
+    import scipy.stats
+
     return scipy.stats.rankdata(values) - (values.size + 1) / 2
 
 

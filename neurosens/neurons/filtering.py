@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.integrate
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -515,6 +514,9 @@ def scores(curve: Curve) -> Scores:
     scaled = (alphas - alphas[0]) / (alphas[-1] - alphas[0])
     clean = _relative(clean, float(curve.baseline_clean))
     adversarial = _relative(adversarial, float(curve.baseline_adversarial))
+
+    # Imported where it is used, because it takes long.
+    import scipy.integrate
 
     def integral(values: np.ndarray) -> float:
         return float(scipy.integrate.simpson(values, x=scaled))

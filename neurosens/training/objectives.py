@@ -1,4 +1,4 @@
-"""What training minimises: a registry of objectives, and the call form of regularizers.
+"""What training minimises: registries of objectives and of regularizers.
 
 An objective is a function
 
@@ -12,80 +12,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from neurosens import _validate
-from neurosens.forward import Forward, Variables
-
-
-class Outcome(NamedTuple):
-    """What an objective computed besides its loss.
-
-    Attributes:
-      logits: training-mode logits `[B, K]`, from which the training accuracy is taken.
-      updates: new values of the mutable collections, such as `{'batch_stats': ...}`.
-      metrics: further scalars to log, by name.
-    """
-
-    logits: Float[Array, 'batch classes']
-    updates: Mapping[str, Any]
-    metrics: Mapping[str, Float[Array, '']]
-
-
-class Objective(Protocol):
-    """A differentiable training loss."""
-
-    def __call__(
-        self,
-        module: nn.Module,
-        variables: Variables,
-        x: Float[Array, 'batch ...'],
-        y: Int[Array, ' batch'],
-        key: PRNGKeyArray,
-    ) -> tuple[Float[Array, ''], Outcome]:
-        """Computes the mean loss of a batch and its outcome."""
-
-
-class Regularizer(Protocol):
-    """A differentiable penalty; it sees the model in evaluation mode (running statistics)."""
-
-    def __call__(
-        self,
-        forward: Forward,
-        variables: Variables,
-        x: Float[Array, 'batch ...'],
-        y: Int[Array, ' batch'],
-        key: PRNGKeyArray,
-    ) -> tuple[Float[Array, ''], Mapping[str, Float[Array, '']]]:
-        """Computes the penalty of a batch and scalars to log."""
-
+from neurosens import _validate, regularizers
+from neurosens.forward import Variables
+from neurosens.regularizers import Regularizer
+from neurosens.training import adversarial
+from neurosens.training.objective import Objective, Outcome, run_training_mode
 
 ObjectiveFactory: TypeAlias = Callable[..., Objective]
 RegularizerFactory: TypeAlias = Callable[..., Regularizer]
-
-
-def run_training_mode(
-    module: nn.Module, variables: Variables, x: Float[Array, 'batch ...'], key: PRNGKeyArray
-) -> tuple[Float[Array, 'batch classes'], Mapping[str, Any]]:
-    """Runs a module with batch statistics and dropout.
-
-    Args:
-      module: a model of `neurosens.models`, or any Linen module that takes `train`.
-      variables: its variables.
-      x: images `[B, H, W, C]`.
-      key: randomness of dropout.
-
-    Returns:
-      `(logits [B, K], new values of the collections other than 'params')`.
-    """
-    mutable = [collection for collection in variables if collection != 'params']
-    logits, updates = module.apply(variables, x, train=True, mutable=mutable, rngs={'dropout': key})
-    return logits, updates
 
 
 def standard(*, label_smoothing: float = 0.0) -> Objective:
@@ -114,8 +55,24 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
     return objective
 
 
-OBJECTIVES: Mapping[str, ObjectiveFactory] = {'standard': standard}
-REGULARIZERS: Mapping[str, RegularizerFactory] = {}
+OBJECTIVES: Mapping[str, ObjectiveFactory] = {
+    'standard': standard,
+    'pgd': adversarial.pgd,
+    'fgsm_rs': adversarial.fgsm_rs,
+    'trades': adversarial.trades,
+    'mart': adversarial.mart,
+    'multi_norm': adversarial.multi_norm,
+}
+REGULARIZERS: Mapping[str, RegularizerFactory] = {
+    'activation_norm': regularizers.activation_norm,
+    'activation_sensitivity': regularizers.activation_sensitivity,
+    'direct_sensitivity': regularizers.direct_sensitivity,
+    'input_gradient': regularizers.input_gradient,
+    'jacobian': regularizers.jacobian,
+    'jacobian_root': regularizers.jacobian_root,
+    'neuron_contribution': regularizers.neuron_contribution,
+    'sensitivity_and_jacobian': regularizers.sensitivity_and_jacobian,
+}
 
 
 def create(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import data, parallel
 from neurosens.forward import LinenForward, Variables
-from neurosens.training.objectives import Objective, Outcome, Regularizer
+from neurosens.regularizers import Regularizer
+from neurosens.training.objectives import Objective, Outcome
 
 
 class TrainState(NamedTuple):

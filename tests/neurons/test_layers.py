@@ -63,7 +63,7 @@ def test_default_layers_of_the_zoo(name):
 
 
 def test_default_layers_of_a_deep_network():
-    net = shapes_of(models.create('densenet121', num_classes=5))
+    net = shapes_of(models.DenseNet(num_classes=5, stage_sizes=(2, 3), growth_rate=4))
     assert default_layers(*net) == ('stage1_block1/act1', 'head:in')
 
 

@@ -260,7 +260,7 @@ MISTAKES = [
     (['--config.neurons.unit=filter'], "Unknown neurons.unit 'filter'; valid names are channel"),
     (
         ["--config.neurons.measures=('attack',)", '--config.neurons.straight_layer=pool9'],
-        "Unknown layer 'pool9'",
+        "Unknown layer 'pool9",
     ),
     (['--compare=nowhere'], 'There is no checkpoint in nowhere'),
     (['--transfer_from=nowhere'], 'There is no checkpoint in nowhere'),

@@ -99,9 +99,38 @@ def test_a_polite_signal_saves_first(trained, scripts, tmp_path, number):
     stopped_at = int(err.split('after step ')[1].split(';')[0])
     checkpoints = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
     assert stopped_at in checkpoints
+    if number == signal.SIGINT:
+        return
+    # What is saved is the same for both: going on once shows that it is whole.
     out, _ = scripts.run('train.py', f'--workdir={workdir}', *scripts.tiny)
     assert f'Going on from the checkpoint of step {stopped_at}.' in out
     assert_same_training(workdir, reference)
+
+
+def test_robust_training_logs_every_term(scripts, tmp_path):
+    workdir = tmp_path / 'robust'
+    terms = "{'sensitivity_and_jacobian': {'weight': 0.5, 'ramp': 0.5}, 'neuron_contribution': {}}"
+    scripts.run(
+        'train.py',
+        f'--workdir={workdir}',
+        *scripts.tiny,
+        '--config.steps=20',
+        '--config.objective=trades',
+        "--config.objective_options={'eps': 0.05, 'steps': 2}",
+        f'--config.regularizers={terms}',
+    )
+    last = [line for line in logs.read(workdir) if 'loss' in line][-1]
+    assert last['step'] == 20
+    assert last['attacked_accuracy'] <= last['clean_accuracy']
+    for name in (
+        'sensitivity_and_jacobian/penalty',
+        'sensitivity_and_jacobian/jacobian',
+        'sensitivity_and_jacobian/dead',
+        'neuron_contribution/weight_difference',
+        'neuron_contribution/contribution',
+    ):
+        assert np.isfinite(last[name]), name
+    assert training.load(workdir).config.objective_options == {'eps': 0.05, 'steps': 2}
 
 
 def test_divergence_is_named_and_keeps_the_last_checkpoint(scripts, tmp_path):
@@ -126,7 +155,7 @@ MISTAKES = [
     ('--config.dataset=digit', "Unknown data set 'digit'; valid names are digits"),
     ('--config.optimizer.name=adam', "Unknown optimizer.name 'adam'; valid names are sgd, adamw"),
     ('--config.schedule.name=linear', "Unknown schedule.name 'linear'"),
-    ('--config.objective=pgd', "Unknown objective 'pgd'"),
+    ('--config.objective=hinge', "Unknown objective 'hinge'"),
     ("--config.regularizers={'l3': {}}", "Unknown regularizer 'l3'"),
     ('--config.augmentation=crop', "Unknown augmentation 'crop'"),
     ('--config=configs/digit.py', "Config file 'configs/digit.py' does not exist"),

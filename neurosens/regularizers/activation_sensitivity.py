@@ -1,0 +1,236 @@
+"""Activation sensitivity: small derivatives of hidden neurons with respect to the input.
+
+After Fidel, Bitton, Katzir & Shabtai 2020 (https://arxiv.org/abs/2009.11349), of which no program
+is public: the estimators, weights and layers are ours. With a_l the N_l entries of hidden layer l
+of L,
+
+    R(x) = (1/L) sum_l (1/N_l) ||d a_l / d x||_F^2.
+
+Multiplying a ReLU layer by a factor and dividing the next one by it changes R and nothing else: a
+smaller R alone does not mean a more robust classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from neurosens import _validate
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import chunks
+from neurosens.regularizers.regularizer import (
+    POSITIONS,
+    Regularizer,
+    hidden,
+    keys_of,
+    mean_over_layers,
+    mean_square,
+    single,
+)
+
+ESTIMATORS = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference', 'exact')
+DISTRIBUTIONS = ('rademacher', 'normal')
+
+_Activations = Callable[[Array], dict[str, Array]]
+
+
+def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
+    draw = jax.random.normal if distribution == 'normal' else jax.random.rademacher
+    return draw(key, like.shape).astype(like.dtype)
+
+
+def _tangent(function: _Activations, x: Array, key: PRNGKeyArray, distribution: str) -> dict:
+    """One direction gives every neuron of every layer: (1/N_l) ||J_l u||^2."""
+    tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))[1]
+    return {name: mean_square(tangent) for name, tangent in tangents.items()}
+
+
+def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> dict[str, Array]:
+    """Signs over all neurons of all layers, in one pass back; terms between layers cancel."""
+    values, pull = jax.vjp(function, x)
+    keys = jax.random.split(key, len(values))
+    signs = {
+        name: _direction(own, value, 'rademacher') / jnp.sqrt(float(len(values) * value.size))
+        for own, (name, value) in zip(keys, values.items())
+    }
+    return {'': (single(pull(signs)[0]) ** 2).sum()}
+
+
+def _neuron_sampling(
+    function: _Activations, x: Array, key: PRNGKeyArray, samples: int
+) -> dict[str, Array]:
+    """The squared gradient norms of some random neurons of each layer."""
+    values, pull = jax.vjp(function, x)
+    found = {}
+    for own, name in zip(jax.random.split(key, len(values)), values):
+        chosen = jax.random.randint(own, (samples,), 0, values[name].size)
+
+        def norm(neuron: Array, name: str = name) -> Array:
+            one = jnp.zeros(values[name].size).at[neuron].set(1.0)
+            zeros = jax.tree.map(jnp.zeros_like, values)
+            cotangents = {**zeros, name: one.astype(values[name].dtype).reshape(values[name].shape)}
+            return (single(pull(cotangents)[0]) ** 2).sum()
+
+        found[name] = jax.vmap(norm)(chosen).mean()
+    return found
+
+
+def _finite_difference(
+    function: _Activations, x: Array, key: PRNGKeyArray, sigma: float, distribution: str
+) -> dict[str, Array]:
+    """The change under a small random one; biased by O(sigma^2)."""
+    before = function(x)
+    after = function(x + sigma * _direction(key, x, distribution))
+    return {name: mean_square(after[name] - before[name]) / sigma**2 for name in before}
+
+
+def _exact(function: _Activations, x: Array) -> dict[str, Array]:
+    """One direction per entry of the input."""
+    _, push = jax.linearize(function, x)
+
+    def along(place: Array) -> dict[str, Array]:
+        direction = jnp.zeros(x.size, x.dtype).at[place].set(1.0).reshape(x.shape)
+        return jax.tree.map(mean_square, push(direction))
+
+    return jax.tree.map(lambda part: part.sum(0), chunks.map_chunks(along, x.size, chunks.DEFAULT))
+
+
+def activation_sensitivity(
+    *,
+    estimator: str = 'tangent',
+    layers: Sequence[str] | None = None,
+    position: str = 'post',
+    samples: int = 1,
+    distribution: str = 'rademacher',
+    sigma: float = 1e-2,
+) -> Regularizer:
+    """The mean of R(x) over images.
+
+    Args:
+      estimator: all are unbiased for the same R but the last but one.
+        `'tangent'`: a Jacobian-vector product along a random direction, for all neurons of all
+        layers at once; `'cotangent'`: a vector-Jacobian product of random signs over all of them;
+        `'neuron_sampling'`: exact gradients of `samples` random neurons of each layer;
+        `'finite_difference'`: activations at a random point nearby, with a bias of the order of
+        sigma^2; `'exact'`: one direction per entry of the input, for tests and probes.
+      layers: names of layers; None for every nonlinearity that is a module, by its name.
+      position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
+        neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
+      samples: draws per image, of which the mean counts; for `'neuron_sampling'` neurons.
+      distribution: of `'tangent'` and `'finite_difference'`, `'rademacher'` or `'normal'`.
+      sigma: size of the change of `'finite_difference'`, in pixel units.
+
+    Returns:
+      The regularizer; it logs the part of each layer under its name (`'cotangent'` cannot tell them
+      apart), and `dead`, the share of entries that are 0 for every image of the batch.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    for name, value, known in (
+        ('estimator', estimator, ESTIMATORS),
+        ('position', position, POSITIONS),
+        ('distribution', distribution, DISTRIBUTIONS),
+    ):
+        if value not in known:
+            raise ValueError(_validate.unknown(name, value, known))
+    _validate.check_range('samples', samples, low=1)
+    _validate.check_range('sigma', sigma, low=0, low_open=True)
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del y
+
+        def function(x: Array) -> dict[str, Array]:
+            return hidden(forward, variables, x, layers, position)[1]
+
+        def once(x: Array, key: PRNGKeyArray) -> dict[str, Array]:
+            if estimator == 'tangent':
+                return _tangent(function, x, key, distribution)
+            if estimator == 'cotangent':
+                return _cotangent(function, x, key)
+            return _finite_difference(function, x, key, sigma, distribution)
+
+        def example(x: Array, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array]]:
+            zero = jax.tree.map(lambda value: value == 0, function(x))
+            if estimator == 'exact':
+                return _exact(function, x), zero
+            if estimator == 'neuron_sampling':
+                return _neuron_sampling(function, x, key, samples), zero
+            parts = jax.vmap(once, (None, 0))(x, jax.random.split(key, samples))
+            return jax.tree.map(lambda part: part.mean(0), parts), zero
+
+        parts, zero = jax.vmap(example)(x, keys_of(key, x))
+        means = {name: part.mean() for name, part in parts.items()}
+        return mean_over_layers(means), {
+            **{name: value for name, value in means.items() if name},
+            'dead': dead_share(zero),
+        }
+
+    return regularizer
+
+
+def dead_share(zero: Mapping[str, Array]) -> Float[Array, '']:
+    """Share of entries of several layers that are 0 for every image of a batch `[B, ...]`."""
+    return jnp.concatenate([flags.all(0).ravel() for flags in zero.values()]).mean()
+
+
+def sensitivity_and_jacobian(
+    *,
+    sensitivity: float = 0.1,
+    jacobian: float = 0.05,
+    layers: Sequence[str] | None = None,
+    position: str = 'post',
+    distribution: str = 'rademacher',
+) -> Regularizer:
+    """Activation sensitivity and the Jacobian of the logits from one Jacobian-vector product.
+
+    The objective of Fidel et al. 2020: sensitivity R(x) + (jacobian / 2) ||J(x)||_F^2, its mean
+    over images, both estimated along the same random direction.
+
+    Args:
+      sensitivity: weight of R.
+      jacobian: weight of half the squared norm of the Jacobian.
+      layers: as of `activation_sensitivity`.
+      position: as of `activation_sensitivity`.
+      distribution: of the direction, `'rademacher'` or `'normal'`.
+
+    Returns:
+      The regularizer; it logs `sensitivity` (R), `jacobian` (half the squared norm) and `dead`.
+
+    Raises:
+      ValueError: a choice is unknown or a weight negative.
+    """
+    for name, value, known in (
+        ('position', position, POSITIONS),
+        ('distribution', distribution, DISTRIBUTIONS),
+    ):
+        if value not in known:
+            raise ValueError(_validate.unknown(name, value, known))
+    _validate.check_range('sensitivity', sensitivity, low=0)
+    _validate.check_range('jacobian', jacobian, low=0)
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del y
+
+        def example(x: Array, key: PRNGKeyArray) -> tuple[Array, Array, dict[str, Array]]:
+            def function(x: Array) -> tuple[Array, dict[str, Array]]:
+                return hidden(forward, variables, x, layers, position)
+
+            values, tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))
+            part = mean_over_layers(jax.tree.map(mean_square, tangents[1]))
+            zero = jax.tree.map(lambda value: value == 0, values[1])
+            return part, (tangents[0] ** 2).sum() / 2, zero
+
+        hidden_part, logit_part, zero = jax.vmap(example)(x, keys_of(key, x))
+        found = {'sensitivity': hidden_part.mean(), 'jacobian': logit_part.mean()}
+        penalty = sensitivity * found['sensitivity'] + jacobian * found['jacobian']
+        return penalty, {**found, 'dead': dead_share(zero)}
+
+    return regularizer

@@ -1,0 +1,152 @@
+"""Jacobian regularization: small derivatives of the logits with respect to the input.
+
+Hoffman, Roberts & Yaida 2019 (https://arxiv.org/abs/1908.02729) and Jakubovitz & Giryes 2018
+(https://arxiv.org/abs/1803.08680). J(x) = d logits / d x, with x as the model is given it: a model
+that normalises inside has J per unit of pixels in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from neurosens import _validate
+from neurosens.forward import Forward, Variables
+from neurosens.regularizers.regularizer import Regularizer, keys_of, single
+
+PROBES = ('output', 'input')
+# Stands for all classes in place of random directions.
+EXACT = -1
+
+
+def squared_jacobian_norm(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, '...'],
+    key: PRNGKeyArray,
+    *,
+    projections: int = 1,
+    probe: str = 'output',
+) -> Float[Array, '']:
+    """||J(x)||_F^2 of one example, exactly or by an unbiased estimate.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: one input.
+      key: randomness of the directions.
+      projections: random directions; -1 sums over all classes, which is exact.
+      probe: `'output'`, C ||J^T v||^2 for v uniform on the unit sphere of the C logits (reverse
+        mode, Hoffman et al.), or `'input'`, ||J u||^2 for signs u (forward mode, ours).
+
+    Returns:
+      The norm, or the mean of the estimates.
+    """
+
+    def logits(x: Array) -> Array:
+        return single(forward(variables, x[None])[0][0])
+
+    if probe == 'input' and projections != EXACT:
+
+        def along(key: PRNGKeyArray) -> Array:
+            direction = jax.random.rademacher(key, x.shape).astype(x.dtype)
+            return (jax.jvp(logits, (x,), (direction,))[1] ** 2).sum()
+
+        return jax.vmap(along)(jax.random.split(key, projections)).mean()
+    values, pull = jax.vjp(logits, x)
+    classes = values.shape[0]
+    if projections == EXACT:
+        directions = jnp.eye(classes, dtype=values.dtype)
+        scale = 1.0
+    else:
+        directions = jax.random.normal(key, (projections, classes), values.dtype)
+        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+        if classes == 1:
+            # The only directions are 1 and -1: no randomness is left.
+            directions = jnp.ones_like(directions)
+        scale = classes / projections
+    gradients = jax.vmap(lambda direction: pull(direction)[0])(directions)
+    return scale * (single(gradients) ** 2).sum()
+
+
+def jacobian(*, projections: int = 1, probe: str = 'output') -> Regularizer:
+    """Half the mean over images of ||J(x)||_F^2 (Hoffman et al. 2019, equation 4).
+
+    Args:
+      projections: random directions per image, independent of each other; -1 for the exact norm.
+        Of `'output'` fewer than the square root of the number of classes make sense.
+      probe: `'output'` or `'input'`, see `squared_jacobian_norm`.
+
+    Returns:
+      The regularizer; it logs `norm`, the root of the mean of ||J||_F^2.
+
+    Raises:
+      ValueError: the number of directions is 0 or below -1, or the probe is unknown.
+    """
+    _check(projections, probe)
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del y
+
+        def example(x: Array, key: PRNGKeyArray) -> Array:
+            return squared_jacobian_norm(
+                forward, variables, x, key, projections=projections, probe=probe
+            )
+
+        mean = jax.vmap(example)(x, keys_of(key, x)).mean()
+        return mean / 2, {'norm': jnp.sqrt(jax.lax.stop_gradient(mean))}
+
+    return regularizer
+
+
+def jacobian_root(
+    *, projections: int = EXACT, probe: str = 'output', first_sample_only: bool = False
+) -> Regularizer:
+    """The root of the sum of ||J(x)||_F^2 over a batch (Jakubovitz & Giryes 2018).
+
+    A single root over the whole batch, not divided by its size: the weight that suits it depends on
+    the size. The authors add it in a short phase after training has converged.
+
+    Args:
+      projections: random directions per image; -1, the default, for the exact norms. A root of an
+        estimate is biased.
+      probe: `'output'` or `'input'`, see `squared_jacobian_norm`.
+      first_sample_only: take only the first image of the batch, as the released program does.
+
+    Returns:
+      The regularizer; it logs nothing besides.
+
+    Raises:
+      ValueError: as for `jacobian`.
+    """
+    _check(projections, probe)
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del y
+
+        def example(x: Array, key: PRNGKeyArray) -> Array:
+            return squared_jacobian_norm(
+                forward, variables, x, key, projections=projections, probe=probe
+            )
+
+        chosen = x[:1] if first_sample_only else x
+        total = jax.vmap(example)(chosen, keys_of(key, chosen)).sum()
+        # The root has no derivative at 0, where nothing is left to reduce.
+        positive = total > 0
+        return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0), {}
+
+    return regularizer
+
+
+def _check(projections: int, probe: str) -> None:
+    if projections != EXACT:
+        _validate.check_range('projections', projections, low=1)
+    if probe not in PROBES:
+        raise ValueError(_validate.unknown('probe', probe, PROBES))

@@ -1,0 +1,205 @@
+"""Regularizers of the sensitivity of neurons: that of Suri & Evans, and Delta itself.
+
+"One Neuron to Fool Them All", https://arxiv.org/abs/2003.09372, section on regularization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from neurosens import _validate
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import chunks, tail, units
+from neurosens.neurons.logit_gradients import logit_gradients_of_cut
+from neurosens.neurons.sensitivity import check_closed_form
+from neurosens.regularizers.regularizer import Regularizer
+
+# Classes at once in comparisons of all pairs, which bounds their memory.
+_CLASSES = 16
+SCALES = ('rms', 'none')
+
+
+def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Float[Array, '']:
+    """T1: the largest over pairs of classes of mean(top_k_i |W[a, i] - W[b, i]|).
+
+    Args:
+      weights: W, one row per class.
+      top: k.
+
+    Returns:
+      The term.
+    """
+    weights = jnp.asarray(weights)
+
+    def of_class(index: Array) -> Array:
+        gaps = jnp.abs(weights[index] - weights)
+        return jax.lax.top_k(gaps, min(top, gaps.shape[1]))[0].mean(1).max()
+
+    return chunks.map_chunks(of_class, weights.shape[0], _CLASSES).max()
+
+
+def contribution(
+    weights: Float[Array, 'classes neurons'],
+    features: Float[Array, ' neurons'],
+    y: Int[Array, ''],
+    top: int,
+) -> Float[Array, '']:
+    """T2 of one image: mean over classes c of mean(top_k_i |h_i (W[y, i] - W[c, i])| / sum_j h_j).
+
+    Args:
+      weights: W, one row per class.
+      features: h, what the last layer is given.
+      y: the label; as a class c it adds 0 and is counted.
+      top: k.
+
+    Returns:
+      The term; 0 where the features add up to 0.
+    """
+    weights, total = jnp.asarray(weights), features.sum()
+    shares = jnp.where(total == 0, 0.0, features / jnp.where(total == 0, 1.0, total))
+    parts = jnp.abs(shares * (weights[y] - weights))
+    return jax.lax.top_k(parts, min(top, parts.shape[1]))[0].mean()
+
+
+def neuron_contribution(
+    *,
+    weight_difference_weight: float = 10.0,
+    contribution_weight: float = 100.0,
+    top: int = 16,
+    layer: str = 'head:in',
+) -> Regularizer:
+    """d1 T1 + d2 T2 of Suri & Evans 2020: no neuron may decide between two classes alone.
+
+    Args:
+      weight_difference_weight: d1, weight of T1, see `weight_difference`.
+      contribution_weight: d2, weight of T2, the mean of `contribution` over images.
+      top: k, over how many of the largest neurons means are taken.
+      layer: the layer whose neurons h count; the logits must be an affine function of it, as of the
+        input of the last layer.
+
+    Returns:
+      The regularizer; it logs `weight_difference` (T1) and `contribution` (T2).
+
+    Raises:
+      ValueError: a number is out of range; when called, the logits are no affine function of the
+        layer.
+    """
+    _validate.check_range('weight_difference_weight', weight_difference_weight, low=0)
+    _validate.check_range('contribution_weight', contribution_weight, low=0)
+    _validate.check_range('top', top, low=1)
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del key
+        image = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        check_closed_form(tail.layer_facts(forward, variables, image, layer), layer)
+        # The weights are the same for every image: none is run to find them.
+        weights = _logit_gradients(tail.cut(forward, variables, jnp.zeros(image.shape), layer))
+
+        def example(x: Array, y: Array) -> Array:
+            features = tail.tap(forward, variables, x, layer).reshape(-1)
+            return contribution(weights, features.astype(weights.dtype), y, top)
+
+        found = {
+            'weight_difference': weight_difference(weights, top),
+            'contribution': jax.vmap(example)(x, y).mean(),
+        }
+        penalty = weight_difference_weight * found['weight_difference']
+        return penalty + contribution_weight * found['contribution'], found
+
+    return regularizer
+
+
+def _logit_gradients(cut: tail.Cut, unit: str = 'unit') -> Float[Array, 'classes neurons']:
+    """In one go, so that it can be differentiated again."""
+    classes = jax.eval_shape(cut.logits, cut.activation).shape[0]
+    return logit_gradients_of_cut(cut, unit=unit, direction='reverse', chunk=classes)
+
+
+def direct_sensitivity(
+    *,
+    layer: str = 'head:in',
+    unit: str = 'channel',
+    top: int = 16,
+    temperature: float = 0.1,
+    floor: float = 0.1,
+    scale: str = 'rms',
+) -> Regularizer:
+    """1 / |Delta(i, x)| itself, to first order, of any layer: what T1 and T2 approximate (ours).
+
+    With predicted class p, margins m_c = z_p - z_c and slopes d (z_c - z_p) / d h_i, the change of
+    neuron i that makes c win is m_c / slope; its reciprocal, in units of the neuron's size, is
+
+        q(c, i) = size_i |d (z_c - z_p) / d h_i| / (m_c + floor).
+
+    Of each neuron a smooth maximum over classes counts (the nearest class), of these the mean over
+    the k largest, and of those the mean over images, where misclassified ones count 0: there the
+    nearest boundary should not be pushed away.
+
+    Args:
+      layer: the layer whose neurons count.
+      unit: `'channel'` or `'unit'`.
+      top: k.
+      temperature: of the smooth maximum t log sum exp(q / t).
+      floor: added to margins, in units of logits; bounds q at the boundary.
+      scale: `'rms'`, the root mean square of the neuron over the batch, which makes the penalty
+        blind to factors moved between layers, or `'none'`.
+
+    Returns:
+      The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    units.check_unit(unit)
+    _validate.check_range('top', top, low=1)
+    _validate.check_range('temperature', temperature, low=0, low_open=True)
+    _validate.check_range('floor', floor, low=0, low_open=True)
+    if scale not in SCALES:
+        raise ValueError(_validate.unknown('scale', scale, SCALES))
+
+    def regularizer(
+        forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Mapping[str, Array]]:
+        del key
+
+        def example(x: Array) -> tuple[Array, Array, Array]:
+            cut = tail.cut(forward, variables, x, layer)
+            logits = cut.logits(cut.activation)
+            return logits, _logit_gradients(cut, unit), cut.activation.astype(logits.dtype)
+
+        logits, slopes, activations = jax.vmap(example)(x)
+        size = _size(activations, unit) if scale == 'rms' else jnp.ones(slopes.shape[-1])
+
+        def closeness(logits: Array, slopes: Array) -> Array:
+            predicted = logits.argmax()
+            margins = logits[predicted] - logits
+            reciprocal = size * jnp.abs(slopes - slopes[predicted]) / (margins + floor)[:, None]
+            own = jnp.arange(logits.shape[0])[:, None] == predicted
+            exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
+            nearest = temperature * jax.nn.logsumexp(exponents, axis=0)
+            return jax.lax.top_k(nearest, min(top, nearest.shape[0]))[0]
+
+        largest = jax.vmap(closeness)(logits, slopes)
+        correct = logits.argmax(-1) == y
+        distance = jnp.where(correct[:, None], 1 / jax.lax.stop_gradient(largest), 0.0).mean(1)
+        mean_distance = distance.sum() / jnp.maximum(correct.sum(), 1)
+        penalty = jnp.where(correct, largest.mean(1), 0.0).mean()
+        return penalty, {'mean_distance': mean_distance}
+
+    return regularizer
+
+
+def _size(activations: Float[Array, 'batch ...'], unit: str) -> Float[Array, ' neurons']:
+    """Root mean square of each neuron over images, and of a channel over its positions."""
+    if unit == 'unit' or activations.ndim == 2:
+        squares = (activations**2).mean(0).reshape(-1)
+    else:
+        squares = (activations**2).mean(tuple(range(activations.ndim - 1)))
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)

@@ -1,0 +1,440 @@
+"""Adversarial objectives: what is minimised on images that an attack finds during training.
+
+Madry et al. 2018 (PGD), Wong, Rice & Kolter 2020 (FGSM from a random start), Zhang et al. 2019
+(TRADES), Wang et al. 2020 (MART), Wu, Xia & Wang 2020 (adversarial weight perturbation), Tramer &
+Boneh 2019 and Maini, Wong & Kolter 2020 (several norms).
+
+BatchNorm: losses are taken with the statistics of their batch, clean and attacked images apart;
+each forward pass updates the running statistics, the attacked images last. The attack sees running
+statistics (`attack_mode='eval'`) or those of the batch, without updating any (`'train'`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from neurosens import _validate
+from neurosens.attacks import Threat
+from neurosens.attacks.threat import NORMS
+from neurosens.forward import LinenForward, Variables
+from neurosens.training import inner
+from neurosens.training.objective import Objective, Outcome, run_training_mode
+
+ATTACK_MODES = ('eval', 'train')
+STRATEGIES = ('max', 'average', 'msd')
+
+_Logits = Callable[[Array], Float[Array, 'batch classes']]
+# Guards of the released program of MART.
+_TINY, _ABOVE_ONE = 1e-12, 1.0001
+
+
+def _attacked_logits(module: nn.Module, variables: Variables, mode: str, key: Array) -> _Logits:
+    """The model as the attack sees it."""
+    if mode == 'eval':
+        forward = LinenForward(module, {'train': False})
+        return lambda x: forward(variables, x)[0]
+    return lambda x: run_training_mode(module, variables, x, key)[0]
+
+
+def cross_entropy(logits: Array, y: Array) -> Float[Array, ' batch']:
+    """Cross-entropy of each image."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def divergence(clean: Array, attacked: Array) -> Float[Array, ' batch']:
+    """KL(softmax(clean) || softmax(attacked)) of each image."""
+    clean, attacked = jax.nn.log_softmax(clean), jax.nn.log_softmax(attacked)
+    return (jnp.exp(clean) * (clean - attacked)).sum(-1)
+
+
+def _step_size(eps: float, steps: int, share: float) -> float:
+    return eps * (share or 2.5 / steps)
+
+
+def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(_validate.unknown('norm', norm, NORMS))
+    if mode not in ATTACK_MODES:
+        raise ValueError(_validate.unknown('attack_mode', mode, ATTACK_MODES))
+    _validate.check_range('eps', eps, low=0)
+    _validate.check_range('steps', steps, low=1)
+    _validate.check_range('step_size', step_size, low=0)
+
+
+def _updated(variables: Variables, updates: Mapping[str, Any]) -> Variables:
+    return {**variables, **updates}
+
+
+def _metrics(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
+    found = {'attacked_accuracy': (attacked.argmax(-1) == y).mean()}
+    if clean is not None:
+        found['clean_accuracy'] = (clean.argmax(-1) == y).mean()
+    return found
+
+
+def weight_perturbation(loss: Callable[[Any], Float[Array, '']], params: Any, gamma: float) -> Any:
+    """The worst small change of the weights (Wu, Xia & Wang 2020, one step).
+
+    Args:
+      loss: of the parameters.
+      params: the parameters.
+      gamma: size of the change of each array of more than one dimension, relative to its norm.
+
+    Returns:
+      The changed parameters; gradients with respect to them are those with respect to the given.
+    """
+    gradient = jax.grad(loss)(jax.lax.stop_gradient(params))
+
+    def change(weights: Array, slope: Array) -> Array:
+        if weights.ndim < 2:
+            return weights
+        size = jnp.linalg.norm(slope.ravel())
+        step = gamma * jnp.linalg.norm(weights.ravel()) / jnp.where(size > 0, size, 1.0) * slope
+        return weights + jax.lax.stop_gradient(step)
+
+    return jax.tree.map(change, params, gradient)
+
+
+def pgd(
+    *,
+    norm: str = 'linf',
+    eps: float = 8 / 255,
+    steps: int = 7,
+    step_size: float = 0.0,
+    random_start: bool = True,
+    attack_mode: str = 'eval',
+    clean_share: float = 0.0,
+    weight_gamma: float = 0.0,
+) -> Objective:
+    """Cross-entropy on images that PGD finds (Madry et al. 2018).
+
+    Args:
+      norm: of the threat, `'linf'`, `'l2'` or `'l1'`.
+      eps: its radius, in pixels of [0, 1].
+      steps: steps of PGD.
+      step_size: their length as a share of eps; 0 for 2.5 / steps.
+      random_start: start at a random image of the ball, not at the clean one.
+      attack_mode: `'eval'` or `'train'`, what BatchNorm and dropout do in the attack.
+      clean_share: share of the loss that clean images have, between 0 and 1.
+      weight_gamma: size of adversarial weight perturbation relative to the weights' norm; 0 for
+        none, 0.005 in its paper.
+
+    Returns:
+      The objective. Its logits, from which the accuracy is taken, are those of the attacked images.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    _check(norm, eps, steps, step_size, attack_mode)
+    _validate.check_range('clean_share', clean_share, low=0, high=1)
+    _validate.check_range('weight_gamma', weight_gamma, low=0)
+    threat = Threat(norm, eps)
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
+        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        x_adv = inner.maximize(
+            lambda images: cross_entropy(seen(images), y),
+            x,
+            inner.start(threat, x, start_key) if random_start else x,
+            threat=threat,
+            steps=steps,
+            step_size=_step_size(eps, steps, step_size),
+        )
+
+        def losses(variables: Variables) -> tuple[Array, tuple]:
+            clean: Array | None = None
+            updates: Mapping[str, Any] = {}
+            loss = jnp.zeros(())
+            if clean_share:
+                clean, updates = run_training_mode(module, variables, x, clean_key)
+                loss = clean_share * cross_entropy(clean, y).mean()
+                variables = _updated(variables, updates)
+            attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
+            loss += (1 - clean_share) * cross_entropy(attacked, y).mean()
+            return loss, (clean, attacked, updates)
+
+        loss, (clean, attacked, updates) = losses(
+            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
+        )
+        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
+
+    return objective
+
+
+def _perturbed(loss: Callable[[Variables], Array], variables: Variables, gamma: float) -> Variables:
+    if not gamma:
+        return variables
+    params = weight_perturbation(
+        lambda params: loss({**variables, 'params': params}), variables['params'], gamma
+    )
+    return {**variables, 'params': params}
+
+
+def fgsm_rs(
+    *,
+    norm: str = 'linf',
+    eps: float = 8 / 255,
+    step_size: float = 1.25,
+    attack_mode: str = 'eval',
+) -> Objective:
+    """Cross-entropy on images of one step from a random start (Wong, Rice & Kolter 2020).
+
+    It can overfit to that step from one epoch to the next, after which PGD breaks everything: watch
+    the accuracy under PGD.
+
+    Args:
+      norm: of the threat.
+      eps: its radius, in pixels of [0, 1].
+      step_size: length of the step as a share of eps.
+      attack_mode: as of `pgd`.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    return pgd(norm=norm, eps=eps, steps=1, step_size=step_size, attack_mode=attack_mode)
+
+
+def trades(
+    *,
+    norm: str = 'linf',
+    eps: float = 8 / 255,
+    steps: int = 10,
+    step_size: float = 0.0,
+    beta: float = 6.0,
+    attack_mode: str = 'eval',
+    weight_gamma: float = 0.0,
+) -> Objective:
+    """CE(f(x), y) + beta KL(f(x) || f(x')) (Zhang et al. 2019), x' maximising the divergence.
+
+    Args:
+      norm: of the threat.
+      eps: its radius, in pixels of [0, 1].
+      steps: steps of the attack, which starts at the clean image plus 0.001 of normal noise.
+      step_size: their length as a share of eps; 0 for 2.5 / steps.
+      beta: weight of the divergence; 6 in the paper.
+      attack_mode: as of `pgd`.
+      weight_gamma: as of `pgd`.
+
+    Returns:
+      The objective. Its logits are those of the attacked images.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    _check(norm, eps, steps, step_size, attack_mode)
+    _validate.check_range('beta', beta, low=0)
+    _validate.check_range('weight_gamma', weight_gamma, low=0)
+    threat = Threat(norm, eps)
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
+        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        reference = seen(x)
+        x_adv = inner.maximize(
+            lambda images: divergence(reference, seen(images)),
+            x,
+            # At the clean image the divergence has no gradient.
+            x + 1e-3 * jax.random.normal(start_key, x.shape, x.dtype),
+            threat=threat,
+            steps=steps,
+            step_size=_step_size(eps, steps, step_size),
+        )
+
+        def losses(variables: Variables) -> tuple[Array, tuple]:
+            clean, updates = run_training_mode(module, variables, x, clean_key)
+            attacked, updates = run_training_mode(
+                module, _updated(variables, updates), x_adv, loss_key
+            )
+            loss = cross_entropy(clean, y).mean() + beta * divergence(clean, attacked).mean()
+            return loss, (clean, attacked, updates)
+
+        loss, (clean, attacked, updates) = losses(
+            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
+        )
+        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
+
+    return objective
+
+
+def mart_losses(clean: Array, attacked: Array, y: Array, beta: float) -> Float[Array, ' batch']:
+    """The loss of MART of each image (Wang et al. 2020, equation 11, with the program's guards).
+
+    Args:
+      clean: logits of clean images `[B, K]`.
+      attacked: logits of attacked ones.
+      y: labels `[B]`.
+      beta: weight of the divergence.
+
+    Returns:
+      BCE(f(x'), y) + beta KL(f(x) || f(x')) (1 - f(x)_y).
+    """
+    shares, before = jax.nn.softmax(attacked), jax.nn.softmax(clean)
+    own = jax.nn.one_hot(y, shares.shape[-1], dtype=bool)
+    second = jnp.where(own, 0.0, shares).max(-1)
+    boosted = cross_entropy(attacked, y) - jnp.log(_ABOVE_ONE - second + _TINY)
+    # Where a share is 0, its logarithm counts nothing.
+    logs = jnp.log(jnp.where(before > 0, before, 1.0)) - jnp.log(shares + _TINY)
+    doubt = 1.0000001 - jnp.where(own, before, 0.0).sum(-1)
+    return boosted + beta * (before * logs).sum(-1) * doubt
+
+
+def mart(
+    *,
+    norm: str = 'linf',
+    eps: float = 8 / 255,
+    steps: int = 10,
+    step_size: float = 0.0,
+    beta: float = 5.0,
+    attack_mode: str = 'eval',
+    weight_gamma: float = 0.0,
+) -> Objective:
+    """Misclassification-aware adversarial training (Wang et al. 2020), see `mart_losses`.
+
+    Args:
+      norm: of the threat.
+      eps: its radius, in pixels of [0, 1].
+      steps: steps of PGD, which starts at the clean image plus 0.001 of normal noise.
+      step_size: their length as a share of eps; 0 for 2.5 / steps.
+      beta: weight of the divergence.
+      attack_mode: as of `pgd`.
+      weight_gamma: as of `pgd`.
+
+    Returns:
+      The objective. Its logits are those of the attacked images.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    _check(norm, eps, steps, step_size, attack_mode)
+    _validate.check_range('beta', beta, low=0)
+    _validate.check_range('weight_gamma', weight_gamma, low=0)
+    threat = Threat(norm, eps)
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
+        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        x_adv = inner.maximize(
+            lambda images: cross_entropy(seen(images), y),
+            x,
+            x + 1e-3 * jax.random.normal(start_key, x.shape, x.dtype),
+            threat=threat,
+            steps=steps,
+            step_size=_step_size(eps, steps, step_size),
+        )
+
+        def losses(variables: Variables) -> tuple[Array, tuple]:
+            clean, updates = run_training_mode(module, variables, x, clean_key)
+            attacked, updates = run_training_mode(
+                module, _updated(variables, updates), x_adv, loss_key
+            )
+            return mart_losses(clean, attacked, y, beta).mean(), (clean, attacked, updates)
+
+        loss, (clean, attacked, updates) = losses(
+            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
+        )
+        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
+
+    return objective
+
+
+def multi_norm(
+    *,
+    norms: Sequence[str] = ('linf', 'l2', 'l1'),
+    eps: Sequence[float] = (8 / 255, 0.5, 12.0),
+    steps: int = 10,
+    step_size: float = 0.0,
+    strategy: str = 'max',
+    attack_mode: str = 'eval',
+) -> Objective:
+    """Cross-entropy on images that attacks of several norms find.
+
+    Args:
+      norms: of the threats.
+      eps: their radii, in pixels of [0, 1].
+      steps: steps of each attack.
+      step_size: their length as a share of eps; 0 for 2.5 / steps.
+      strategy: `'max'`, for each image the attack of largest loss, `'average'`, all of them (Tramer
+        & Boneh 2019), or `'msd'`, one attack that takes, step by step, the norm of largest loss
+        (Maini, Wong & Kolter 2020).
+      attack_mode: as of `pgd`.
+
+    Returns:
+      The objective. Its logits are those of the attacked images, of `'average'` of the last norm.
+
+    Raises:
+      ValueError: a choice is unknown, a number out of range, or there are not as many radii as
+        norms.
+    """
+    if not norms or len(norms) != len(eps):
+        raise ValueError(
+            f'norms are {tuple(norms)} and eps {tuple(eps)}; give one radius for each norm.'
+        )
+    for name, radius in zip(norms, eps):
+        _check(name, radius, steps, step_size, attack_mode)
+    if strategy not in STRATEGIES:
+        raise ValueError(_validate.unknown('strategy', strategy, STRATEGIES))
+    threats = [Threat(name, radius) for name, radius in zip(norms, eps)]
+    sizes = [_step_size(radius, steps, step_size) for radius in eps]
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        start_key, attack_key, loss_key = jax.random.split(key, 3)
+        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+
+        def loss(images: Array) -> Array:
+            return cross_entropy(seen(images), y)
+
+        if strategy == 'msd':
+            found = [
+                inner.maximize_steepest(loss, x, threats=threats, steps=steps, step_sizes=sizes)
+            ]
+        else:
+            found = [
+                inner.maximize(
+                    loss,
+                    x,
+                    inner.start(threat, x, own),
+                    threat=threat,
+                    steps=steps,
+                    step_size=size,
+                )
+                for threat, size, own in zip(
+                    threats, sizes, jax.random.split(start_key, len(threats))
+                )
+            ]
+        if strategy == 'max':
+            tried = jnp.stack(found)
+            worst = jax.lax.map(loss, tried).argmax(0)
+            rows = worst.reshape(1, -1, *[1] * (x.ndim - 1))
+            found = [jnp.take_along_axis(tried, rows, axis=0)[0]]
+        total = jnp.zeros(())
+        updates: Mapping[str, Any] = {}
+        for number, x_adv in enumerate(found):
+            attacked, updates = run_training_mode(
+                module,
+                _updated(variables, updates),
+                x_adv,
+                jax.random.fold_in(loss_key, number),
+            )
+            total += cross_entropy(attacked, y).mean() / len(found)
+        return total, Outcome(attacked, updates, _metrics(None, attacked, y))
+
+    return objective

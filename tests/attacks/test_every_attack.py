@@ -1,0 +1,130 @@
+"""What holds for every attack: inside a user's jit, on eight devices, on any kind of model."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from neurosens import attacks, parallel
+from neurosens.attacks import Threat
+from neurosens.forward import NNXForward, with_input_transform
+
+BATCH = 16
+KEY = jax.random.key(0)
+
+
+def through_neurons(forward, variables, x, y, key, **options):
+    """One neuron per image, by its place."""
+    neurons = (jnp.arange(len(x)) % 3)[:, None]
+    aims = {'neurons': neurons, 'delta': jnp.ones(neurons.shape), 'layer': 'act1', 'steps': 3}
+    return attacks.neuron_attack(forward, variables, x, y, key, **aims, **options)
+
+
+def transferred(forward, variables, x, y, key, **options):
+    """From the model itself, which other tests tell from another one."""
+    surrogate = {'surrogate': forward, 'surrogate_variables': variables, 'steps': 3}
+    return attacks.transfer(forward, variables, x, y, key, **surrogate, **options)
+
+
+ATTACKS = {
+    'fgsm_rs': (attacks.fgsm_rs, 'linf', {}),
+    'pgd': (attacks.pgd, 'l1', {'steps': 3}),
+    'mi_fgsm': (attacks.mi_fgsm, 'linf', {'steps': 3}),
+    'ni_fgsm': (attacks.ni_fgsm, 'l2', {'steps': 3}),
+    'apgd': (attacks.apgd, 'linf', {'steps': 5, 'loss': 'dlr'}),
+    'apgd_l1': (attacks.apgd, 'l1', {'steps': 5, 'large_start': True}),
+    'square': (attacks.square, 'linf', {'queries': 5}),
+    'square_l1': (attacks.square, 'l1', {'queries': 5}),
+    'fab': (attacks.fab, 'l2', {'steps': 4}),
+    'fmn': (attacks.fmn, 'linf', {'steps': 4}),
+    'deepfool': (attacks.deepfool, 'l2', {'steps': 4}),
+    'carlini_wagner': (attacks.carlini_wagner, 'l2', {'steps': 4, 'searches': 2}),
+    'noise': (attacks.noise, 'l2', {}),
+    'latent': (attacks.latent_attack, 'l2', {'layer': 'act1', 'steps': 3}),
+    'activation': (attacks.activation_attack, 'linf', {'layer': 'act1', 'neuron': 1, 'steps': 3}),
+    'neuron': (through_neurons, 'l2', {}),
+    'transfer': (transferred, 'linf', {}),
+}
+EPS = {'linf': 0.1, 'l2': 0.5, 'l1': 2.0}
+ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
+
+
+def chosen(name):
+    attack, norm, options = ATTACKS[name]
+    return functools.partial(attack, threat=Threat(norm, EPS[norm]), **options), norm
+
+
+# DeepFool's loop ends when all of a batch have crossed, and rounding moves single flags of APGD.
+@pytest.mark.parametrize('name', [name for name in ATTACKS if name not in ('deepfool', 'apgd')])
+def test_eight_devices_share_the_work_of_a_users_jit_and_never_speak(net, name):
+    attack, _ = chosen(name)
+
+    @jax.jit
+    def run(variables, x, y, key, index):
+        result = attack(net.forward, variables, x, y, key, index=index)
+        return {field: getattr(result, field) for field in ('x_adv', 'success', 'margin')}
+
+    inputs = (net.variables, net.x, net.y, KEY, np.arange(BATCH))
+    alone = run.lower(*inputs).compile()
+    mesh = parallel.data_mesh()
+    x, y, index = parallel.shard(mesh, (net.x, net.y, np.arange(BATCH)))
+    variables, key = parallel.replicate(mesh, (net.variables, KEY))
+    together = run.lower(variables, x, y, key, index).compile()
+    speaking = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)'
+    assert not re.findall(speaking + r'(?:-start)?\(', together.as_text())
+    share = together.cost_analysis()['flops'] / alone.cost_analysis()['flops']
+    assert share == pytest.approx(1 / 8, rel=0.1)
+    one, eight = alone(*inputs), together(variables, x, y, key, index)
+    np.testing.assert_array_equal(one['success'], eight['success'])
+    np.testing.assert_allclose(one['x_adv'], eight['x_adv'], atol=1e-5)
+    np.testing.assert_allclose(one['margin'], eight['margin'], atol=1e-4)
+
+
+class Net(nnx.Module):
+    """An NNX model that computes in half precision."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        half = {'dtype': jnp.bfloat16, 'rngs': rngs}
+        self.conv = nnx.Conv(1, 3, (3, 3), **half)
+        self.act1 = nnx.BatchNorm(3, use_running_average=True, **half)
+        self.head = nnx.Linear(108, 4, **half)
+
+    def __call__(self, x):
+        h = nnx.relu(self.act1(self.conv(x)))
+        return 4 * self.head(h.reshape(len(h), -1))
+
+
+@pytest.fixture(scope='module')
+def half():
+    """A defended half-precision NNX model, images and their labels."""
+    graphdef, state = nnx.split(Net())
+    forward = with_input_transform(NNXForward(graphdef), lambda x: 0.9 * x + 0.05)
+    x = jax.random.uniform(jax.random.key(1), (BATCH, 6, 6, 1))
+    y = jax.jit(forward)(state, x)[0].argmax(-1)
+    return forward, state, x, y
+
+
+# Carlini & Wagner needs more steps than are run here.
+@pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'carlini_wagner'])
+def test_a_defended_half_precision_nnx_model_is_attacked_like_any_other(half, name):
+    attack, norm = chosen(name)
+    forward, state, x, y = half
+    result = attack(forward, state, x, y, KEY)
+    x_adv = np.asarray(result.x_adv).reshape(BATCH, 6, 6, 1)
+    assert x_adv.dtype == np.float32 and np.isfinite(x_adv).all()
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    change = (np.float64(x_adv) - x).reshape(BATCH, -1)
+    length = np.linalg.norm(change, ORDER[norm], axis=1)
+    assert (length <= EPS[norm] * (1 + 1e-5)).all() and length.max() > 0
+    # Where rounding to half precision does not decide, the flags are those of a fresh pass.
+    logits = np.float64(jax.jit(forward)(state, x_adv)[0])
+    top = np.sort(logits)
+    clear = top[:, -1] - top[:, -2] > 0.1
+    assert clear.any()
+    success = np.asarray(result.success).reshape(BATCH)
+    np.testing.assert_array_equal(success[clear], (logits.argmax(-1) != y)[clear])

@@ -1,0 +1,166 @@
+"""Activation sensitivity: closed forms, every estimator on average the exact value."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurosens.forward import LinenForward
+from neurosens.regularizers import activation_sensitivity, sensitivity_and_jacobian
+
+KEY = jax.random.key(0)
+STOCHASTIC = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference')
+
+
+def evaluate(problem, regularizer, key=KEY, variables=None):
+    variables = problem.variables if variables is None else variables
+    return regularizer(problem.forward, variables, problem.x, problem.y, key)
+
+
+def exact_value(problem):
+    _, hidden = problem.jacobians()
+    return (hidden**2).sum((1, 2)).mean() / hidden.shape[1]
+
+
+def test_before_the_nonlinearity_it_is_the_norm_of_the_weights(relu):
+    penalty, metrics = evaluate(relu, activation_sensitivity(estimator='exact', position='pre'))
+    expected = (relu.matrix('dense1') ** 2).sum() / 5
+    assert penalty == pytest.approx(expected, rel=1e-5)
+    assert metrics['act1'] == penalty
+
+
+def test_behind_it_units_that_are_on_count(relu):
+    penalty, metrics = evaluate(relu, activation_sensitivity(estimator='exact'))
+    assert penalty == pytest.approx(exact_value(relu), rel=1e-5)
+    hidden = relu.jacobians()[1]
+    never_on = ~(hidden != 0).any(2).any(0)
+    assert metrics['dead'] == pytest.approx(never_on.mean())
+
+
+@pytest.mark.parametrize('estimator', STOCHASTIC)
+def test_estimates_and_their_gradients_are_those_of_the_exact_value_on_average(relu, estimator):
+    draws = 20_000 // len(relu.x)
+    # A change so small that no unit is switched by it.
+    regularizer = activation_sensitivity(estimator=estimator, sigma=1e-4)
+
+    def penalty(regularizer, variables, key):
+        return evaluate(relu, regularizer, key, variables)[0]
+
+    both = jax.jit(jax.vmap(jax.value_and_grad(functools.partial(penalty, regularizer)), (None, 0)))
+    values, gradients = both(relu.variables, jax.random.split(KEY, draws))
+    exact, slope = jax.value_and_grad(
+        functools.partial(penalty, activation_sensitivity(estimator='exact'))
+    )(relu.variables, KEY)
+    values = np.float64(values)
+    rounding = 2e-3 * exact if estimator == 'finite_difference' else 1e-6
+    assert abs(values.mean() - exact) <= 4 * values.std() / np.sqrt(draws) + rounding
+    found = np.float64(gradients['params']['dense1']['kernel'])
+    expected = np.float64(slope['params']['dense1']['kernel'])
+    error = 4 * found.std(0) / np.sqrt(draws)
+    rounding = 2e-2 * np.abs(expected).max() if estimator == 'finite_difference' else 1e-6
+    assert (np.abs(found.mean(0) - expected) <= error + rounding).all()
+    assert values.std() > 0
+
+
+def test_the_variance_of_cotangents_is_that_of_signs(relu):
+    hidden = relu.jacobians()[1][0]
+    gram = hidden @ hidden.T / hidden.shape[0]
+    variance = 2 * ((gram**2).sum() - (np.diag(gram) ** 2).sum())
+    regularizer = activation_sensitivity(estimator='cotangent')
+    one = relu.x[:1], relu.y[:1]
+    draws = jax.jit(jax.vmap(lambda key: regularizer(relu.forward, relu.variables, *one, key)[0]))(
+        jax.random.split(KEY, 20_000)
+    )
+    assert np.float64(draws).var() == pytest.approx(variance, rel=0.1)
+
+
+def test_several_samples_are_a_mean(relu):
+    def spread(samples):
+        regularizer = activation_sensitivity(samples=samples)
+        keys = jax.random.split(KEY, 500)
+        return float(jax.vmap(lambda key: evaluate(relu, regularizer, key)[0])(keys).var())
+
+    assert spread(4) == pytest.approx(spread(1) / 4, rel=0.4)
+
+
+def test_a_factor_moved_between_layers_changes_it_alone(relu):
+    """The penalty can be driven down without changing the classifier."""
+    factor = 3.0
+    moved = jax.tree.map(jnp.asarray, relu.variables)
+    first, last = moved['params']['dense1'], moved['params']['head']
+    moved = {
+        'params': {
+            'dense1': jax.tree.map(lambda leaf: factor * leaf, first),
+            'head': {'kernel': last['kernel'] / factor, 'bias': last['bias']},
+        }
+    }
+    np.testing.assert_allclose(
+        relu.forward(moved, relu.x)[0], relu.forward(relu.variables, relu.x)[0], atol=1e-5
+    )
+    for estimator in ('exact', 'tangent'):
+        regularizer = activation_sensitivity(estimator=estimator)
+        before = evaluate(relu, regularizer)[0]
+        after = evaluate(relu, regularizer, variables=moved)[0]
+        assert after == pytest.approx(factor**2 * float(before), rel=1e-5)
+
+
+def test_one_pass_gives_sensitivity_and_jacobian(relu):
+    regularizer = sensitivity_and_jacobian(sensitivity=0.5, jacobian=2.0)
+    keys = jax.random.split(KEY, 4000)
+    penalties, metrics = jax.jit(jax.vmap(lambda key: evaluate(relu, regularizer, key)))(keys)
+    logits, _ = relu.jacobians()
+    for name, expected in (
+        ('sensitivity', exact_value(relu)),
+        ('jacobian', (logits**2).sum((1, 2)).mean() / 2),
+    ):
+        draws = np.float64(metrics[name])
+        assert abs(draws.mean() - expected) <= 4 * draws.std() / np.sqrt(len(draws))
+    np.testing.assert_allclose(
+        penalties, 0.5 * metrics['sensitivity'] + 2 * metrics['jacobian'], rtol=1e-5
+    )
+    # Along the same directions as the estimator of its own.
+    own = evaluate(relu, activation_sensitivity())[1]['act1']
+    assert np.isfinite(own)
+
+
+def test_layers_can_be_named_and_have_to_be_where_none_is_known(relu, linear):
+    named = activation_sensitivity(layers=('dense1', 'act1'), estimator='exact')
+    _, metrics = evaluate(relu, named)
+    assert metrics['dense1'] == pytest.approx((relu.matrix('dense1') ** 2).sum() / 5, rel=1e-5)
+    assert metrics['act1'] == pytest.approx(exact_value(relu), rel=1e-5)
+    with pytest.raises(ValueError, match='No layer of this model has the name of a nonlinearity'):
+        evaluate(linear, activation_sensitivity())
+
+
+def test_every_nonlinearity_of_the_zoo_is_found():
+    from neurosens import models
+
+    for name, options, count in (
+        ('cnn', {'features': (2, 3), 'hidden': (4,)}, 3),
+        ('mlp', {'hidden': (5, 4)}, 2),
+    ):
+        module = models.create(name, num_classes=3, **options)
+        x = np.zeros((2, 8, 8, 1), np.float32)
+        variables = module.init(KEY, x)
+        forward = LinenForward(module, {'train': False})
+        _, metrics = activation_sensitivity()(forward, variables, x, None, KEY)
+        assert len(metrics) == count + 1, metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'estimator': 'hutchinson'}, "Unknown estimator 'hutchinson'; valid names are tangent"),
+        ({'position': 'mid'}, "Unknown position 'mid'"),
+        ({'distribution': 'uniform'}, "Unknown distribution 'uniform'"),
+        ({'samples': 0}, 'samples is 0'),
+        ({'sigma': 0.0}, 'sigma is 0.0'),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        activation_sensitivity(**options)
+    with pytest.raises(ValueError, match='jacobian is -1'):
+        sensitivity_and_jacobian(jacobian=-1)

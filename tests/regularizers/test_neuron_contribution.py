@@ -1,0 +1,216 @@
+"""T1 and T2 against loops over pairs, images and neurons; Delta against finite changes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurosens import neurons
+from neurosens.regularizers import (
+    activation_norm,
+    contribution,
+    direct_sensitivity,
+    input_gradient,
+    neuron_contribution,
+    weight_difference,
+)
+
+KEY = jax.random.key(0)
+
+
+def top_mean(values, top):
+    return np.sort(values)[::-1][:top].mean()
+
+
+def t1_by_loops(weights, top):
+    pairs = itertools.product(range(len(weights)), repeat=2)
+    return max(top_mean(np.abs(weights[a] - weights[b]), top) for a, b in pairs)
+
+
+def t2_by_loops(weights, features, labels, top):
+    total = 0.0
+    for h, y in zip(features, labels):
+        for c in range(len(weights)):
+            parts = [abs(h[i] * (weights[y, i] - weights[c, i])) / h.sum() for i in range(len(h))]
+            total += top_mean(np.array(parts), top)
+    return total / (len(features) * len(weights))
+
+
+@pytest.mark.parametrize('top', [1, 3, 50])
+@pytest.mark.parametrize('classes', [2, 19])
+def test_both_terms_are_those_of_plain_loops(top, classes):
+    random = np.random.default_rng(classes)
+    weights = random.standard_normal((classes, 12)).astype(np.float32)
+    features = np.maximum(random.standard_normal((5, 12)), 0).astype(np.float32)
+    labels = random.integers(0, classes, 5)
+    wide = np.float64(weights)
+    assert weight_difference(weights, top) == pytest.approx(t1_by_loops(wide, top), rel=1e-5)
+    parts = jax.vmap(contribution, (None, 0, 0, None))(weights, features, labels, top)
+    expected = t2_by_loops(wide, np.float64(features), labels, top)
+    assert parts.mean() == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_that_add_up_to_nothing_contribute_nothing():
+    weights = jnp.arange(6.0).reshape(2, 3)
+    value, gradient = jax.value_and_grad(contribution, argnums=1)(weights, jnp.zeros(3), 0, 2)
+    assert value == 0 and not jnp.isnan(gradient).any()
+
+
+def test_the_regularizer_reads_the_weights_of_any_model(relu):
+    weights = relu.matrix('head')
+    features = np.float64(relu.forward(relu.variables, relu.x, taps=('act1',))[1]['act1'])
+    regularizer = neuron_contribution(weight_difference_weight=2.0, contribution_weight=3.0, top=2)
+    penalty, metrics = jax.jit(regularizer, static_argnums=0)(
+        relu.forward, relu.variables, relu.x, relu.y, KEY
+    )
+    assert metrics['weight_difference'] == pytest.approx(t1_by_loops(weights, 2), rel=1e-5)
+    expected = t2_by_loops(weights, features, relu.y, 2)
+    assert metrics['contribution'] == pytest.approx(expected, rel=1e-4)
+    assert penalty == pytest.approx(2 * t1_by_loops(weights, 2) + 3 * expected, rel=1e-4)
+
+    def term(kernel):
+        params = dict(relu.variables['params'])
+        params['head'] = {**params['head'], 'kernel': kernel}
+        return regularizer(relu.forward, {'params': params}, relu.x, relu.y, KEY)[0]
+
+    # Its gradient, against differences of the loops.
+    kernel = jnp.asarray(relu.variables['params']['head']['kernel'])
+    gradient = jax.grad(term)(kernel)
+    change = np.zeros_like(weights)
+    change[1, 2] = 1e-5
+    differences = [
+        2 * t1_by_loops(moved, 2) + 3 * t2_by_loops(moved, features, relu.y, 2)
+        for moved in (weights + change, weights - change)
+    ]
+    assert gradient[2, 1] == pytest.approx((differences[0] - differences[1]) / 2e-5, abs=1e-3)
+
+
+def test_a_layer_that_logits_are_not_affine_in_is_refused(relu):
+    with pytest.raises(ValueError, match='no closed form'):
+        neuron_contribution(layer='dense1')(relu.forward, relu.variables, relu.x, relu.y, KEY)
+
+
+def direct_by_loops(relu, top, temperature, floor):
+    delta_scale = np.float64(relu.forward(relu.variables, relu.x, taps=('act1',))[1]['act1'])
+    size = np.sqrt((delta_scale**2).mean(0))
+    weights = relu.matrix('head')
+    logits = np.float64(relu.forward(relu.variables, relu.x)[0])
+    total = 0.0
+    for z, y in zip(logits, relu.y):
+        p = z.argmax()
+        if p != y:
+            continue
+        nearest = []
+        for i in range(weights.shape[1]):
+            closeness = [
+                size[i] * abs(weights[c, i] - weights[p, i]) / (z[p] - z[c] + floor)
+                for c in range(len(z))
+                if c != p
+            ]
+            nearest.append(temperature * np.log(np.exp(np.array(closeness) / temperature).sum()))
+        total += top_mean(np.array(nearest), top)
+    return total / len(logits)
+
+
+@pytest.mark.parametrize('labels', ['given', 'predicted'])
+def test_direct_sensitivity_is_that_of_plain_loops(relu, labels):
+    if labels == 'predicted':
+        logits = relu.forward(relu.variables, relu.x)[0]
+        relu = type(relu)(relu.forward, relu.variables, relu.x, np.asarray(logits.argmax(-1)))
+    regularizer = direct_sensitivity(top=2, temperature=0.2, floor=0.1)
+    penalty, metrics = regularizer(relu.forward, relu.variables, relu.x, relu.y, KEY)
+    assert penalty == pytest.approx(direct_by_loops(relu, 2, 0.2, 0.1), rel=1e-4)
+    assert np.isfinite(metrics['mean_distance'])
+
+
+def test_without_smoothing_it_is_one_over_delta(straight):
+    logits = straight.forward(straight.variables, straight.x)[0]
+    labels = logits.argmax(-1)
+    delta = neurons.sensitivity(
+        straight.forward, straight.variables, straight.x, layer='act1', method='first_order'
+    ).delta
+    expected = np.where(np.isfinite(delta), 1 / np.abs(np.float64(delta)), 0)
+    regularizer = direct_sensitivity(
+        layer='act1', top=5, temperature=1e-4, floor=1e-6, scale='none'
+    )
+    penalty, _ = regularizer(straight.forward, straight.variables, straight.x, labels, KEY)
+    assert penalty == pytest.approx(expected.mean(), rel=1e-2)
+
+
+def test_direct_sensitivity_is_blind_to_factors_between_layers(relu):
+    params = relu.variables['params']
+    moved = {
+        'params': {
+            'dense1': jax.tree.map(lambda leaf: 4 * leaf, params['dense1']),
+            'head': {'kernel': params['head']['kernel'] / 4, 'bias': params['head']['bias']},
+        }
+    }
+    for scale, same in (('rms', True), ('none', False)):
+        regularizer = direct_sensitivity(scale=scale)
+        before, after = (
+            float(regularizer(relu.forward, variables, relu.x, relu.y, KEY)[0])
+            for variables in (relu.variables, moved)
+        )
+        assert (after == pytest.approx(before, rel=1e-4)) == same
+
+
+def test_descending_it_moves_the_nearest_flips_away(relu):
+    labels = np.asarray(relu.forward(relu.variables, relu.x)[0].argmax(-1))
+    regularizer = direct_sensitivity(layer='act1', top=3)
+
+    @jax.jit
+    def step(variables):
+        def loss(variables):
+            return regularizer(relu.forward, variables, relu.x, labels, KEY)[0]
+
+        value, gradient = jax.value_and_grad(loss)(variables)
+        return value, jax.tree.map(lambda leaf, g: leaf - 0.02 * g, variables, gradient)
+
+    first, variables = step(relu.variables)
+    for _ in range(20):
+        last, variables = step(variables)
+    assert last < 0.9 * first
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_the_gradient_of_the_loss_by_hand(linear):
+    weights = linear.matrix('head')
+    logits = np.float64(linear.forward(linear.variables, linear.x)[0])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradients = (shares - np.eye(3)[linear.y]) @ weights
+    call = (linear.forward, linear.variables, linear.x, linear.y, KEY)
+    assert input_gradient()(*call)[0] == pytest.approx((gradients**2).sum(1).mean(), rel=1e-5)
+    one = input_gradient(order=1)(*call)[0]
+    assert one == pytest.approx(np.abs(gradients).sum(1).mean(), rel=1e-5)
+    # The gradient of the loss is never larger than sqrt(2) times the Jacobian.
+    assert (gradients**2).sum(1).max() <= 2 * (weights**2).sum()
+
+
+def test_the_size_of_activations_by_hand(relu):
+    values = np.float64(relu.forward(relu.variables, relu.x, taps=('act1',))[1]['act1'])
+    call = (relu.forward, relu.variables, relu.x, relu.y, KEY)
+    assert activation_norm()(*call)[0] == pytest.approx(np.abs(values).mean(), rel=1e-5)
+    squared = activation_norm(order=2, layers=('act1',))(*call)
+    assert squared[0] == pytest.approx((values**2).mean(), rel=1e-5)
+    assert squared[1]['act1'] == squared[0]
+
+
+@pytest.mark.parametrize(
+    ('make', 'options', 'message'),
+    [
+        (neuron_contribution, {'top': 0}, 'top is 0'),
+        (neuron_contribution, {'contribution_weight': -1.0}, 'contribution_weight is -1.0'),
+        (direct_sensitivity, {'temperature': 0.0}, 'temperature is 0.0'),
+        (direct_sensitivity, {'floor': 0.0}, 'floor is 0.0'),
+        (direct_sensitivity, {'scale': 'std'}, "Unknown scale 'std'; valid names are rms, none"),
+        (direct_sensitivity, {'unit': 'filter'}, "Unknown unit 'filter'"),
+        (input_gradient, {'order': 3}, 'order is 3; it must be 1 or 2.'),
+        (activation_norm, {'order': 0}, 'order is 0; it must be 1 or 2.'),
+        (activation_norm, {'position': 'mid'}, "Unknown position 'mid'"),
+    ],
+)
+def test_mistakes_are_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

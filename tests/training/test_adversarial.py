@@ -1,0 +1,318 @@
+"""Adversarial objectives: losses by hand, attacks that stay inside, statistics that stay honest."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurosens import models, parallel
+from neurosens.attacks import Threat
+from neurosens.forward import LinenForward
+from neurosens.regularizers import neuron_contribution, sensitivity_and_jacobian
+from neurosens.training import adversarial, inner, run_training_mode, standard
+
+KEY = jax.random.key(0)
+ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
+DUAL = {'linf': 1, 'l2': 2, 'l1': np.inf}
+MAKERS = {
+    'pgd': functools.partial(adversarial.pgd, steps=2),
+    'fgsm_rs': adversarial.fgsm_rs,
+    'trades': functools.partial(adversarial.trades, steps=2),
+    'mart': functools.partial(adversarial.mart, steps=2),
+    'multi_norm': functools.partial(adversarial.multi_norm, norms=('linf', 'l2'), steps=2),
+}
+
+
+@pytest.fixture(scope='module')
+def net():
+    """A small network with BatchNorm and dropout, images and labels."""
+    module = models.create('cnn', num_classes=4, features=(3,), hidden=(6,), norm='batch')
+    x = jax.random.uniform(KEY, (16, 6, 6, 1))
+    variables = jax.jit(module.init)(jax.random.key(1), x)
+    variables['params'] = jax.tree.map(lambda leaf: 2 * leaf, variables['params'])
+    y = jax.random.randint(jax.random.key(2), (16,), 0, 4)
+    return module, variables, x, y
+
+
+def run(objective, net, key=KEY):
+    """Loss and outcome, compiled."""
+    module, variables, x, y = net
+    return jax.jit(functools.partial(objective, module))(variables, x, y, key)
+
+
+def radius(name, eps):
+    return {'eps': (eps, eps)} if name == 'multi_norm' else {'eps': eps}
+
+
+# ------------------------------------------------------------------------------------ losses
+
+
+def softmax(z):
+    shares = np.exp(np.float64(z) - z.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def logits_pair(scale):
+    random = np.random.default_rng(0)
+    return (scale * random.standard_normal((7, 5)).astype(np.float32) for _ in range(2))
+
+
+@pytest.mark.parametrize('scale', [1.0, 5.0])
+def test_the_divergence_is_that_of_the_definition(scale):
+    clean, attacked = logits_pair(scale)
+    p, q = softmax(clean), softmax(attacked)
+    expected = (p * np.log(p / q)).sum(-1)
+    np.testing.assert_allclose(adversarial.divergence(clean, attacked), expected, rtol=1e-4)
+    np.testing.assert_allclose(adversarial.divergence(clean, clean), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [1.0, 5.0])
+def test_the_loss_of_mart_is_that_of_the_definition(scale):
+    clean, attacked = logits_pair(scale)
+    labels = np.array([0, 1, 2, 3, 4, 0, 1])
+    p, q = softmax(clean), softmax(attacked)
+    expected = []
+    for before, after, y in zip(p, q, labels):
+        wrong = max(after[c] for c in range(5) if c != y)
+        boosted = -np.log(after[y]) - np.log(1.0001 - wrong + 1e-12)
+        away = sum(b * np.log(b / (a + 1e-12)) for b, a in zip(before, after))
+        expected.append(boosted + 6 * away * (1.0000001 - before[y]))
+    found = adversarial.mart_losses(clean, attacked, labels, 6.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_losses_of_certain_models_have_finite_gradients():
+    clean, attacked = (1000 * jnp.eye(3)[jnp.array(order)] for order in ([0, 1], [1, 2]))
+    y = jnp.array([0, 0])
+    for loss in (
+        lambda clean, attacked: adversarial.mart_losses(clean, attacked, y, 5.0).sum(),
+        lambda clean, attacked: adversarial.divergence(clean, attacked).sum(),
+    ):
+        value, gradients = jax.value_and_grad(loss, (0, 1))(clean, attacked)
+        assert jnp.isfinite(value)
+        assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
+# ------------------------------------------------------------------------------------ attacks
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
+def test_ascent_of_a_linear_loss_goes_as_far_as_the_ball_allows(norm):
+    weight = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    threat = Threat(norm, 0.2, (-10.0, 10.0))
+    x = np.zeros((5, 3, 4), np.float32)
+
+    def loss(images):
+        return (images * weight).sum((1, 2))
+
+    first = inner.start(threat, x, KEY)
+    x_adv = inner.maximize(loss, x, first, threat=threat, steps=40, step_size=0.05)
+    lengths = np.linalg.norm(np.reshape(x_adv, (5, -1)), ORDER[norm], axis=1)
+    assert (lengths <= 0.2 * (1 + 1e-5)).all()
+    most = 0.2 * np.linalg.norm(weight.ravel(), DUAL[norm])
+    np.testing.assert_allclose(loss(x_adv), most, rtol=1e-3)
+    assert len({tuple(row) for row in np.reshape(first, (5, -1)).tolist()}) == 5
+
+
+def test_the_steepest_of_several_balls_is_taken():
+    weight = np.full((3, 4), 1.0, np.float32)
+    threats = [Threat('linf', 0.1, (-9.0, 9.0)), Threat('l2', 0.9, (-9.0, 9.0))]
+    x = np.zeros((2, 3, 4), np.float32)
+
+    def loss(images):
+        return (images * weight).sum((1, 2))
+
+    x_adv = inner.maximize_steepest(loss, x, threats=threats, steps=30, step_sizes=[0.02, 0.1])
+    # 0.1 x 12 in linf, 0.9 x sqrt(12) = 3.1 in l2.
+    np.testing.assert_allclose(loss(x_adv), 0.9 * np.sqrt(12), rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['pgd', 'trades', 'mart', 'multi_norm'])
+def test_attacks_raise_the_loss(net, name):
+    (still, calm), (moved, outcome) = (
+        run(MAKERS[name](**radius(name, eps)), net) for eps in (0.0, 0.3)
+    )
+    assert moved > still
+    assert outcome.metrics['attacked_accuracy'] <= calm.metrics['attacked_accuracy']
+    if 'clean_accuracy' in outcome.metrics:
+        module, variables, x, y = net
+        logits = run_training_mode(module, variables, x, KEY)[0]
+        assert outcome.metrics['clean_accuracy'] == (logits.argmax(-1) == y).mean()
+
+
+@pytest.mark.parametrize('name', ['pgd', 'multi_norm'])
+def test_without_room_to_attack_the_loss_is_the_standard_one(net, name):
+    module, variables, x, y = net
+    objective = MAKERS[name](**radius(name, 0.0))
+
+    def of(objective):
+        def loss(params):
+            return objective(module, {**variables, 'params': params}, x, y, KEY)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
+
+    (one, outcome), gradient = of(objective)
+    (other, expected), expected_gradient = of(standard())
+    assert one == pytest.approx(float(other), rel=1e-6)
+    np.testing.assert_allclose(outcome.logits, expected.logits, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected_gradient
+    )
+
+
+def test_clean_images_have_their_share(net):
+    losses = [
+        float(run(adversarial.pgd(eps=0.2, clean_share=share), net)[0])
+        for share in (0.0, 0.25, 1.0)
+    ]
+    expected = 0.75 * losses[0] + 0.25 * losses[2]
+    # Dropout is off in this network, so that all three see the same attacked images.
+    assert losses[1] == pytest.approx(expected, rel=1e-5)
+    assert losses[2] == pytest.approx(float(run(standard(), net)[0]), rel=1e-5)
+
+
+def test_several_norms_are_averaged_or_the_worst_taken(net):
+    options = {'norms': ('linf', 'l2'), 'eps': (0.02, 1.5), 'steps': 3}
+    loss = {
+        strategy: float(run(adversarial.multi_norm(strategy=strategy, **options), net)[0])
+        for strategy in adversarial.STRATEGIES
+    }
+    clean = float(run(standard(), net)[0])
+    assert clean < loss['average'] < loss['max']
+    assert clean < loss['msd']
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+def test_running_statistics_are_of_clean_images_and_then_of_attacked_ones(net):
+    module, variables, x, _ = net
+    updates = {}
+    for name in ('pgd', 'trades', 'mart'):
+        updates[name] = run(MAKERS[name](**radius(name, 0.0)), net)[1].updates
+    _, once = run_training_mode(module, variables, x, KEY)
+    _, twice = run_training_mode(module, {**variables, **once}, x, KEY)
+    for name, expected in (('pgd', once), ('trades', twice), ('mart', twice)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), updates[name], expected
+        )
+
+
+def test_the_attack_may_see_the_statistics_of_the_batch(net):
+    losses, updates = {}, {}
+    for mode in adversarial.ATTACK_MODES:
+        loss, outcome = run(adversarial.pgd(eps=0.2, steps=3, attack_mode=mode), net)
+        losses[mode], updates[mode] = float(loss), outcome.updates
+    # Against the loss that counts, which uses them too, this is the stronger attack.
+    assert losses['train'] > losses['eval']
+    assert jax.tree.structure(updates['train']) == jax.tree.structure(updates['eval'])
+
+
+# ----------------------------------------------------------------------- weight perturbation
+
+
+def test_weights_are_moved_uphill_by_their_share():
+    params = {'kernel': jnp.arange(1.0, 7.0).reshape(2, 3), 'bias': jnp.ones(3)}
+
+    def loss(params):
+        return (params['kernel'] * jnp.array([[1.0, -2, 0], [0, 2, 4]])).sum() + params[
+            'bias'
+        ].sum()
+
+    moved = adversarial.weight_perturbation(loss, params, 0.1)
+    slope = np.array([[1.0, -2, 0], [0, 2, 4]])
+    expected = params['kernel'] + 0.1 * np.linalg.norm(params['kernel']) * slope / 5
+    np.testing.assert_allclose(moved['kernel'], expected, rtol=1e-5)
+    np.testing.assert_array_equal(moved['bias'], params['bias'])
+
+
+@pytest.mark.parametrize('name', ['pgd', 'trades', 'mart'])
+def test_gradients_are_taken_at_the_moved_weights(net, name):
+    module, variables, x, y = net
+
+    def value_and_gradient(gamma, params):
+        objective = MAKERS[name](eps=0.1, weight_gamma=gamma)
+
+        def loss(params):
+            return objective(module, {**variables, 'params': params}, x, y, KEY)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain, _ = value_and_gradient(0.0, variables['params'])
+    moved, gradient = value_and_gradient(0.002, variables['params'])
+    assert moved > plain
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+# --------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_one_and_eight_devices_have_the_same_loss_and_gradient(net, name):
+    module, variables, x, y = net
+    objective = MAKERS[name](**radius(name, 0.1))
+    terms = (sensitivity_and_jacobian(), neuron_contribution(top=3))
+
+    @jax.jit
+    def both(variables, x, y, key):
+        forward = LinenForward(module, {'train': False})
+
+        def loss(params):
+            changed = {**variables, 'params': params}
+            total = objective(module, changed, x, y, key)[0]
+            for term in terms:
+                total += term(forward, changed, x, y, key)[0]
+            return total
+
+        return jax.value_and_grad(loss)(variables['params'])
+
+    alone = both(variables, x, y, KEY)
+    mesh = parallel.data_mesh()
+    together = both(
+        *parallel.replicate(mesh, (variables,)),
+        *parallel.shard(mesh, (np.asarray(x), np.asarray(y))),
+        parallel.replicate(mesh, KEY),
+    )
+    assert float(together[0]) == pytest.approx(float(alone[0]), rel=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(alone[1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), together[1], alone[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ('make', 'options', 'message'),
+    [
+        (adversarial.pgd, {'norm': 'l3'}, "Unknown norm 'l3'"),
+        (adversarial.pgd, {'eps': -0.1}, 'eps is -0.1'),
+        (adversarial.pgd, {'steps': 0}, 'steps is 0'),
+        (adversarial.pgd, {'clean_share': 1.5}, 'clean_share is 1.5'),
+        (adversarial.fgsm_rs, {'step_size': -1.0}, 'step_size is -1.0'),
+        (adversarial.trades, {'beta': -1.0}, 'beta is -1.0'),
+        (adversarial.mart, {'attack_mode': 'both'}, "Unknown attack_mode 'both'; valid names are"),
+        (adversarial.multi_norm, {'norms': ('l2',)}, 'give one radius for each norm'),
+        (adversarial.multi_norm, {'strategy': 'min'}, "Unknown strategy 'min'"),
+    ],
+)
+def test_mistakes_are_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+class Zero(nn.Module):
+    """Logits that no image changes."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.zeros((len(x), 3)) + self.param('bias', nn.initializers.zeros, (3,))
+
+
+def test_a_model_without_gradient_is_no_trouble():
+    x, y = jnp.full((4, 2, 2, 1), 0.5), jnp.zeros(4, jnp.int32)
+    variables = Zero().init(KEY, x)
+    for name, make in MAKERS.items():
+        loss, _ = run(make(**radius(name, 0.1)), (Zero(), variables, x, y))
+        assert np.isfinite(loss)
