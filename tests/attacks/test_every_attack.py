@@ -58,7 +58,7 @@ def chosen(name):
     return functools.partial(attack, threat=Threat(norm, EPS[norm]), **options), norm
 
 
-# DeepFool's loop ends when all of a batch have crossed, and rounding moves single flags of APGD.
+# Not yet true of DeepFool and of APGD with DLR: XLA gathers logits across devices for them.
 @pytest.mark.parametrize('name', [name for name in ATTACKS if name not in ('deepfool', 'apgd')])
 def test_eight_devices_share_the_work_of_a_users_jit_and_never_speak(net, name):
     attack, _ = chosen(name)
@@ -109,7 +109,7 @@ def half():
     return forward, state, x, y
 
 
-# Carlini & Wagner needs more steps than are run here.
+# Carlini & Wagner finds nothing in so few steps.
 @pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'carlini_wagner'])
 def test_a_defended_half_precision_nnx_model_is_attacked_like_any_other(half, name):
     attack, norm = chosen(name)
