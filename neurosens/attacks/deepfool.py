@@ -49,9 +49,10 @@ def deepfool_example(
     logits_fast = with_fast_input_gradients(lambda image: logits_of(forward, variables, image))
     clean = logits_of(forward, variables, x)
     count = clean.shape[-1] if classes is None else min(classes, clean.shape[-1])
-    # The classes nearest at the start, without the label itself.
-    others = jax.lax.top_k(jnp.where(jnp.arange(clean.shape[-1]) == y, -jnp.inf, clean), count - 1)
-    rivals = others[1]
+    # The classes nearest at the start, without the label itself. Sorted, since `top_k` would gather
+    # a batch split over devices.
+    others = jnp.where(jnp.arange(clean.shape[-1]) == y, -jnp.inf, clean)
+    rivals = jnp.argsort(others, descending=True)[: count - 1]
 
     def step(state: _State) -> _State:
         logits, pull = jax.vjp(logits_fast, state.x)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -37,6 +36,16 @@ def cross_entropy(logits: Float[Array, ' classes'], y: Int[Array, '']) -> Float[
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
 
+def _largest(logits: Float[Array, ' classes'], count: int) -> Float[Array, ' count']:
+    """The largest logits in order, one by one: `top_k` would gather a batch split over devices."""
+    found = []
+    for _ in range(count):
+        place = logits.argmax()
+        found.append(logits[place])
+        logits = jnp.where(jnp.arange(logits.shape[-1]) == place, -jnp.inf, logits)
+    return jnp.stack(found)
+
+
 def margin(logits: Float[Array, ' classes'], y: Int[Array, '']) -> Float[Array, '']:
     """Max over c != y of z_c - z_y (Carlini & Wagner 2017, without a floor)."""
     return -label_margin(logits, y)
@@ -58,7 +67,7 @@ def dlr(logits: Float[Array, ' classes'], y: Int[Array, '']) -> Float[Array, '']
       ValueError: there are fewer than 3 classes.
     """
     _check_classes('dlr', logits, 3)
-    largest, _ = jax.lax.top_k(logits, 3)
+    largest = _largest(logits, 3)
     return -label_margin(logits, y) / (largest[0] - largest[2] + _TINY)
 
 
@@ -105,7 +114,7 @@ def targeted_dlr(
       ValueError: there are fewer than 4 classes.
     """
     _check_classes('targeted dlr', logits, 4)
-    largest, _ = jax.lax.top_k(logits, 4)
+    largest = _largest(logits, 4)
     scale = largest[0] - (largest[2] + largest[3]) / 2 + _TINY
     return (logits[target] - logits[y]) / scale
 

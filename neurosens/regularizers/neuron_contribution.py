@@ -23,6 +23,11 @@ _CLASSES = 16
 SCALES = ('rms', 'none')
 
 
+def _largest(values: Float[Array, '... neurons'], top: int) -> Float[Array, '... top']:
+    """The largest along the last axis. Sorted: `top_k` would gather a batch split over devices."""
+    return jnp.sort(values, axis=-1, descending=True)[..., : min(top, values.shape[-1])]
+
+
 def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Float[Array, '']:
     """T1: the largest over pairs of classes of mean(top_k_i |W[a, i] - W[b, i]|).
 
@@ -37,7 +42,7 @@ def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Flo
 
     def of_class(index: Array) -> Array:
         gaps = jnp.abs(weights[index] - weights)
-        return jax.lax.top_k(gaps, min(top, gaps.shape[1]))[0].mean(1).max()
+        return _largest(gaps, top).mean(-1).max()
 
     return chunks.map_chunks(of_class, weights.shape[0], _CLASSES).max()
 
@@ -62,7 +67,7 @@ def contribution(
     weights, total = jnp.asarray(weights), features.sum()
     shares = jnp.where(total == 0, 0.0, features / jnp.where(total == 0, 1.0, total))
     parts = jnp.abs(shares * (weights[y] - weights))
-    return jax.lax.top_k(parts, min(top, parts.shape[1]))[0].mean()
+    return _largest(parts, top).mean()
 
 
 def neuron_contribution(
@@ -183,7 +188,7 @@ def direct_sensitivity(
             own = jnp.arange(logits.shape[0])[:, None] == predicted
             exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
             nearest = temperature * jax.nn.logsumexp(exponents, axis=0)
-            return jax.lax.top_k(nearest, min(top, nearest.shape[0]))[0]
+            return _largest(nearest, top)
 
         largest = jax.vmap(closeness)(logits, slopes)
         correct = logits.argmax(-1) == y

@@ -41,8 +41,12 @@ ATTACKS = {
     'square_l1': (attacks.square, 'l1', {'queries': 5}),
     'fab': (attacks.fab, 'l2', {'steps': 4}),
     'fmn': (attacks.fmn, 'linf', {'steps': 4}),
-    'deepfool': (attacks.deepfool, 'l2', {'steps': 4}),
-    'carlini_wagner': (attacks.carlini_wagner, 'l2', {'steps': 4, 'searches': 2}),
+    'deepfool': (attacks.deepfool, 'l2', {'steps': 20}),
+    'carlini_wagner': (
+        attacks.carlini_wagner,
+        'l2',
+        {'steps': 20, 'searches': 2, 'initial_weight': 1.0, 'step_size': 0.1},
+    ),
     'noise': (attacks.noise, 'l2', {}),
     'latent': (attacks.latent_attack, 'l2', {'layer': 'act1', 'steps': 3}),
     'activation': (attacks.activation_attack, 'linf', {'layer': 'act1', 'neuron': 1, 'steps': 3}),
@@ -58,8 +62,7 @@ def chosen(name):
     return functools.partial(attack, threat=Threat(norm, EPS[norm]), **options), norm
 
 
-# Not yet true of DeepFool and of APGD with DLR: XLA gathers logits across devices for them.
-@pytest.mark.parametrize('name', [name for name in ATTACKS if name not in ('deepfool', 'apgd')])
+@pytest.mark.parametrize('name', ATTACKS)
 def test_eight_devices_share_the_work_of_a_users_jit_and_never_speak(net, name):
     attack, _ = chosen(name)
 
@@ -109,8 +112,7 @@ def half():
     return forward, state, x, y
 
 
-# Carlini & Wagner finds nothing in so few steps.
-@pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'carlini_wagner'])
+@pytest.mark.parametrize('name', ATTACKS)
 def test_a_defended_half_precision_nnx_model_is_attacked_like_any_other(half, name):
     attack, norm = chosen(name)
     forward, state, x, y = half
