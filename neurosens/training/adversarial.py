@@ -68,10 +68,6 @@ def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> No
     _validate.check_range('step_size', step_size, low=0)
 
 
-def _updated(variables: Variables, updates: Mapping[str, Any]) -> Variables:
-    return {**variables, **updates}
-
-
 def _metrics(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
     found = {'attacked_accuracy': (attacked.argmax(-1) == y).mean()}
     if clean is not None:
@@ -100,6 +96,95 @@ def weight_perturbation(loss: Callable[[Any], Float[Array, '']], params: Any, ga
         return weights + jax.lax.stop_gradient(step)
 
     return jax.tree.map(change, params, gradient)
+
+
+def _against_one_threat(
+    *,
+    norm: str,
+    eps: float,
+    steps: int,
+    step_size: float,
+    attack_mode: str,
+    weight_gamma: float,
+    start: Callable[[Threat, Array, PRNGKeyArray], Array],
+    aim: Callable[[_Logits, Array, Array], inner.BatchLoss],
+    loss: Callable[[Array | None, Array, Array], Float[Array, '']],
+    clean_pass: bool = True,
+) -> Objective:
+    """An objective of clean images and of those that one attack finds.
+
+    Args:
+      norm: as of `pgd`, like the next five.
+      eps: radius.
+      steps: steps of the attack.
+      step_size: their length as a share of eps.
+      attack_mode: what BatchNorm and dropout do in the attack.
+      weight_gamma: size of adversarial weight perturbation.
+      start: from the threat, clean images and a key to where the attack starts.
+      aim: from the model as the attack sees it, clean images and labels to what it raises.
+      loss: from clean logits, those of attacked images and labels to what is minimised.
+      clean_pass: whether clean images are run for the loss; without, their logits are None.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    _check(norm, eps, steps, step_size, attack_mode)
+    _validate.check_range('weight_gamma', weight_gamma, low=0)
+    threat = Threat(norm, eps)
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
+        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        x_adv = inner.maximize(
+            aim(seen, x, y),
+            x,
+            start(threat, x, start_key),
+            threat=threat,
+            steps=steps,
+            step_size=_step_size(eps, steps, step_size),
+        )
+
+        def total(variables: Variables) -> tuple[Array, tuple[Array | None, Array, Any]]:
+            clean: Array | None = None
+            if clean_pass:
+                clean, updates = run_training_mode(module, variables, x, clean_key)
+                variables = {**variables, **updates}
+            attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
+            return loss(clean, attacked, y), (clean, attacked, updates)
+
+        if weight_gamma:
+            params = weight_perturbation(
+                lambda params: total({**variables, 'params': params})[0],
+                variables['params'],
+                weight_gamma,
+            )
+            variables = {**variables, 'params': params}
+        value, (clean, attacked, updates) = total(variables)
+        return value, Outcome(attacked, updates, _metrics(clean, attacked, y))
+
+    return objective
+
+
+def _near(threat: Threat, x: Array, key: PRNGKeyArray) -> Array:
+    """Clean images plus a little noise: at the clean image a divergence has no gradient."""
+    del threat
+    return x + 1e-3 * jax.random.normal(key, x.shape, x.dtype)
+
+
+def _higher_cross_entropy(seen: _Logits, x: Array, y: Array) -> inner.BatchLoss:
+    del x
+    return lambda images: cross_entropy(seen(images), y)
+
+
+def _farther_from_clean(seen: _Logits, x: Array, y: Array) -> inner.BatchLoss:
+    del y
+    reference = seen(x)
+    return lambda images: divergence(reference, seen(images))
 
 
 def pgd(
@@ -132,52 +217,24 @@ def pgd(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    _check(norm, eps, steps, step_size, attack_mode)
     _validate.check_range('clean_share', clean_share, low=0, high=1)
-    _validate.check_range('weight_gamma', weight_gamma, low=0)
-    threat = Threat(norm, eps)
 
-    def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
-    ) -> tuple[Array, Outcome]:
-        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
-        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
-        x_adv = inner.maximize(
-            lambda images: cross_entropy(seen(images), y),
-            x,
-            inner.start(threat, x, start_key) if random_start else x,
-            threat=threat,
-            steps=steps,
-            step_size=_step_size(eps, steps, step_size),
-        )
+    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
+        value = (1 - clean_share) * cross_entropy(attacked, y).mean()
+        return value if clean is None else value + clean_share * cross_entropy(clean, y).mean()
 
-        def losses(variables: Variables) -> tuple[Array, tuple]:
-            clean: Array | None = None
-            updates: Mapping[str, Any] = {}
-            loss = jnp.zeros(())
-            if clean_share:
-                clean, updates = run_training_mode(module, variables, x, clean_key)
-                loss = clean_share * cross_entropy(clean, y).mean()
-                variables = _updated(variables, updates)
-            attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
-            loss += (1 - clean_share) * cross_entropy(attacked, y).mean()
-            return loss, (clean, attacked, updates)
-
-        loss, (clean, attacked, updates) = losses(
-            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
-        )
-        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
-
-    return objective
-
-
-def _perturbed(loss: Callable[[Variables], Array], variables: Variables, gamma: float) -> Variables:
-    if not gamma:
-        return variables
-    params = weight_perturbation(
-        lambda params: loss({**variables, 'params': params}), variables['params'], gamma
+    return _against_one_threat(
+        norm=norm,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        attack_mode=attack_mode,
+        weight_gamma=weight_gamma,
+        start=inner.start if random_start else lambda threat, x, key: x,
+        aim=_higher_cross_entropy,
+        loss=loss,
+        clean_pass=clean_share > 0,
     )
-    return {**variables, 'params': params}
 
 
 def fgsm_rs(
@@ -234,41 +291,23 @@ def trades(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    _check(norm, eps, steps, step_size, attack_mode)
     _validate.check_range('beta', beta, low=0)
-    _validate.check_range('weight_gamma', weight_gamma, low=0)
-    threat = Threat(norm, eps)
 
-    def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
-    ) -> tuple[Array, Outcome]:
-        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
-        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
-        reference = seen(x)
-        x_adv = inner.maximize(
-            lambda images: divergence(reference, seen(images)),
-            x,
-            # At the clean image the divergence has no gradient.
-            x + 1e-3 * jax.random.normal(start_key, x.shape, x.dtype),
-            threat=threat,
-            steps=steps,
-            step_size=_step_size(eps, steps, step_size),
-        )
+    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
+        assert clean is not None
+        return cross_entropy(clean, y).mean() + beta * divergence(clean, attacked).mean()
 
-        def losses(variables: Variables) -> tuple[Array, tuple]:
-            clean, updates = run_training_mode(module, variables, x, clean_key)
-            attacked, updates = run_training_mode(
-                module, _updated(variables, updates), x_adv, loss_key
-            )
-            loss = cross_entropy(clean, y).mean() + beta * divergence(clean, attacked).mean()
-            return loss, (clean, attacked, updates)
-
-        loss, (clean, attacked, updates) = losses(
-            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
-        )
-        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
-
-    return objective
+    return _against_one_threat(
+        norm=norm,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        attack_mode=attack_mode,
+        weight_gamma=weight_gamma,
+        start=_near,
+        aim=_farther_from_clean,
+        loss=loss,
+    )
 
 
 def mart_losses(clean: Array, attacked: Array, y: Array, beta: float) -> Float[Array, ' batch']:
@@ -320,38 +359,23 @@ def mart(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    _check(norm, eps, steps, step_size, attack_mode)
     _validate.check_range('beta', beta, low=0)
-    _validate.check_range('weight_gamma', weight_gamma, low=0)
-    threat = Threat(norm, eps)
 
-    def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
-    ) -> tuple[Array, Outcome]:
-        start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
-        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
-        x_adv = inner.maximize(
-            lambda images: cross_entropy(seen(images), y),
-            x,
-            x + 1e-3 * jax.random.normal(start_key, x.shape, x.dtype),
-            threat=threat,
-            steps=steps,
-            step_size=_step_size(eps, steps, step_size),
-        )
+    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
+        assert clean is not None
+        return mart_losses(clean, attacked, y, beta).mean()
 
-        def losses(variables: Variables) -> tuple[Array, tuple]:
-            clean, updates = run_training_mode(module, variables, x, clean_key)
-            attacked, updates = run_training_mode(
-                module, _updated(variables, updates), x_adv, loss_key
-            )
-            return mart_losses(clean, attacked, y, beta).mean(), (clean, attacked, updates)
-
-        loss, (clean, attacked, updates) = losses(
-            _perturbed(lambda variables: losses(variables)[0], variables, weight_gamma)
-        )
-        return loss, Outcome(attacked, updates, _metrics(clean, attacked, y))
-
-    return objective
+    return _against_one_threat(
+        norm=norm,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        attack_mode=attack_mode,
+        weight_gamma=weight_gamma,
+        start=_near,
+        aim=_higher_cross_entropy,
+        loss=loss,
+    )
 
 
 def multi_norm(
@@ -430,7 +454,7 @@ def multi_norm(
         for number, x_adv in enumerate(found):
             attacked, updates = run_training_mode(
                 module,
-                _updated(variables, updates),
+                {**variables, **updates},
                 x_adv,
                 jax.random.fold_in(loss_key, number),
             )
