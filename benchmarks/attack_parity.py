@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torchattacks
 
 from benchmarks import harness, published, torch_attacks
 from benchmarks.attack_settings import ATTACKS, Setting
@@ -113,7 +114,11 @@ def robust_theirs(
         correct = pair.network(images).argmax(1) == labels
         still = correct.clone()
         # Only images that are classified correctly are attacked, as in ours.
-        adversarial = run(images[correct], labels[correct])
+        # FAB of torchattacks fails on channels-last gradients.
+        kind = torch.contiguous_format if attack in ('fab-t', 'autoattack') else torch.channels_last
+        pair.network.to(memory_format=kind)
+        chosen = images[correct].contiguous(memory_format=kind)
+        adversarial = run(chosen, labels[correct])
         still[correct] = pair.network(adversarial).argmax(1) == labels[correct]
         found.append(still.numpy())
     return np.concatenate(found)
@@ -245,6 +250,23 @@ def _success_of_correct(
     return float(right.mean()), float(fooled[right].mean())
 
 
+def _broken_by_torchattacks(
+    network: torch.nn.Module, x: np.ndarray, y: np.ndarray, options: dict
+) -> float:
+    """The share of correctly classified images that PGD of torchattacks breaks."""
+    torch.manual_seed(0)
+    random_start = options.get('start') != 'clean'
+    size, steps = options['step_size'], options['steps']
+    run = torchattacks.PGD(network, options['threat'].eps, size, steps, random_start)
+    broken = []
+    for rows in batches(len(x)):
+        images, labels = published.torch_images(x[rows]), torch.from_numpy(np.int64(y[rows]))
+        correct = network(images).argmax(1) == labels
+        adversarial = run(images[correct], labels[correct])
+        broken.append((network(adversarial).argmax(1) != labels[correct]).numpy())
+    return float(np.concatenate(broken).mean())
+
+
 def figures(arguments: argparse.Namespace) -> str:
     """Returns a Markdown table of figures that were published with the weights."""
     lenet = {
@@ -267,9 +289,11 @@ def figures(arguments: argparse.Namespace) -> str:
             pair.data_set, arguments.data_dir, count, original_order=pair.data_set == 'cifar10'
         )
         accuracy, broken = _success_of_correct(pair.forward, pair.variables, x, y, **options)
-        cells = (accuracy, broken, accuracy * (1 - broken))
+        theirs = _broken_by_torchattacks(pair.network, x, y, options)
+        cells = (accuracy, broken, theirs, accuracy * (1 - broken))
         rows.append((name, str(count), *(f'{100 * cell:.2f}' for cell in cells)))
-    header = ('Network', 'images', 'clean accuracy', 'broken of correct', 'robust accuracy')
+    header = ('Network', 'images', 'clean accuracy', 'broken of correct', 'torchattacks')
+    header = (*header, 'robust accuracy')
     return harness.markdown_table(header, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,10 @@ def measure(
         measured: dict[str, Any] = {'layer': layer}
         for measure_name in _with_prerequisites(settings.measures):
             wrap = progress(f'{layer.name} {measure_name}')
-            step = functools.partial(_MEASURES[measure_name], forward, variables, layer, settings)
-            measured.update(
-                step(run=run, wrap=wrap, attack=attack, key=key, measured=measured, mesh=mesh)
+            task = _Task(
+                forward, variables, layer, settings, run, wrap, attack, key, mesh, measured
             )
+            measured.update(_MEASURES[measure_name](task))
         if 'targeting' in settings.measures:
             measured['targeting'] = _targeting_reports(
                 measured, predicted['labels'], source.info.num_classes, variables, layer
@@ -179,20 +179,36 @@ def _peaks(forward: Forward, variables: Variables, x: Array, layer: str, unit: s
 
 # --------------------------------------------------------------------------------- per measure
 
-Run = Callable[..., dict[str, np.ndarray]]
+
+class _Task(NamedTuple):
+    """One measure of one layer.
+
+    Attributes:
+      forward: the model.
+      variables: its variables.
+      layer: the layer.
+      settings: how to measure.
+      run: streams a function of batches over the data set.
+      wrap: of its iterator of batches.
+      attack: the FGSM attack of the settings.
+      key: randomness.
+      mesh: devices to run on.
+      measured: what the measures before this one found of the layer.
+    """
+
+    forward: Forward
+    variables: Variables
+    layer: neurons.NeuronLayer
+    settings: config_lib.Neurons
+    run: Callable[..., dict[str, np.ndarray]]
+    wrap: accuracy.Progress
+    attack: Any
+    key: PRNGKeyArray
+    mesh: Mesh
+    measured: Mapping[str, Any]
 
 
-def _statistics(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
+def _statistics(task: _Task) -> dict[str, Any]:
     total: list[neurons.Statistics] = []
     pending: list[Any] = []
 
@@ -204,104 +220,76 @@ def _statistics(
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
         summary = activation_summary(
-            forward, variables, x, batch.mask, layer=layer.name, unit=layer.unit
+            task.forward, task.variables, x, batch.mask, layer=task.layer.name, unit=task.layer.unit
         )
         # Fetched one batch late, so that devices do not wait for the host.
         fetch()
         pending.append(summary)
-        return {'peak': _peaks(forward, variables, x, layer.name, layer.unit)}
+        return {'peak': _peaks(task.forward, task.variables, x, task.layer.name, task.layer.unit)}
 
-    arrays = run(step, progress=wrap)
+    arrays = task.run(step, progress=task.wrap)
     fetch()
     return {'statistics': total[0], 'peak': arrays['peak']}
 
 
-def _sensitivity(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    method = settings.method
+def _sensitivity(task: _Task) -> dict[str, Any]:
+    method = task.settings.method
     if method == 'auto':
-        method = 'closed_form' if layer.facts.affine_tail else 'first_order'
+        method = 'closed_form' if task.layer.facts.affine_tail else 'first_order'
 
     def step(batch: data.Batch) -> dict[str, Array]:
         result = neurons.sensitivity(
-            forward,
-            variables,
+            task.forward,
+            task.variables,
             data.to_float(batch.image),
-            layer=layer.name,
-            unit=layer.unit,
+            layer=task.layer.name,
+            unit=task.layer.unit,
             method=method,
-            chunk=settings.chunk or None,
+            chunk=task.settings.chunk or None,
         )
         return result._asdict()
 
-    return {'method': method, **run(step, progress=wrap)}
+    return {'method': method, **task.run(step, progress=task.wrap)}
 
 
-def _influence(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    **rest: Any,
-) -> dict[str, Any]:
-    del settings, rest
-
+def _influence(task: _Task) -> dict[str, Any]:
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        values = neurons.influence(forward, variables, x, layer=layer.name, unit=layer.unit)
+        values = neurons.influence(
+            task.forward, task.variables, x, layer=task.layer.name, unit=task.layer.unit
+        )
         return {'influence': values}
 
-    return run(step, progress=wrap)
+    return task.run(step, progress=task.wrap)
 
 
-def _ablation(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
+def _ablation(task: _Task) -> dict[str, Any]:
     ablate = functools.partial(
         neurons.ablation,
-        forward,
-        variables,
-        layer=layer.name,
-        unit=layer.unit,
-        chunk=settings.chunk or None,
+        task.forward,
+        task.variables,
+        layer=task.layer.name,
+        unit=task.layer.unit,
+        chunk=task.settings.chunk or None,
     )
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        attacked = ablate(_attack_batch(attack, forward, variables, x, batch.label), batch.label)
+        attacked = ablate(
+            _attack_batch(task.attack, task.forward, task.variables, x, batch.label), batch.label
+        )
         clean = ablate(x, batch.label)
         return {
             **{f'clean {name}': value for name, value in clean._asdict().items()},
             **{f'attacked {name}': value for name, value in attacked._asdict().items()},
         }
 
-    arrays = run(step, progress=wrap)
+    arrays = task.run(step, progress=task.wrap)
     results = {}
     for kind in ('clean', 'attacked'):
         fields = (arrays[f'{kind} {name}'] for name in neurons.Ablation._fields)
         results[kind] = neurons.response(neurons.Ablation._make(fields))
-    rule = settings.fragile
+    rule = task.settings.fragile
     return {
         **results,
         'fragility': neurons.fragility(results['clean'].accuracy, rule),
@@ -309,34 +297,25 @@ def _ablation(
     }
 
 
-def _targeting(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del settings, rest
+def _targeting(task: _Task) -> dict[str, Any]:
     # Feature maps before the normalisation where the layer belongs to filters.
-    name = layer.kernel_layer if _is_filter(layer) else layer.name
+    name = task.layer.kernel_layer if _is_filter(task.layer) else task.layer.name
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        x_adv = _attack_batch(attack, forward, variables, x, batch.label)
-        target = functools.partial(neurons.shift, forward, variables, x, x_adv, unit=layer.unit)
+        x_adv = _attack_batch(task.attack, task.forward, task.variables, x, batch.label)
+        target = functools.partial(
+            neurons.shift, task.forward, task.variables, x, x_adv, unit=task.layer.unit
+        )
         before = target(layer=name)
         moved = (x_adv != x).reshape(len(x), -1).any(-1)
-        return {**before._asdict(), 'after': target(layer=layer.name).mean, 'moved': moved}
+        return {**before._asdict(), 'after': target(layer=task.layer.name).mean, 'moved': moved}
 
-    arrays = run(step, progress=wrap)
+    arrays = task.run(step, progress=task.wrap)
     # The attack leaves images that are misclassified already as they are.
     moved = arrays.pop('moved')
     after = arrays.pop('after')
-    shift = after[moved].mean(0) if moved.any() else np.full(layer.neurons, np.nan)
+    shift = after[moved].mean(0) if moved.any() else np.full(task.layer.neurons, np.nan)
     return {
         'shift': shift,
         '_shift': neurons.Shift._make(arrays[name] for name in neurons.Shift._fields),
@@ -371,63 +350,40 @@ def _targeting_reports(
     }
 
 
-def _input_gradients(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    key: PRNGKeyArray,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-
+def _input_gradients(task: _Task) -> dict[str, Any]:
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        if settings.probes == 0:
+        if task.settings.probes == 0:
             norms = neurons.input_gradient_norms(
-                forward,
-                variables,
+                task.forward,
+                task.variables,
                 x,
-                layer=layer.name,
-                unit=layer.unit,
-                chunk=settings.chunk or None,
+                layer=task.layer.name,
+                unit=task.layer.unit,
+                chunk=task.settings.chunk or None,
             )
             squared = norms.l2**2
             return {'gradient': squared, 'gradient_error': jnp.zeros_like(squared)}
         estimate = neurons.probe_gradients(
-            forward,
-            variables,
+            task.forward,
+            task.variables,
             x,
-            key,
-            probes=settings.probes,
-            layers=(layer.name,),
-            unit=layer.unit,
+            task.key,
+            probes=task.settings.probes,
+            layers=(task.layer.name,),
+            unit=task.layer.unit,
             index=batch.index,
-        )[layer.name]
+        )[task.layer.name]
         return {'gradient': estimate.value, 'gradient_error': estimate.standard_error}
 
-    return run(step, progress=wrap)
+    return task.run(step, progress=task.wrap)
 
 
-def _filtering(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    attack: Any,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    if layer.kernel_layer is None:
+def _filtering(task: _Task) -> dict[str, Any]:
+    if task.layer.kernel_layer is None:
         return {}
-    name = layer.kernel_layer
-    alphas = filtering.thresholds(filtering.kernels(variables)[name], settings.thresholds)
+    name = task.layer.kernel_layer
+    alphas = filtering.thresholds(filtering.kernels(task.variables)[name], task.settings.thresholds)
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x, found = data.to_float(batch.image), {}
@@ -435,28 +391,28 @@ def _filtering(
             # The first threshold removes nothing: the baseline, by the same program.
             sweep = jnp.append(filtering.removing_nothing(kind), alphas)
             result = filtering.filtering_responses(
-                forward,
-                variables,
+                task.forward,
+                task.variables,
                 x,
                 batch.label,
                 alphas=sweep,
                 kind=kind,
                 layer=name,
-                attack=attack,
+                attack=task.attack,
             )
             found[f'{kind} clean'] = result.clean
             assert result.adversarial is not None
             found[f'{kind} adversarial'] = result.adversarial
         return found
 
-    arrays = run(step, progress=wrap)
+    arrays = task.run(step, progress=task.wrap)
     curves = {}
     for kind in filtering.KINDS:
         clean = arrays[f'{kind} clean'].mean(0)
         adversarial = arrays[f'{kind} adversarial'].mean(0)
         curves[kind] = filtering.Curve(
             alphas,
-            filtering.present_shares(variables, jnp.asarray(alphas), kind, layer=name),
+            filtering.present_shares(task.variables, jnp.asarray(alphas), kind, layer=name),
             clean[1:],
             adversarial[1:],
             float(clean[0]),
@@ -471,42 +427,31 @@ def _rows(values: Any, index: Array) -> Any:
     return jax.tree.map(lambda array: array.at[index].get(mode='clip'), values)
 
 
-def _attack_through(
-    forward: Forward,
-    variables: Variables,
-    layer: neurons.NeuronLayer,
-    settings: config_lib.Neurons,
-    *,
-    run: Run,
-    wrap: accuracy.Progress,
-    key: PRNGKeyArray,
-    measured: Mapping[str, Any],
-    mesh: Mesh,
-    **rest: Any,
-) -> dict[str, Any]:
-    del rest
-    statistics = measured['statistics']
-    count = min(settings.attack_neurons, layer.neurons)
+def _attack_through(task: _Task) -> dict[str, Any]:
+    statistics = task.measured['statistics']
+    count = min(task.settings.attack_neurons, task.layer.neurons)
     # Images of undefined logits have no Delta; their neurons are left where they are.
-    delta = np.nan_to_num(measured['delta'], nan=np.inf)
+    delta = np.nan_to_num(task.measured['delta'], nan=np.inf)
     chosen, change = attacks.easiest_neurons(delta, statistics.mean, statistics.std(), count)
-    aims = parallel.replicate(mesh, {'neurons': np.asarray(chosen), 'delta': np.asarray(change)})
-    threat = attacks.Threat(settings.attack_norm, settings.attack_eps)
+    aims = parallel.replicate(
+        task.mesh, {'neurons': np.asarray(chosen), 'delta': np.asarray(change)}
+    )
+    threat = attacks.Threat(task.settings.attack_norm, task.settings.attack_eps)
     through: Callable[..., attacks.NeuronAttackResult] = functools.partial(
         attacks.neuron_attack,
-        layer=layer.name,
-        unit=layer.unit,
-        straight_layer=settings.straight_layer or None,
-        chunk=settings.chunk or None,
+        layer=task.layer.name,
+        unit=task.layer.unit,
+        straight_layer=task.settings.straight_layer or None,
+        chunk=task.settings.chunk or None,
     )
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        predictions = _predicted(forward, variables, batch)['predictions']
-        problem = (forward, variables, x, predictions, key)
+        predictions = _predicted(task.forward, task.variables, batch)['predictions']
+        problem = (task.forward, task.variables, x, predictions, task.key)
         budget: dict[str, Any] = {
             'threat': threat,
-            'steps': settings.attack_steps,
+            'steps': task.settings.attack_steps,
             'index': batch.index,
         }
         result = through(*problem, **budget, **_rows(aims, batch.index))
@@ -517,12 +462,12 @@ def _attack_through(
             'pgd': attacks.pgd(*problem, **budget).success,
         }
 
-    arrays = run(step, progress=wrap)
-    words = f'{settings.attack_norm} eps {settings.attack_eps:g}, {settings.attack_steps} steps'
+    arrays = task.run(step, progress=task.wrap)
+    words = f'{threat.norm} eps {threat.eps:g}, {task.settings.attack_steps} steps'
     return {'through': ThroughNeurons(words, np.asarray(chosen), **arrays)}
 
 
-_MEASURES: Mapping[str, Callable[..., dict[str, Any]]] = {
+_MEASURES: Mapping[str, Callable[[_Task], dict[str, Any]]] = {
     'statistics': _statistics,
     'sensitivity': _sensitivity,
     'influence': _influence,
