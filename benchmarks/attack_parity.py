@@ -114,11 +114,7 @@ def robust_theirs(
         correct = pair.network(images).argmax(1) == labels
         still = correct.clone()
         # Only images that are classified correctly are attacked, as in ours.
-        # FAB of torchattacks fails on channels-last gradients.
-        kind = torch.contiguous_format if attack in ('fab-t', 'autoattack') else torch.channels_last
-        pair.network.to(memory_format=kind)
-        chosen = images[correct].contiguous(memory_format=kind)
-        adversarial = run(chosen, labels[correct])
+        adversarial = run(images[correct], labels[correct])
         still[correct] = pair.network(adversarial).argmax(1) == labels[correct]
         found.append(still.numpy())
     return np.concatenate(found)

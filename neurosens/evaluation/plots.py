@@ -20,7 +20,9 @@ _DPI = 150
 
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure as PNG."""
-    figure.savefig(path, format='png', dpi=_DPI, bbox_inches='tight')
+    # Finding what is drawn takes a drawing of its own; a layout engine keeps everything inside.
+    box = 'tight' if figure.get_layout_engine() is None else None
+    figure.savefig(path, format='png', dpi=_DPI, bbox_inches=box)
 
 
 def style(axes: Axes) -> None:
