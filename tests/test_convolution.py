@@ -13,6 +13,7 @@ CASES = {
     'plain': {},
     'valid': {'padding': 'VALID'},
     'strided': {'window_strides': (2, 2)},
+    'a larger window': {'window_strides': (2, 2), 'window': (5, 4)},
     'uneven stride and padding': {'window_strides': (3, 2), 'padding': ((0, 2), (1, 0))},
     'dilated kernel': {'rhs_dilation': (2, 1)},
     'dilated images': {'lhs_dilation': (1, 2), 'padding': ((1, 1), (1, 0))},
@@ -33,9 +34,9 @@ def test_gradients_equal_the_plain_ones(case, channels):
         'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'),
         **CASES[case],
     }
-    groups = options.get('feature_group_count', 1)
+    groups, window = options.get('feature_group_count', 1), options.pop('window', (3, 3))
     images = jax.random.normal(jax.random.key(0), (3, 9, 8, channels))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels // groups, 8))
+    kernel = jax.random.normal(jax.random.key(1), (*window, channels // groups, 8))
     if case == 'channels first':
         images, kernel = images.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
 
