@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from benchmarks import harness
-from neurosens import attacks, data, models, parallel
+from neurosens import attacks, data, models, onednn, parallel
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import LinenForward
 
@@ -46,6 +46,7 @@ def prepare(*, model: str, batch_size: int, steps: int, devices: int) -> harness
     """
     parallel.keep_freed_memory()
     parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
+    onednn.use_onednn()
     mesh = parallel.data_mesh()
     info = data.info(MODELS[model])
     module = models.create(model, num_classes=info.num_classes, mean=info.mean, std=info.std)

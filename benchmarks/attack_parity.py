@@ -29,7 +29,7 @@ import torchattacks
 
 from benchmarks import harness, published, torch_attacks
 from benchmarks.attack_settings import ATTACKS, Setting
-from neurosens import attacks, parallel
+from neurosens import attacks, onednn, parallel
 from neurosens.forward import LinenForward
 
 _SETTINGS = {
@@ -314,6 +314,7 @@ def main() -> None:
     arguments = parse_arguments()
     parallel.keep_freed_memory()
     parallel.use_cpu_devices(parallel.cpu_device_count(_BATCH))
+    onednn.use_onednn()
     torch.set_num_threads(harness.cores())
     print(harness.machine_line(harness.machine()))
     subjects = {'compare': compare, 'smallest': smallest, 'published': figures}

@@ -30,7 +30,7 @@ import optax
 
 from benchmarks import harness, neuron_problems, published
 from benchmarks.attack_settings import Setting
-from neurosens import attacks, parallel
+from neurosens import attacks, onednn, parallel
 
 NETWORKS = ('lenet5_robust', 'resnet20')
 # On the standard ResNet a radius at which some images stay robust, as on the robust LeNet.
@@ -60,6 +60,7 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
     chosen = Setting(**setting)
     parallel.keep_freed_memory()
     parallel.use_cpu_devices(parallel.cpu_device_count(chosen.batch_size))
+    onednn.use_onednn()
     mesh = parallel.data_mesh()
     pair = published.load(name, weights)
     images, labels = published.images(pair.data_set, data_dir, chosen.batch_size)

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import harness, neuron_problems
-from neurosens import models, neurons, parallel
+from neurosens import models, neurons, onednn, parallel
 from neurosens.forward import LinenForward, with_edits
 
 DELTA = {'images': 10_000, 'neurons': 512, 'classes': 10, 'seed': 0}
@@ -49,6 +49,7 @@ def _mesh(devices: int = 0) -> jax.sharding.Mesh:
     """One XLA device per core, as the scripts have it."""
     parallel.keep_freed_memory()
     parallel.use_cpu_devices(devices or parallel.cpu_device_count())
+    onednn.use_onednn()
     return parallel.data_mesh()
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from neurosens import config, data, models, parallel
+from neurosens import config, data, models, onednn, parallel
 from neurosens.training import objectives, optimizers, step
 
 PARAMETERS = 269_722
@@ -90,6 +90,7 @@ def prepare(
     if keep_memory:
         parallel.keep_freed_memory()
     parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
+    onednn.use_onednn()
     mesh = parallel.data_mesh()
     batches = load_batches(batch_size, data_dir)
     units = {

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
-from neurosens import data, parallel, training
+from neurosens import data, onednn, parallel, training
 from neurosens.forward import LayerError
 
 
@@ -92,7 +92,7 @@ def check_changes(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 def start_jax(
     values: Mapping[str, Any], cpu_devices: int = 0, batch_size: int | None = None
 ) -> None:
-    """Joins the other processes, if any, and splits a CPU into one device per core.
+    """Joins the other processes, if any; splits a CPU into one device per core, with oneDNN.
 
     Args:
       values: values of the script's flags.
@@ -120,6 +120,8 @@ def start_jax(
     parallel.use_cpu_devices(cpu_devices or parallel.cpu_device_count(batch_size))
     if distributed:
         parallel.initialize_distributed()
+    if jax.default_backend() == 'cpu':
+        onednn.use_onednn()
 
 
 def _show_warning(

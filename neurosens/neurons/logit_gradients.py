@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from neurosens import _validate
 from neurosens.convolution import with_fast_input_gradients
@@ -52,29 +53,57 @@ def logit_gradients_of_cut(
     check_direction(direction)
     chunks.check_chunk(chunk)
     size = chunk or DEFAULT_CHUNK
-    activation, logits = cut.activation, cut.logits
-    shape = activation.shape
-    neurons = units.count(shape, unit)
-    classes = jax.eval_shape(logits, activation)
-    if direction == 'auto':
-        direction = 'reverse' if classes.shape[0] <= neurons else 'forward'
-
-    if direction == 'reverse':
-        looped = not chunks.fits(classes.shape[0], size)
-        _, pull = jax.vjp(with_fast_input_gradients(logits) if looped else logits, activation)
+    neurons = units.count(cut.activation.shape, unit)
+    logits = jax.eval_shape(cut.logits, cut.activation)
+    classes = logits.shape[0]
+    if is_reverse(direction, classes, neurons):
+        pull = pull_of_cut(cut, unit=unit, looped=not chunks.fits(classes, size))
 
         def by_class(index: Array) -> Array:
-            cotangent = jax.nn.one_hot(index, classes.shape[0], dtype=classes.dtype)
-            return units.pool(pull(cotangent)[0].astype(classes.dtype), unit)
+            return pull(jax.nn.one_hot(index, classes, dtype=logits.dtype))
 
-        return chunks.map_chunks(by_class, classes.shape[0], size)
+        return chunks.map_chunks(by_class, classes, size)
+    return chunks.map_chunks(push_of_cut(cut, unit=unit), neurons, size).T
 
-    _, push = jax.linearize(logits, activation)
 
-    def by_neuron(index: Array) -> Array:
-        return push(units.direction(index, shape, unit, activation.dtype))
+def is_reverse(direction: str, classes: int, neurons: int) -> bool:
+    """Whether to differentiate in reverse: if asked to, or by default where it is cheaper."""
+    return direction == 'reverse' or (direction == 'auto' and classes <= neurons)
 
-    return chunks.map_chunks(by_neuron, neurons, size).T
+
+def pull_of_cut(
+    cut: tail.Cut, *, unit: str, looped: bool
+) -> Callable[[Float[Array, ' classes']], Float[Array, ' neurons']]:
+    """The function from a cotangent of the logits to the derivatives at the neurons of a cut.
+
+    Args:
+      cut: the network cut at the layer.
+      unit: `'channel'` or `'unit'`.
+      looped: whether the function runs in a loop.
+
+    Returns:
+      The function, in the type of the logits.
+    """
+    logits = with_fast_input_gradients(cut.logits) if looped else cut.logits
+    values, pull = jax.vjp(logits, cut.activation)
+    return lambda cotangent: units.pool(pull(cotangent)[0].astype(values.dtype), unit)
+
+
+def push_of_cut(
+    cut: tail.Cut, *, unit: str
+) -> Callable[[Int[Array, '']], Float[Array, ' classes']]:
+    """The function from a neuron's index to the derivatives of the logits with respect to it.
+
+    Args:
+      cut: the network cut at the layer.
+      unit: `'channel'` or `'unit'`.
+
+    Returns:
+      The function.
+    """
+    activation = cut.activation
+    _, push = jax.linearize(cut.logits, activation)
+    return lambda index: push(units.direction(index, activation.shape, unit, activation.dtype))
 
 
 def logit_gradients_example(

@@ -28,7 +28,7 @@ def scaled_sensitivity(
 
     Returns:
       The score `[..., N]`, smaller where a neuron is easier to flip; infinite where Delta is, and
-      for a neuron of standard deviation 0, unless `kind` is `'absolute'`.
+      for a neuron of standard deviation 0, which never moves.
 
     Raises:
       ValueError: the kind is unknown.
@@ -36,12 +36,10 @@ def scaled_sensitivity(
     if kind not in KINDS:
         raise ValueError(_validate.unknown('kind', kind, KINDS))
     delta = jnp.asarray(delta)
-    if kind == 'absolute':
-        return jnp.abs(delta)
     mean, std = jnp.asarray(mean, delta.dtype), jnp.asarray(std, delta.dtype)
-    distance = jnp.abs(delta) if kind == 'scaled_absolute' else delta - mean
+    distance = delta - mean if kind == 'scaled' else jnp.abs(delta)
     alive = std > 0
-    score = distance / jnp.where(alive, std, 1)
+    score = distance / jnp.where(alive & (kind != 'absolute'), std, 1)
     return jnp.where(alive & ~jnp.isinf(delta), score, jnp.where(jnp.isnan(delta), delta, jnp.inf))
 
 

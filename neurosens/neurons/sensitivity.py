@@ -24,7 +24,14 @@ from jaxtyping import Array, Float, Int
 from neurosens import _validate
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, tail, units
-from neurosens.neurons.logit_gradients import check_direction, logit_gradients_of_cut
+from neurosens.neurons.logit_gradients import (
+    DEFAULT_CHUNK,
+    check_direction,
+    is_reverse,
+    logit_gradients_of_cut,
+    pull_of_cut,
+    push_of_cut,
+)
 
 METHODS = ('auto', 'closed_form', 'first_order', 'exact')
 UNREACHABLE = -1
@@ -96,33 +103,82 @@ def nearest_flip(
     dtype = jnp.promote_types(jnp.result_type(gradients, logits), jnp.float32)
     gradients, logits = jnp.asarray(gradients, dtype), jnp.asarray(logits, dtype)
     classes, neurons = gradients.shape
-    predicted = logits.argmax()
-    margins = logits[predicted] - logits
-    # The smallest change m_c / (W[c, i] - W[y, i]) is that of the largest inverse: products in
-    # place of a division for every class.
-    inverse = jnp.where(
-        jnp.arange(classes) == predicted, 0.0, 1 / jnp.maximum(margins, _SMALLEST_MARGIN)
-    )
-    own = gradients[predicted]
-
-    def compare(best: _Nearest, number: Array | int, gradient: Array, inverse: Array) -> _Nearest:
-        rate = (gradient - own) * inverse
-        number = jnp.int32(number)
-        return _Nearest(
-            jnp.maximum(best.up, rate),
-            jnp.where(rate > best.up, number, best.up_class),
-            jnp.maximum(best.down, -rate),
-            jnp.where(-rate > best.down, number, best.down_class),
-        )
-
-    nothing = jnp.full(neurons, UNREACHABLE, jnp.int32)
-    best = _Nearest(jnp.zeros(neurons, dtype), nothing, jnp.zeros(neurons, dtype), nothing)
+    inverse = _inverse_margins(logits)
+    own = gradients[logits.argmax()]
+    best = _nothing_yet(neurons, dtype)
     if classes <= 2 * _CLASSES_AT_ONCE:
         for number in range(classes):
-            best = compare(best, number, gradients[number], inverse[number])
+            best = _compare(best, number, gradients[number] - own, inverse[number])
     else:
-        best = _compare_in_pieces(compare, best, gradients, inverse)
+        padded = jnp.pad(gradients, ((0, -classes % _CLASSES_AT_ONCE), (0, 0)))
 
+        def piece(numbers: Array) -> Array:
+            return padded[numbers] - own
+
+        best = _compare_in_pieces(best, piece, inverse, _CLASSES_AT_ONCE)
+    return _nearest(best, logits, room_below, room_above)
+
+
+def _inverse_margins(logits: Array) -> Array:
+    """1 / (z_y - z_c) of each class c, 0 of the predicted one.
+
+    The smallest change m_c / (W[c, i] - W[y, i]) is that of the largest inverse, which is a product
+    in place of a division for every class.
+    """
+    predicted = logits.argmax()
+    margins = jnp.maximum(logits[predicted] - logits, _SMALLEST_MARGIN)
+    return jnp.where(jnp.arange(len(logits)) == predicted, 0.0, 1 / margins)
+
+
+def _nothing_yet(neurons: int, dtype: Any) -> _Nearest:
+    zeros, nothing = jnp.zeros(neurons, dtype), jnp.full(neurons, UNREACHABLE, jnp.int32)
+    return _Nearest(zeros, nothing, zeros, nothing)
+
+
+def _compare(best: _Nearest, number: Array | int, slope: Array, inverse: Array) -> _Nearest:
+    """Takes in one class, by the derivative of its logit less that of the predicted class `[N]`."""
+    rate = slope * inverse
+    number = jnp.int32(number)
+    return _Nearest(
+        jnp.maximum(best.up, rate),
+        jnp.where(rate > best.up, number, best.up_class),
+        jnp.maximum(best.down, -rate),
+        jnp.where(-rate > best.down, number, best.down_class),
+    )
+
+
+def _compare_in_pieces(
+    best: _Nearest, slopes_of: Callable[[Array], Array], inverse: Array, size: int
+) -> _Nearest:
+    """Takes in all classes in a loop over equal pieces of straight-line code.
+
+    Args:
+      best: nothing yet.
+      slopes_of: from `size` numbers of classes, some of them perhaps past the last, to slopes
+        `[size, N]`.
+      inverse: of the margin of each class.
+      size: classes in a piece.
+
+    Returns:
+      The best of all classes.
+    """
+    # A class whose inverse margin is 0 never wins.
+    inverse = jnp.pad(inverse, (0, -len(inverse) % size))
+
+    def piece(best: _Nearest, numbers: Array) -> tuple[_Nearest, None]:
+        slopes = slopes_of(numbers)
+        for place in range(size):
+            best = _compare(best, numbers[place], slopes[place], inverse[numbers[place]])
+        return best, None
+
+    return jax.lax.scan(piece, best, jnp.arange(len(inverse)).reshape(-1, size))[0]
+
+
+def _nearest(
+    best: _Nearest, logits: Array, room_below: Array | float, room_above: Array | float
+) -> Sensitivity:
+    """Delta from the best of all classes in either direction."""
+    dtype = best.up.dtype
     # All in inverse changes, so that there is one division and one pass over memory. A change that
     # ends exactly at the border of the range must not be lost to rounding.
     enough = 1 - 8 * jnp.finfo(dtype).eps
@@ -141,26 +197,43 @@ def nearest_flip(
     return Sensitivity(delta, jnp.where(undefined, UNREACHABLE, flips_to))
 
 
-def _compare_in_pieces(
-    compare: Callable[..., _Nearest], best: _Nearest, gradients: Array, inverse: Array
-) -> _Nearest:
-    """The comparison of many classes as a loop over equal pieces of straight-line code."""
-    classes = len(inverse)
-    pieces = -(-classes // _CLASSES_AT_ONCE)
-    padding = pieces * _CLASSES_AT_ONCE - classes
-    # A class whose inverse margin is 0 never wins.
-    inverse = jnp.pad(inverse, (0, padding)).reshape(pieces, _CLASSES_AT_ONCE)
-    gradients = jnp.pad(gradients, ((0, padding), (0, 0)))
-    gradients = gradients.reshape(pieces, _CLASSES_AT_ONCE, -1)
-    first = jnp.arange(pieces, dtype=jnp.int32) * _CLASSES_AT_ONCE
+def _nearest_at_cut(
+    cut: tail.Cut,
+    logits: Array,
+    below: Array,
+    above: Array,
+    *,
+    unit: str,
+    direction: str,
+    chunk: int | None,
+) -> Sensitivity:
+    """Delta from the derivatives at a cut, of which at most `chunk` per neuron are held at once."""
+    size = chunk or DEFAULT_CHUNK
+    classes, neurons = len(logits), len(below)
+    if is_reverse(direction, classes, neurons):
+        if chunks.fits(classes, size):
+            gradients = logit_gradients_of_cut(cut, unit=unit, direction='reverse', chunk=chunk)
+            return nearest_flip(gradients, logits, below, above)
+        pull = pull_of_cut(cut, unit=unit, looped=True)
+        own = jax.nn.one_hot(logits.argmax(), classes, dtype=logits.dtype)
 
-    def piece(best: _Nearest, inputs: tuple[Array, Array, Array]) -> tuple[_Nearest, None]:
-        first, gradients, inverse = inputs
-        for number in range(_CLASSES_AT_ONCE):
-            best = compare(best, first + number, gradients[number], inverse[number])
-        return best, None
+        def slopes_of(numbers: Array) -> Array:
+            cotangents = jax.nn.one_hot(numbers, classes, dtype=logits.dtype) - own
+            return jax.vmap(pull)(cotangents)
 
-    return jax.lax.scan(piece, best, (first, gradients, inverse))[0]
+        best = _nothing_yet(neurons, logits.dtype)
+        size = -(-classes // -(-classes // size))
+        best = _compare_in_pieces(best, slopes_of, _inverse_margins(logits), size)
+        return _nearest(best, logits, below, above)
+
+    push = push_of_cut(cut, unit=unit)
+
+    def one_neuron(index: Array) -> Sensitivity:
+        room = (room.at[index].get(mode='clip')[None] for room in (below, above))
+        found = nearest_flip(push(index)[:, None], logits, *room)
+        return Sensitivity(found.delta[0], found.flips_to[0])
+
+    return chunks.map_chunks(one_neuron, neurons, size)
 
 
 def closed_form(
@@ -221,13 +294,15 @@ def sensitivity_example(
     cut = tail.cut(forward, variables, x, layer)
     below, above = _room(cut.activation, unit, activation_range)
     logits = cut.logits(cut.activation)
-    # The weights of an affine tail are those at any input; at a fixed one they are computed once
-    # and not for every example of a batch.
-    anywhere = cut
     if method == 'closed_form':
+        # The weights of an affine tail are those at any input; at a fixed one they are computed
+        # once and not for every example of a batch.
         anywhere = tail.cut(forward, variables, jnp.zeros(x.shape, x.dtype), layer)
-    gradients = logit_gradients_of_cut(anywhere, unit=unit, direction=direction, chunk=chunk)
-    nearest = nearest_flip(gradients, logits, below, above)
+        weights = logit_gradients_of_cut(anywhere, unit=unit, direction=direction, chunk=chunk)
+        return nearest_flip(weights, logits, below, above)
+    nearest = _nearest_at_cut(
+        cut, logits, below, above, unit=unit, direction=direction, chunk=chunk
+    )
     if method != 'exact':
         return nearest
     return _exact(cut, logits, nearest, below, above, unit=unit, chunk=chunk, limit=limit)
@@ -335,6 +410,10 @@ def _exact(
 
     neurons = units.count(shape, unit)
     delta, flips_to = chunks.map_chunks(one_neuron, neurons, chunk or chunks.DEFAULT)
+    # Tied logits need no change, which no search finds.
+    tied = nearest.delta == 0
+    delta = jnp.where(tied, 0.0, delta)
+    flips_to = jnp.where(tied, nearest.flips_to, flips_to)
     undefined = jnp.isnan(logits).any()
     return Sensitivity(
         jnp.where(undefined, jnp.nan, delta), jnp.where(undefined, UNREACHABLE, flips_to)
@@ -395,7 +474,8 @@ def sensitivity(
 
     Returns:
       Delta and the class it flips to, `[B, N]` each; types below float32 are computed in float32
-      from the logits on.
+      from the logits on. The real network, which `'exact'` tries, takes activations of its own type
+      only: in bfloat16 a change is resolved to 1/256 of the activation, in float16 to 1/2048.
 
     Raises:
       LayerError: the layer cannot be tapped.

@@ -14,7 +14,7 @@ MEAN, STD = np.array([1.0, 0.0, 0.0, 5.0]), np.array([0.5, 3.0, 1.0, 0.0])
     ('kind', 'scores', 'order'),
     [
         ('scaled', [[2, -2, np.inf, np.inf], [-4, 1, 4, np.nan]], [[1, 0, 2, 3], [0, 1, 2, 3]]),
-        ('absolute', [[2, 6, np.inf, 1], [1, 3, 4, np.nan]], [[3, 0, 1, 2], [0, 1, 2, 3]]),
+        ('absolute', [[2, 6, np.inf, np.inf], [1, 3, 4, np.nan]], [[0, 1, 2, 3], [0, 1, 2, 3]]),
         (
             'scaled_absolute',
             [[4, 2, np.inf, np.inf], [2, 1, 4, np.nan]],
@@ -28,7 +28,7 @@ def test_scores_and_order_by_hand(kind, scores, order):
     np.testing.assert_array_equal(ranking(found), order)
 
 
-@pytest.mark.parametrize('kind', ['scaled', 'scaled_absolute'])
+@pytest.mark.parametrize('kind', ['scaled', 'absolute', 'scaled_absolute'])
 def test_a_dead_neuron_comes_last_however_easy_it_looks(kind):
     score = scaled_sensitivity(np.array([0.0, 5.0, -5.0]), np.zeros(3), np.array([0, 1, 1.0]), kind)
     assert np.isposinf(score[0]) and np.isfinite(score[1:]).all()

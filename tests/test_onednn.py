@@ -1,0 +1,187 @@
+"""With oneDNN, programs give what they give without it, and split batches stay split."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import primitives
+from jax.interpreters import mlir
+
+from neurosens import onednn, parallel
+
+CALL = 'custom_call_target="__onednn$convolution"'
+CASES = {
+    'same': {},
+    'valid': {'padding': 'VALID'},
+    'strided': {'window_strides': (2, 2)},
+    'uneven': {'window_strides': (3, 2), 'padding': ((0, 2), (1, 0))},
+    'channels first': {'dimension_numbers': ('NCHW', 'OIHW', 'NCHW')},
+}
+OTHERS = {
+    'dilated kernel': {'rhs_dilation': (2, 1)},
+    'dilated images': {'lhs_dilation': (1, 2), 'padding': ((1, 1), (1, 0))},
+    'grouped': {'feature_group_count': 2},
+    'cropped images': {'padding': ((-1, 2), (1, -2))},
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def with_onednn():
+    if not onednn.use_onednn():
+        pytest.skip('oneDNN is not used on this machine')
+    yield
+    # What the other tests run with.
+    rule = onednn._XLA_RULE
+    mlir.register_lowering(primitives.conv_general_dilated_p, rule, platform='cpu')
+
+
+def convolution(case):
+    options = {
+        'window_strides': (1, 1),
+        'padding': 'SAME',
+        'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'),
+        **{**CASES, **OTHERS}[case],
+    }
+    images = jax.random.normal(jax.random.key(0), (8, 9, 8, 4))
+    channels = 4 // options.get('feature_group_count', 1)
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, channels, 6))
+    if case == 'channels first':
+        images, kernel = images.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
+    return lambda x, w: lax.conv_general_dilated(x, w, **options), images, kernel
+
+
+def in_numpy(images, kernel, strides, padding):
+    """The definition, in float64, channels last."""
+    padded = np.pad(np.float64(images), ((0, 0), *padding, (0, 0)))
+    height, width = kernel.shape[:2]
+    rows = range(0, padded.shape[1] - height + 1, strides[0])
+    columns = range(0, padded.shape[2] - width + 1, strides[1])
+
+    def window(i, j):
+        return padded[:, i : i + height, j : j + width]
+
+    return np.stack(
+        [
+            np.stack([np.einsum('bhwc,hwcd->bd', window(i, j), kernel) for j in columns], 1)
+            for i in rows
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ('strides', 'padding'),
+    [
+        ((1, 1), ((0, 0), (0, 0))),
+        ((2, 1), ((1, 2), (0, 1))),
+        ((3, 2), ((0, 1), (2, 0))),
+        # Of the same shapes as the one before.
+        ((3, 2), ((1, 0), (0, 2))),
+    ],
+)
+def test_values_are_those_of_the_definition(strides, padding):
+    _, images, kernel = convolution('same')
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    run = functools.partial(
+        lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=numbers
+    )
+    assert CALL in jax.jit(run).lower(images, kernel).compile().as_text()
+    expected = in_numpy(images, np.float64(kernel), strides, padding)
+    np.testing.assert_allclose(jax.jit(run)(images, kernel), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_derivatives_are_those_of_finite_differences(case):
+    run, images, kernel = convolution(case)
+    jax.test_util.check_grads(
+        jax.jit(lambda x, w: jnp.sin(run(x, w)).sum()), (images, kernel), order=2, eps=1e-2,
+        atol=0.1, rtol=0.05,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_of_images_use_it_too_unless_strided(case):
+    run, images, kernel = convolution(case)
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum()))
+    text = gradient.lower(images, kernel).compile().as_text()
+    assert text.count(CALL) == (1 if case in ('strided', 'uneven') else 2)
+
+
+@pytest.mark.parametrize('case', OTHERS)
+def test_other_convolutions_are_left_to_xla(case):
+    run, images, kernel = convolution(case)
+    assert CALL not in jax.jit(run).lower(images, kernel).compile().as_text()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_other_types_are_left_to_xla(dtype):
+    run, images, kernel = convolution('same')
+    low = jax.jit(run).lower(images.astype(dtype), kernel.astype(dtype)).compile()
+    assert CALL not in low.as_text()
+
+
+def test_further_batch_axes_and_loops():
+    run, images, kernel = convolution('same')
+    many = jnp.stack([images, 2 * images])
+    expected = jnp.stack([run(images, kernel), run(2 * images, kernel)])
+    found = jax.jit(jax.vmap(run, (0, None)))(many, kernel)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    kernels = jnp.stack([kernel, -kernel])
+    found = jax.jit(jax.vmap(run, (None, 0)))(images, kernels)
+    expected = jnp.stack([expected[0], -expected[0]])
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    square = jax.random.normal(jax.random.key(2), (3, 3, 4, 4)) / 6
+
+    def body(_, x):
+        return jnp.tanh(run(x, square))
+
+    looped = jax.jit(lambda x: lax.fori_loop(0, 3, body, x))(images)
+    unrolled = body(0, body(0, body(0, images)))
+    chex.assert_trees_all_close(looped, unrolled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_batch_stays_split():
+    mesh = parallel.data_mesh()
+    run, images, kernel = convolution('same')
+    gradient = jax.jit(jax.value_and_grad(lambda x, w: jnp.sin(run(x, w)).sum()))
+    placed = parallel.shard(mesh, images), parallel.replicate(mesh, kernel)
+    program = gradient.lower(*placed).compile()
+    text = program.as_text()
+    assert mesh.size == 8
+    assert text.count(CALL) == 2 and 'all-gather' not in text and 'all-to-all' not in text
+    value, slope = program(*placed)
+    assert slope.sharding.spec[0] == parallel.DATA_AXIS
+    expected = gradient(images, kernel)
+    chex.assert_trees_all_close((value, slope), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_split_over_devices_is_gathered():
+    mesh = parallel.data_mesh()
+    run, images, _ = convolution('same')
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 4, 16))
+    spread = jax.sharding.NamedSharding(mesh, jax.P(None, None, None, mesh.axis_names[0]))
+    found = jax.jit(run)(parallel.replicate(mesh, images), jax.device_put(kernel, spread))
+    chex.assert_trees_all_close(found, run(images, kernel), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_versions_keep_what_xla_chooses(monkeypatch):
+    monkeypatch.setattr(onednn.jaxlib, '__version__', '99.0.0')
+    monkeypatch.setattr(onednn, '_available', onednn._available.__wrapped__)
+    assert not onednn.use_onednn()
+
+
+def test_wrong_results_of_the_probe_keep_what_xla_chooses(monkeypatch):
+    config = onednn._config
+
+    # Of the same shapes, but shifted.
+    def swapped(strides, padding):
+        return config(strides, tuple(pair[::-1] for pair in padding))
+
+    monkeypatch.setattr(onednn, '_config', swapped)
+    monkeypatch.setattr(onednn, '_available', onednn._available.__wrapped__)
+    assert not onednn.use_onednn()
