@@ -11,9 +11,9 @@ README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 
 def test_the_library_example_runs(capsys):
     examples = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    assert len(examples) == 3
-    # Each goes on where the one before ends.
-    exec(compile('\n'.join(examples), 'README.md', 'exec'), {'__name__': 'readme'})
+    # The first changes this process; each of the others goes on where the one before ends.
+    assert len(examples) == 4 and 'use_onednn' in examples[0]
+    exec(compile('\n'.join(examples[1:]), 'README.md', 'exec'), {'__name__': 'readme'})
     out = capsys.readouterr().out
     assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out
     assert "'head': ShapeDtypeStruct(shape=(8, 10)" in out
@@ -36,6 +36,16 @@ def test_the_training_loop_of_the_docs_runs(capsys):
     )
     exec(compile(example, 'training.md', 'exec'), {'__name__': 'training'})
     assert 0 < float(capsys.readouterr().out) < 10
+
+
+def test_the_report_of_neurons_of_the_docs_is_written(capsys, tmp_path, monkeypatch):
+    text = (REPOSITORY / 'docs' / 'neurons.md').read_text(encoding='utf-8')
+    *_, example = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, 'neurons.md', 'exec'), {'__name__': 'neurons'})
+    assert 'act1: 8 neurons' in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / 'report' / 'neurons').iterdir()}
+    assert {'neurons.csv', 'agreement.csv', 'agreement.md', 'head-in.npz'} <= written
 
 
 def test_every_objective_and_regularizer_is_documented():

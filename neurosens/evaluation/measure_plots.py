@@ -179,10 +179,10 @@ def _groups(report: LayerReport) -> list[tuple[str, str, np.ndarray]]:
     """Name, colour and members of the groups in which neurons are drawn, fragile ones on top."""
     if report.fragility is None:
         return [('neurons', COLORS[0], np.full(report.layer.neurons, True))]
-    fragile = np.asarray(report.fragility.fragile)
+    fragile, rule = np.asarray(report.fragility.fragile), report.fragility.rule
     return [
         (f'robust ({int((~fragile).sum())})', COLORS[0], ~fragile),
-        (f'fragile ({int(fragile.sum())})', COLORS[1], fragile),
+        (f'fragile ({int(fragile.sum())}): {rule}', COLORS[1], fragile),
     ]
 
 

@@ -25,8 +25,6 @@ from neurosens.evaluation import (
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
 from neurosens.evaluation.report import aligned
 from neurosens.neurons import filtering
-from neurosens.neurons.agreement import rows as agreement_rows
-from neurosens.neurons.agreement import table as agreement_table
 
 # Neurons of each layer in the terminal's table.
 _SHOWN = 5
@@ -62,8 +60,8 @@ def write_neurons(
 
     For each layer `<layer>.npz` (its arrays, as of `neuron_report.arrays`) and plots
     `<layer>-<plot>.png`, as far as their measures are there; for all layers `neurons.csv` (one line
-    per neuron, empty cells where a layer lacks a measure) and `agreement.csv` (how far the measures
-    agree, one line per layer and pair of them). The files appear once all of them are whole, and
+    per neuron, empty cells where a layer lacks a measure), `agreement.csv` (how far the measures
+    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). The files appear once all of them are whole, and
     those of an earlier evaluation go.
 
     Args:
@@ -85,6 +83,7 @@ def write_neurons(
         agreement = list(_agreement_lines(report))
         if agreement:
             _write_csv(output.path('agreement.csv'), agreement)
+            output.path('agreement.md').write_text(_agreement_tables(report), encoding='utf-8')
         for place, layer in enumerate(report.layers):
             base = layer_file_name(layer.layer.name)
             _write_arrays(output.path(f'{base}.npz'), report, layer)
@@ -95,7 +94,7 @@ def write_neurons(
                 models[_other_name(name, layer, compare[0], other)] = other
             for plot, draw in _plots(report, layer, models, images, top):
                 plots.save(draw(), output.path(f'{base}-{plot}.png'))
-    for pattern in ('*.npz', '*.csv', '*.png'):
+    for pattern in ('*.npz', '*.csv', '*.md', '*.png'):
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
     return output.written
@@ -155,14 +154,26 @@ def _neuron_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
     for layer, table in zip(report.layers, tables):
         for neuron in range(layer.layer.neurons):
             cells = {name: table[name][neuron] if name in table else '' for name in names}
+            if 'fragile' in names:
+                cells['fragile_rule'] = '' if layer.fragility is None else layer.fragility.rule
             yield {'layer': layer.layer.name, 'neuron': neuron, **cells}
 
 
 def _agreement_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
     for layer in report.layers:
         agreement = layer.agreement()
-        for row in agreement_rows(agreement) if agreement is not None else ():
+        for row in neurons.agreement_rows(agreement) if agreement is not None else ():
             yield {'layer': layer.layer.name, **row}
+
+
+def _agreement_tables(report: NeuronReport) -> str:
+    """One Markdown table per layer with at least two measures."""
+    tables = []
+    for layer in report.layers:
+        agreement = layer.agreement()
+        if agreement is not None:
+            tables.append(f'## {layer.layer.name}\n\n{neurons.agreement_markdown(agreement)}\n')
+    return '\n'.join(tables)
 
 
 def _write_csv(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
@@ -203,7 +214,7 @@ def _blocks(report: NeuronReport, layer: LayerReport) -> Iterator[str]:
         yield '\n'.join(_filtering(layer))
     agreement = layer.agreement()
     if agreement is not None:
-        yield agreement_table(agreement)
+        yield neurons.agreement_table(agreement)
 
 
 def _headline(report: NeuronReport, layer: LayerReport) -> Iterator[str]:

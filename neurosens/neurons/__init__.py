@@ -2,8 +2,9 @@
 
     result = measure(forward, variables, x, ..., layer=NAME, unit='channel' | 'unit')
 
-Each measure is jit-compiled, chunked and works on batches that are split over devices; beneath each
-stands the function of one example that it maps over the batch (`..._example`).
+Each measure is jit-compiled and works on batches that are split over devices. Those that take one
+neuron, class or direction after another do so in chunks; beneath those of single examples stands
+the function of one example that is mapped over the batch (`..._example`).
 """
 
 from neurosens.neurons import correlation, filtering, units
@@ -18,6 +19,9 @@ from neurosens.neurons.ablation import (
     without_neurons,
 )
 from neurosens.neurons.agreement import Agreement, agreement
+from neurosens.neurons.agreement import markdown as agreement_markdown
+from neurosens.neurons.agreement import rows as agreement_rows
+from neurosens.neurons.agreement import table as agreement_table
 from neurosens.neurons.influence import (
     Partition,
     class_influence,
@@ -86,6 +90,9 @@ __all__ = [
     'ablation_example',
     'activation_summary',
     'agreement',
+    'agreement_markdown',
+    'agreement_rows',
+    'agreement_table',
     'check_closed_form',
     'class_influence',
     'closed_form',

@@ -190,9 +190,11 @@ def test_table_of_all_neurons_is_exact(written, report):
         assert {row['layer'] for row in part} == {layer.layer.name}
         for name, values in columns.items():
             np.testing.assert_array_equal([float(row[name]) for row in part], values)
-        for name in set(rows[0]) - set(columns) - {'layer', 'neuron'}:
+        rule = layer.fragility.rule if layer.fragility is not None else ''
+        assert {row['fragile_rule'] for row in part} == {rule}
+        for name in set(rows[0]) - set(columns) - {'layer', 'neuron', 'fragile_rule'}:
             assert {row[name] for row in part} == {''}, 'what was not measured is blank'
-    assert set(rows[0]) == names | {'layer', 'neuron'}
+    assert set(rows[0]) == names | {'layer', 'neuron', 'fragile_rule'}
 
 
 def test_agreement_has_every_pair_of_every_layer(written, report):
