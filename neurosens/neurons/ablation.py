@@ -224,7 +224,7 @@ def response(result: Ablation) -> Response:
     """
     correct, loss, margin, *intact = (np.asarray(leaf, np.float64) for leaf in result)
     intact_correct, intact_loss, intact_margin = (leaf[:, None] for leaf in intact)
-    # Differences first: a neuron that changes nothing gets exactly 0.
+    # Differences first: a neuron that changes nothing gets 0, up to the rounding of its products.
     return Response(
         (intact_correct - correct).mean(0),
         (loss - intact_loss).mean(0),

@@ -194,7 +194,7 @@ def _nearest(
     undefined = jnp.isnan(logits).any()
     delta = jnp.where(undefined, jnp.nan, jnp.where(tied, 0.0, 1 / rate))
     flips_to = jnp.where(upwards, best.up_class, best.down_class)
-    return Sensitivity(delta, jnp.where(undefined, UNREACHABLE, flips_to))
+    return Sensitivity(delta, jnp.where(undefined | (rate == 0), UNREACHABLE, flips_to))
 
 
 def _nearest_at_cut(

@@ -85,6 +85,7 @@ def test_an_upper_bound_limits_rises():
         jnp.array([1.0, 2.0]), jnp.eye(2), jnp.array([1.0, 5.0]), activation_range=(-9.0, 4.9)
     )
     np.testing.assert_array_equal(result.delta, [INFINITY, -4.0])
+    np.testing.assert_array_equal(result.flips_to, [-1, 0])
 
 
 def test_a_fall_to_exactly_zero_is_valid():

@@ -52,6 +52,19 @@ def test_both_terms_are_those_of_plain_loops(top, classes):
     assert parts.mean() == pytest.approx(expected, rel=1e-5)
 
 
+def test_weights_that_are_alike_in_all_classes_do_not_differ():
+    weights = np.tile(np.array([[1.5, -2, 0.25]], np.float32), (4, 1))
+    assert weight_difference(weights, 2) == 0
+
+
+def test_a_single_active_feature_by_hand():
+    weights = np.array([[1, 9], [-2, 0], [4, -7], [1, 3]], np.float32)
+    # Of feature 0 alone, |W[0] - W[c]| is 0, 3, 3 and 0; the mean over k = 2 halves it.
+    features = np.array([3, 0], np.float32)
+    assert contribution(weights, features, 0, 2) == (0 + 3 + 3 + 0) / 4 / 2
+    assert contribution(weights, features, 2, 2) == (3 + 6 + 0 + 3) / 4 / 2
+
+
 def test_features_that_add_up_to_nothing_contribute_nothing():
     weights = jnp.arange(6.0).reshape(2, 3)
     value, gradient = jax.value_and_grad(contribution, argnums=1)(weights, jnp.zeros(3), 0, 2)
