@@ -28,7 +28,7 @@ import torch
 import torchattacks
 
 from benchmarks import harness, published, torch_attacks
-from benchmarks.attack_settings import ATTACKS, Setting
+from benchmarks.attack_settings import ATTACKS, ENSEMBLE, Setting
 from neurosens import attacks, onednn, parallel
 from neurosens.forward import LinenForward
 
@@ -70,7 +70,7 @@ def robust_ours(
             y,
             key,
             threat=threat,
-            attacks=None if attack == 'autoattack' else (attack,),
+            attacks=(attack,),
             steps=setting.steps,
             queries=setting.queries,
             batch_size=_BATCH,
@@ -133,13 +133,18 @@ def compare(arguments: argparse.Namespace) -> str:
         for attack in arguments.attacks:
             found: dict[str, list[np.ndarray]] = {'ours': [], 'theirs': []}
             for seed, side in itertools.product(range(arguments.seeds), sides):
-                file = folder / f'{name}_{norm}_{attack}_{side}_{seed}_{arguments.images}.npy'
-                if not file.exists():
-                    start = time.perf_counter()
-                    np.save(file, sides[side](pair, attack, setting, seed, x, y))
-                    seconds = time.perf_counter() - start
-                    print(f'{file.stem}: {np.load(file).mean():.2%}, {seconds:.0f} s', flush=True)
-                found[side].append(np.load(file))
+                # An image withstands the ensemble if it withstands all parts.
+                withstood = np.ones(len(x), bool)
+                for part in ENSEMBLE if attack == 'autoattack' else (attack,):
+                    file = folder / f'{name}_{norm}_{part}_{side}_{seed}_{arguments.images}.npy'
+                    if not file.exists():
+                        start = time.perf_counter()
+                        np.save(file, sides[side](pair, part, setting, seed, x, y))
+                        seconds = time.perf_counter() - start
+                        share = np.load(file).mean()
+                        print(f'{file.stem}: {share:.2%}, {seconds:.0f} s', flush=True)
+                    withstood &= np.load(file)
+                found[side].append(withstood)
             rows.append((name, f'{norm} {setting.eps:.4g}', attack, *_compared(**found)))
     header = ('Network', 'Threat', 'Attack', 'ours', 'torchattacks', 'difference')
     header = (*header, 'same outcome', 'torchattacks with itself')

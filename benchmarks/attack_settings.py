@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 ATTACKS = ('pgd', 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square', 'autoattack')
+# The parts of AutoAttack.
+ENSEMBLE = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
 
 @dataclasses.dataclass(frozen=True)

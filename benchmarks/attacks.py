@@ -263,6 +263,7 @@ def main() -> None:
     measurements = {}
     for name in arguments.networks:
         if arguments.subject == 'compile':
+            onednn.use_onednn()
             print(f'\n{name}:\n\n{compile_seconds(name, arguments)}')
             continue
         changes = _CHANGES.get(arguments.subject, {})

@@ -23,7 +23,7 @@ from art.attacks.evasion import (
 from art.estimators.classification import PyTorchClassifier
 
 from benchmarks import harness, neuron_problems, published
-from benchmarks.attack_settings import Setting
+from benchmarks.attack_settings import ENSEMBLE, Setting
 
 Attack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -58,7 +58,7 @@ def torchattacks_attacks(
         'square': torchattacks.Square(network, n_queries=setting.queries, **common),
     }
     # Its own AutoAttack takes 10 steps in place of the 100 of the paper.
-    ensemble = [parts[name] for name in ('apgd-ce', 'apgd-t', 'fab-t', 'square')]
+    ensemble = [parts[name] for name in ENSEMBLE]
     return {
         'pgd': pgd(network, eps, setting.step_size, setting.pgd_steps),
         **parts,
