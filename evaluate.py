@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
                 compare=compare,
                 name=str(workdir),
             )
-        evaluation.write(report, directory, facts)
+        evaluation.write(report, directory, facts, training.logs.read(workdir))
         # What long attacks had noted, to go on after an interruption, is now in the report.
         shutil.rmtree(notes, ignore_errors=True)
         print(f'\nWritten: results.json, results.csv, plots and neurons/ in {directory}')

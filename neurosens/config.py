@@ -195,6 +195,33 @@ class Neurons:
 
 
 @dataclasses.dataclass
+class Monitor:
+    """What training is watched by at each validation, on the first images held out.
+
+    Attributes:
+      images: how many; 0 turns it off, and `validation_size` must be at least as large.
+      norm: norm of the PGD attack.
+      eps: its radius, in pixels of [0, 1].
+      steps: its steps.
+      layer: layer whose neurons are watched: sensitivity of the easiest ones, and the share of dead
+        ones; empty for none.
+      top: how many of its most sensitive neurons.
+      guard: training stops where the PGD accuracy has fallen by more than this share below its best
+        (catastrophic overfitting of single-step attacks), such as 0.2; 0 is off.
+      choose: the best checkpoint is that of the highest PGD accuracy, not of the highest clean one.
+    """
+
+    images: int = 0
+    norm: str = 'linf'
+    eps: float = 8 / 255
+    steps: int = 10
+    layer: str = 'head:in'
+    top: int = 5
+    guard: float = 0.0
+    choose: bool = False
+
+
+@dataclasses.dataclass
 class Config:
     """One experiment.
 
@@ -209,8 +236,11 @@ class Config:
       dtype: computation type, 'float32' or 'bfloat16'; parameters are always float32.
       objective: what is minimised, a name of `neurosens.training.OBJECTIVES`.
       objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.
-      regularizers: for each regularizer name its options and its `'weight'` and `'ramp'` (share of
-        training over which the weight rises linearly from 0).
+      regularizers: for each regularizer name its options, its `'weight'`, and, as shares of
+        training, `'start'` (before which the weight is 0) and `'ramp'` (over which it then rises
+        linearly).
+      initial_weights: work directory of a trained model of the same kind to start from, with a
+        fresh optimizer; empty for random weights. Its best checkpoint is taken.
       epochs: passes over the training set.
       steps: training steps (batches); if not 0, it replaces `epochs`.
       batch_size: images per step, over all devices.
@@ -218,10 +248,13 @@ class Config:
       optimizer: see `Optimizer`.
       schedule: see `Schedule`.
       log_every: steps between lines in `metrics.jsonl`.
+      gradient_shares: with each line, log how much of the gradient every term of the loss makes;
+        costs one more gradient per term then. Only where there are regularizers.
       evaluate_every: epochs between validations; each also saves a checkpoint.
       checkpoint_every: steps between further checkpoints; 0 means only at validations.
       keep_checkpoints: latest checkpoints kept, besides the best.
       cpu_devices: XLA devices a CPU is split into; 0 means one per core.
+      monitor: see `Monitor`.
       evaluation: see `Evaluation`.
       neurons: see `Neurons`.
     """
@@ -236,6 +269,7 @@ class Config:
     objective: str = 'standard'
     objective_options: dict = dataclasses.field(default_factory=dict)
     regularizers: dict = dataclasses.field(default_factory=dict)
+    initial_weights: str = ''
     epochs: float = 10.0
     steps: int = 0
     batch_size: int = 128
@@ -243,14 +277,17 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     log_every: int = 20
+    gradient_shares: bool = True
     evaluate_every: float = 1.0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     cpu_devices: int = 0
+    monitor: Monitor = dataclasses.field(default_factory=Monitor)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     neurons: Neurons = dataclasses.field(default_factory=Neurons)
 
 
+_GROUPS = ('optimizer', 'schedule', 'monitor', 'evaluation', 'neurons')
 # Settings that change neither parameters nor metrics; they may differ when training is resumed.
 FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation', 'neurons')
 
@@ -303,7 +340,7 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     values = to_dict(config) if isinstance(config, Config) else config
     flat = {}
     for name, value in values.items():
-        if isinstance(value, dict) and name in ('optimizer', 'schedule', 'evaluation', 'neurons'):
+        if isinstance(value, dict) and name in _GROUPS:
             flat.update({f'{name}.{key}': item for key, item in value.items()})
         else:
             flat[name] = value
@@ -395,6 +432,22 @@ def _check_ranges(config: Config) -> None:
     check('evaluation.examples', evaluation.examples, low=0)
     for eps in evaluation.eps:
         check('evaluation.eps item', eps, low=0)
+    monitor = config.monitor
+    check('monitor.images', monitor.images, low=0)
+    check('monitor.eps', monitor.eps, low=0)
+    check('monitor.steps', monitor.steps, low=1)
+    check('monitor.top', monitor.top, low=1)
+    check('monitor.guard', monitor.guard, low=0, high=1)
+    if monitor.images > config.validation_size:
+        raise ConfigError(
+            f'monitor.images is {monitor.images}, but validation_size is '
+            f'{config.validation_size}; hold out at least as many images.'
+        )
+    if (monitor.guard or monitor.choose) and not monitor.images:
+        raise ConfigError(
+            'monitor.guard and monitor.choose need the accuracy under PGD; set monitor.images, to '
+            '500 for example.'
+        )
     neurons = config.neurons
     check('neurons.limit', neurons.limit, low=0)
     check('neurons.batch_size', neurons.batch_size, low=1)
@@ -410,6 +463,7 @@ def _check_ranges(config: Config) -> None:
         'dtype': (config.dtype, ('float32', 'bfloat16')),
         'evaluation.split': (evaluation.split, ('test', 'validation')),
         'evaluation.norm': (evaluation.norm, NORMS),
+        'monitor.norm': (monitor.norm, NORMS),
         'evaluation.loss': (
             evaluation.loss,
             ('cross_entropy', 'margin', 'dlr', 'scaled_cross_entropy'),

@@ -23,6 +23,7 @@ from neurosens.evaluation.robustness import (
     evaluate,
     fixed_key,
 )
+from neurosens.evaluation.training_plots import training_curves
 
 __all__ = [
     'images_wanted',
@@ -49,5 +50,6 @@ __all__ = [
     'rows',
     'stream',
     'table',
+    'training_curves',
     'write',
 ]

@@ -61,8 +61,8 @@ def write_neurons(
     For each layer `<layer>.npz` (its arrays, as of `neuron_report.arrays`) and plots
     `<layer>-<plot>.png`, as far as their measures are there; for all layers `neurons.csv` (one line
     per neuron, empty cells where a layer lacks a measure), `agreement.csv` (how far the measures
-    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). The files appear once all of them are whole, and
-    those of an earlier evaluation go.
+    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). The files
+    appear once all of them are whole, and those of an earlier evaluation go.
 
     Args:
       report: the report.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from neurosens import metrics
-from neurosens.evaluation import files, plots
+from neurosens.evaluation import files, plots, training_plots
 from neurosens.evaluation.robustness import RobustnessReport
 
 
@@ -117,7 +117,10 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    report: RobustnessReport, directory: str | pathlib.Path, facts: dict[str, Any]
+    report: RobustnessReport,
+    directory: str | pathlib.Path,
+    facts: dict[str, Any],
+    training_log: Sequence[Mapping[str, Any]] = (),
 ) -> list[pathlib.Path]:
     """Writes `results.json`, `results.csv` and the plots.
 
@@ -128,6 +131,7 @@ def write(
       report: an evaluation.
       directory: where they go; made if need be.
       facts: as in `results`.
+      training_log: lines of the training's `metrics.jsonl`, drawn in `training.png`.
 
     Returns:
       The files written.
@@ -152,6 +156,9 @@ def write(
         if report.outcomes:
             figure = plots.accuracy_against_eps(report)
             plots.save(figure, output.path('accuracy_against_eps.png'))
+        if any('loss' in line for line in training_log):
+            figure = training_plots.training_curves(training_log)
+            plots.save(figure, output.path('training.png'))
         for outcome in _strongest_radius(report):
             if len(outcome.attacked.x):
                 figure = plots.example_grid(report, outcome)

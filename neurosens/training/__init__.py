@@ -1,5 +1,6 @@
 """Training: objectives, optimizers, the compiled step, checkpoints that survive, and the loop."""
 
+from neurosens.training import logs
 from neurosens.training.checkpoints import CheckpointError
 from neurosens.training.loading import TrainedModel, load, make_model
 from neurosens.training.loop import Experiment, Interrupted, TrainingStopped, prepare, train
@@ -9,6 +10,7 @@ from neurosens.training.objectives import (
     Objective,
     Outcome,
     Regularizer,
+    Replayed,
     run_training_mode,
     standard,
 )
@@ -18,6 +20,7 @@ from neurosens.training.step import (
     WeightedRegularizer,
     evaluated_variables,
     init_state,
+    make_gradient_shares,
     make_train_step,
 )
 
@@ -32,6 +35,7 @@ __all__ = [
     'Objective',
     'Outcome',
     'Regularizer',
+    'Replayed',
     'TrainState',
     'TrainedModel',
     'TrainingStopped',
@@ -39,6 +43,8 @@ __all__ = [
     'evaluated_variables',
     'init_state',
     'load',
+    'logs',
+    'make_gradient_shares',
     'make_model',
     'make_optimizer',
     'make_schedule',

@@ -1,8 +1,8 @@
 """Adversarial objectives: what is minimised on images that an attack finds during training.
 
-Madry et al. 2018 (PGD), Wong, Rice & Kolter 2020 (FGSM from a random start), Zhang et al. 2019
-(TRADES), Wang et al. 2020 (MART), Wu, Xia & Wang 2020 (adversarial weight perturbation), Tramer &
-Boneh 2019 and Maini, Wong & Kolter 2020 (several norms).
+Madry et al. 2018 (PGD), Wong, Rice & Kolter 2020 (FGSM from a random start), Shafahi et al. 2019
+(free), Zhang et al. 2019 (TRADES), Wang et al. 2020 (MART), Wu, Xia & Wang 2020 (adversarial weight
+perturbation), Tramer & Boneh 2019 and Maini, Wong & Kolter 2020 (several norms).
 
 BatchNorm: losses are taken with the statistics of their batch, clean and attacked images apart;
 each forward pass updates the running statistics, the attacked images last. The attack sees running
@@ -25,7 +25,7 @@ from neurosens.attacks import Threat
 from neurosens.attacks.threat import NORMS
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import inner
-from neurosens.training.objective import Objective, Outcome, run_training_mode
+from neurosens.training.objective import Objective, Outcome, Replayed, run_training_mode
 
 ATTACK_MODES = ('eval', 'train')
 STRATEGIES = ('max', 'average', 'msd')
@@ -246,8 +246,8 @@ def fgsm_rs(
 ) -> Objective:
     """Cross-entropy on images of one step from a random start (Wong, Rice & Kolter 2020).
 
-    It can overfit to that step from one epoch to the next, after which PGD breaks everything: watch
-    the accuracy under PGD.
+    It can overfit to that step from one epoch to the next, after which PGD breaks everything: set
+    `monitor.guard` of the config, which watches the accuracy under PGD.
 
     Args:
       norm: of the threat.
@@ -262,6 +262,44 @@ def fgsm_rs(
       ValueError: a choice is unknown or a number out of range.
     """
     return pgd(norm=norm, eps=eps, steps=1, step_size=step_size, attack_mode=attack_mode)
+
+
+def free(
+    *,
+    norm: str = 'linf',
+    eps: float = 8 / 255,
+    step_size: float = 1.0,
+    replays: int = 8,
+) -> Replayed:
+    """Cross-entropy on images that are attacked as they are learnt (Shafahi et al. 2019).
+
+    A step of training costs hardly more than a plain one and is one step of the attack too. Each
+    batch is taken `replays` times, so that an epoch is `1 / replays` of the training set: divide
+    the epochs of plain training by it for the same cost.
+
+    Args:
+      norm: of the threat.
+      eps: its radius, in pixels of [0, 1].
+      step_size: length of a step of the attack as a share of eps; 1 in the paper.
+      replays: times in a row that each batch is taken; 8 in the paper for CIFAR-10, 4 for ImageNet.
+
+    Returns:
+      The objective. Its logits are those of the attacked images.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
+    _check(norm, eps, 1, step_size, 'train')
+    _validate.check_range('replays', replays, low=1)
+
+    def objective(
+        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Outcome]:
+        attacked, updates = run_training_mode(module, variables, x, key)
+        loss = cross_entropy(attacked, y).mean()
+        return loss, Outcome(attacked, updates, _metrics(None, attacked, y))
+
+    return Replayed(objective, Threat(norm, eps), eps * step_size, replays)
 
 
 def trades(

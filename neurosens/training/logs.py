@@ -122,9 +122,11 @@ class Log:
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` of a work directory, in order."""
+    """The whole lines of `metrics.jsonl` of a work directory, in order; none without the file."""
     path = pathlib.Path(workdir) / METRICS_FILE
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in _whole_lines(path)]
 
 
 def _keep_lines_until(path: pathlib.Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import signal
@@ -25,15 +26,18 @@ from neurosens import _validate, data, parallel
 from neurosens import config as config_lib
 from neurosens.evaluation import accuracy
 from neurosens.forward import LinenForward
-from neurosens.training import checkpoints, logs, objectives, optimizers
-from neurosens.training.loading import make_model
+from neurosens.training import checkpoints, logs, monitor, objectives, optimizers
+from neurosens.training.loading import load, make_model
 from neurosens.training.step import (
+    GradientShares,
     TrainState,
     TrainStep,
     WeightedRegularizer,
     evaluated_variables,
     init_state,
+    make_gradient_shares,
     make_train_step,
+    state_shardings,
 )
 
 # It runs once: XLA:CPU takes longer to optimise a deep network's random draws than to draw them.
@@ -68,6 +72,8 @@ class Experiment:
       validation: held-out training data, or None.
       optimizer: the gradient transformation.
       train_step: the compiled step.
+      gradient_shares: the compiled function that says what makes a step's gradient, or None.
+      replays: times in a row that each batch is taken.
       total_steps: steps of the whole training.
       evaluate_every: steps between validations.
     """
@@ -79,6 +85,8 @@ class Experiment:
     validation: data.Source | None
     optimizer: optax.GradientTransformation
     train_step: TrainStep
+    gradient_shares: GradientShares | None
+    replays: int
     total_steps: int
     evaluate_every: int
 
@@ -148,6 +156,10 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         _weighted_regularizer(name, options, total_steps)
         for name, options in config.regularizers.items()
     ]
+    seen: dict[str, Any] = {
+        'augmentation': config.augmentation,
+        'image_size': info.image_shape[0],
+    }
     train_step = make_train_step(
         module,
         optimizer,
@@ -155,11 +167,15 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         objective,
         terms,
         mesh,
-        augmentation=config.augmentation,
-        image_size=info.image_shape[0],
         accumulate=accumulate,
         ema_decay=config.optimizer.ema_decay,
+        **seen,
     )
+    if config.monitor.images and config.monitor.layer:
+        monitor.check(module, info, config.monitor)
+    shares = None
+    if terms and config.gradient_shares:
+        shares = make_gradient_shares(module, objective, terms, mesh, **seen)
     return Experiment(
         config=config,
         mesh=mesh,
@@ -168,6 +184,8 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         validation=validation,
         optimizer=optimizer,
         train_step=train_step,
+        gradient_shares=shares,
+        replays=objective.replays if isinstance(objective, objectives.Replayed) else 1,
         total_steps=total_steps,
         evaluate_every=max(1, round(config.evaluate_every * per_epoch)),
     )
@@ -177,49 +195,92 @@ def _weighted_regularizer(
     name: str, options: Mapping[str, Any], total_steps: int
 ) -> WeightedRegularizer:
     options = dict(options)
-    weight, ramp = options.pop('weight', 1.0), options.pop('ramp', 0.0)
+    weight = options.pop('weight', 1.0)
+    shares = {key: options.pop(key, 0.0) for key in ('ramp', 'start')}
+    for key, share in shares.items():
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise config_lib.ConfigError(
+                f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
+                'number from 0 to 1.'
+            )
     regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
-    return WeightedRegularizer(name, regularizer, float(weight), round(ramp * total_steps))
+    ramp, start = (round(share * total_steps) for share in shares.values())
+    return WeightedRegularizer(name, regularizer, float(weight), ramp, start)
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, on every device; deterministic in the config's seed."""
-    return _initializer(experiment)(_key(experiment, 0))
+    """The state before the first step, on every device; deterministic in the config's seed.
+
+    Args:
+      experiment: from `prepare`.
+
+    Returns:
+      The state, with the weights of `initial_weights` where the config names some.
+
+    Raises:
+      ValueError: those are of another kind of model.
+      CheckpointError: they cannot be read.
+    """
+    state = _initializer(experiment)(_key(experiment, 0))
+    origin = experiment.config.initial_weights
+    if not origin:
+        return state
+    model = load(origin, mesh=experiment.mesh)
+    ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (state.variables, model.variables))
+    if ours != theirs:
+        raise config_lib.ConfigError(
+            f'initial_weights is {origin!r}, a {model.config.model} with '
+            f'{model.config.model_options}; it must hold the arrays of the model to be trained, '
+            f'{experiment.config.model} with {experiment.config.model_options}.'
+        )
+    average = None if state.average is None else jax.tree.map(jnp.copy, model.variables['params'])
+    return state._replace(variables=model.variables, average=average)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and placement of the state, to read a checkpoint into."""
-    shapes = jax.eval_shape(_initializer(experiment), _key(experiment, 0))
-    sharding = parallel.replicated(experiment.mesh)
+    shapes = _state_shapes(experiment)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        state_shardings(shapes, experiment.mesh),
+    )
+
+
+def _state_shapes(experiment: Experiment) -> TrainState:
+    return jax.eval_shape(_plain_initializer(experiment), _key(experiment, 0))
+
+
+def _plain_initializer(experiment: Experiment) -> Callable[[jax.Array], TrainState]:
+    config = experiment.config
+    return functools.partial(
+        init_state,
+        experiment.module,
+        experiment.optimizer,
+        data.info(config.dataset).image_shape,
+        average=config.optimizer.ema_decay > 0,
+        perturbed=config.batch_size if experiment.replays > 1 else 0,
     )
 
 
 def _initializer(experiment: Experiment) -> Callable[[jax.Array], TrainState]:
-    config = experiment.config
     return jax.jit(
-        functools.partial(
-            init_state,
-            experiment.module,
-            experiment.optimizer,
-            data.info(config.dataset).image_shape,
-            average=config.optimizer.ema_decay > 0,
-        ),
-        out_shardings=parallel.replicated(experiment.mesh),
+        _plain_initializer(experiment),
+        out_shardings=state_shardings(_state_shapes(experiment), experiment.mesh),
         compiler_options=_QUICK_COMPILATION if jax.default_backend() == 'cpu' else None,
     )
 
 
 def _key(experiment: Experiment, purpose: int) -> jax.Array:
-    """The key of one purpose: 0 initialises parameters, 1 is folded with every step."""
+    """The key of one purpose: 0 initialises, 1 is folded with every step, 2 watches."""
     return jax.random.fold_in(jax.random.key(experiment.config.seed), purpose)
 
 
 def saved_items(state: TrainState) -> dict[str, Any]:
     """The checkpointables of a state: evaluation needs only the first, or `average`."""
     items = {'variables': state.variables, 'optimizer': state.optimizer}
-    return items if state.average is None else {**items, 'average': state.average}
+    further = {'average': state.average, 'perturbation': state.perturbation}
+    return {**items, **{name: item for name, item in further.items() if item is not None}}
 
 
 def _restored_state(restored: checkpoints.Restored, mesh: Mesh) -> TrainState:
@@ -228,6 +289,7 @@ def _restored_state(restored: checkpoints.Restored, mesh: Mesh) -> TrainState:
         variables=restored.items['variables'],
         optimizer=restored.items['optimizer'],
         average=restored.items.get('average'),
+        perturbation=restored.items.get('perturbation'),
     )
 
 
@@ -246,7 +308,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
       The final state and validation accuracy.
 
     Raises:
-      TrainingStopped: a loss or gradient is not finite.
+      TrainingStopped: a loss or gradient is not finite, or the monitor's guard found overfitting.
       Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
       neurosens.training.CheckpointError: the work directory belongs to another config.
     """
@@ -256,22 +318,17 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
     )
     if restored is None:
         state, first = initial_state(experiment), 0
-        window, validation_accuracy = logs.Window(), None
+        window, validation_accuracy, best_pgd = logs.Window(), None, 0.0
     else:
         state, first = _restored_state(restored, mesh), restored.step
         window = logs.Window(restored.loop['window'])
         validation_accuracy = restored.loop['validation_accuracy']
+        best_pgd = restored.loop['best_pgd']
     if parallel.is_primary():
         text = json.dumps(config_lib.to_dict(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n', encoding='utf-8')
     key = parallel.replicate(mesh, _key(experiment, 1))
-    batches = experiment.source.train_batches(
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = _batches(experiment, first)
     log = logs.Log(
         workdir,
         first_step=first,
@@ -285,7 +342,9 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
         if first:
             log.say(f'Going on from the checkpoint of step {first}.')
 
-        def take(step: int, metrics: Mapping[str, jax.Array]) -> None:
+        def take(
+            step: int, metrics: Mapping[str, jax.Array], parts: Mapping[str, jax.Array]
+        ) -> None:
             """Fetches the metrics of one step: called when the next step is already running."""
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not logs.all_finite(values):
@@ -294,15 +353,23 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
             speed = clock.tick()
             shown = {'loss': f'{values["loss"]:.3f}', 'accuracy': f'{values["accuracy"]:.3f}'}
             log.advance({**shown, 'images/s': f'{speed:.0f}'})
-            if step % config.log_every == 0 or step == experiment.total_steps:
-                log.write(step, {**window.means(), 'images_per_second': speed})
+            if logged(step):
+                shares = {name: float(value) for name, value in jax.device_get(parts).items()}
+                log.write(step, {**window.means(), **shares, 'images_per_second': speed})
 
-        pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        def logged(step: int) -> bool:
+            return step % config.log_every == 0 or step == experiment.total_steps
+
+        pending: tuple[int, Mapping[str, jax.Array], Mapping[str, jax.Array]] | None = None
         for step in range(first + 1, experiment.total_steps + 1):
-            state, metrics = experiment.train_step(state, parallel.shard(mesh, next(batches)), key)
+            batch = parallel.shard(mesh, next(batches))
+            parts: Mapping[str, jax.Array] = {}
+            if experiment.gradient_shares is not None and logged(step):
+                parts = experiment.gradient_shares(state, batch, key)
+            state, metrics = experiment.train_step(state, batch, key)
             if pending is not None:
                 take(*pending)
-            pending = (step, metrics)
+            pending = (step, metrics, parts)
             stop = _agreed_stop(stop_signal, step)
             last = step == experiment.total_steps
             validate = step % experiment.evaluate_every == 0 or last
@@ -312,22 +379,70 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
             # A state is saved only after its own step is known to be finite.
             take(*pending)
             pending = None
-            scored = validate and experiment.validation is not None
-            if scored:
-                validation_accuracy = _score(experiment, state, log, step)
-            checkpoints.save(
-                checkpointer,
-                step,
-                saved_items(state),
-                config,
-                {'window': window.state(), 'validation_accuracy': validation_accuracy},
-                validation_accuracy if scored else None,
-            )
+            score = None
+            if validate and experiment.validation is not None:
+                score = validation_accuracy = _score(experiment, state, log, step)
+                if config.monitor.images:
+                    robust = _watch(experiment, state, log, step)
+                    if config.monitor.guard and robust < best_pgd - config.monitor.guard:
+                        raise TrainingStopped(_overfit(step, robust, best_pgd, last_saved))
+                    best_pgd = max(best_pgd, robust)
+                    score = robust if config.monitor.choose else score
+            loop = {
+                'window': window.state(),
+                'validation_accuracy': validation_accuracy,
+                'best_pgd': best_pgd,
+            }
+            checkpoints.save(checkpointer, step, saved_items(state), config, loop, score)
             last_saved = step
             clock.restart()
             if stop and not last:
                 raise Interrupted(step, stop)
     return Result(experiment.total_steps, state, validation_accuracy)
+
+
+def _batches(experiment: Experiment, first: int) -> Iterator[data.Batch]:
+    """The batches of the steps after the first ones, each as often as it is replayed."""
+    config, replays = experiment.config, experiment.replays
+    batches = experiment.source.train_batches(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=first // replays,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    done = first % replays
+    for batch in batches:
+        yield from itertools.repeat(batch, replays - done)
+        done = 0
+
+
+def _watch(experiment: Experiment, state: TrainState, log: logs.Log, step: int) -> float:
+    """Logs what the monitor measures and returns the accuracy under PGD."""
+    assert experiment.validation is not None
+    found = monitor.measure(
+        experiment.forward,
+        evaluated_variables(state),
+        experiment.validation,
+        experiment.mesh,
+        experiment.config.monitor,
+        _key(experiment, 2),
+        experiment.config.batch_size,
+    )
+    log.write(step, found)
+    log.say(
+        '; '.join(f'{name.removeprefix("monitor/")} {value:.4g}' for name, value in found.items())
+    )
+    return found[monitor.PGD_ACCURACY]
+
+
+def _overfit(step: int, robust: float, best: float, last_saved: int) -> str:
+    kept = f'the checkpoint of step {last_saved} is kept' if last_saved else 'nothing was saved yet'
+    return (
+        f'The accuracy under PGD fell from {best:.2%} to {robust:.2%} by step {step} '
+        f'(catastrophic overfitting, monitor.guard); {kept}. Use objective pgd, a smaller eps or a '
+        'lower optimizer.learning_rate.'
+    )
 
 
 def _score(experiment: Experiment, state: TrainState, log: logs.Log, step: int) -> float:

@@ -1,16 +1,21 @@
 """The call form of training objectives.
 
 objective(module, variables, x, y, key) -> (loss, Outcome)
+
+An objective that is a `Replayed` one besides takes each batch several times in a row, at images
+that the training step moves by the gradient of the same backward pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from neurosens.attacks import Threat
 from neurosens.forward import Variables
 
 
@@ -40,6 +45,38 @@ class Objective(Protocol):
         key: PRNGKeyArray,
     ) -> tuple[Float[Array, ''], Outcome]:
         """Computes the mean loss of a batch and its outcome."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """An objective at images that are attacked while it is minimised (Shafahi et al. 2019, "free").
+
+    Each batch is taken `replays` times. Every time, one backward pass gives the gradient for the
+    parameters and that for the images, which moves the perturbation of the next time; the next
+    batch starts from the perturbation that the last one ended with.
+
+    Attributes:
+      objective: of the perturbed images.
+      threat: the perturbations allowed.
+      step_size: length of a step in the threat's norm.
+      replays: times in a row that each batch is taken.
+    """
+
+    objective: Objective
+    threat: Threat
+    step_size: float
+    replays: int
+
+    def __call__(
+        self,
+        module: nn.Module,
+        variables: Variables,
+        x: Float[Array, 'batch ...'],
+        y: Int[Array, ' batch'],
+        key: PRNGKeyArray,
+    ) -> tuple[Float[Array, ''], Outcome]:
+        """The objective of perturbed images."""
+        return self.objective(module, variables, x, y, key)
 
 
 def run_training_mode(

@@ -23,7 +23,19 @@ from neurosens import _validate, regularizers
 from neurosens.forward import Variables
 from neurosens.regularizers import Regularizer
 from neurosens.training import adversarial
-from neurosens.training.objective import Objective, Outcome, run_training_mode
+from neurosens.training.objective import Objective, Outcome, Replayed, run_training_mode
+
+__all__ = [
+    'OBJECTIVES',
+    'REGULARIZERS',
+    'Objective',
+    'Outcome',
+    'Regularizer',
+    'Replayed',
+    'create',
+    'run_training_mode',
+    'standard',
+]
 
 ObjectiveFactory: TypeAlias = Callable[..., Objective]
 RegularizerFactory: TypeAlias = Callable[..., Regularizer]
@@ -59,6 +71,7 @@ OBJECTIVES: Mapping[str, ObjectiveFactory] = {
     'standard': standard,
     'pgd': adversarial.pgd,
     'fgsm_rs': adversarial.fgsm_rs,
+    'free': adversarial.free,
     'trades': adversarial.trades,
     'mart': adversarial.mart,
     'multi_norm': adversarial.multi_norm,

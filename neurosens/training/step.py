@@ -15,23 +15,27 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neurosens import data, parallel
 from neurosens.forward import LinenForward, Variables
 from neurosens.regularizers import Regularizer
-from neurosens.training.objectives import Objective, Outcome
+from neurosens.training import inner
+from neurosens.training.objectives import Objective, Outcome, Replayed
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes; replicated over all devices.
+    """Everything that a training step changes; replicated over all devices but for the last.
 
     Attributes:
       step: steps done, int32.
       variables: the model's variables.
       optimizer: the optimizer's state.
       average: exponential moving average of `variables['params']`, or None where it is off.
+      perturbation: of a `Replayed` objective the perturbation of each place of the batch, split as
+        batches are; None for others.
     """
 
     step: Int[Array, '']
     variables: Variables
     optimizer: optax.OptState
     average: Any
+    perturbation: Any = None
 
 
 class WeightedRegularizer(NamedTuple):
@@ -42,16 +46,23 @@ class WeightedRegularizer(NamedTuple):
       regularizer: the penalty.
       weight: its factor in the loss, after the ramp.
       ramp: steps over which the factor rises linearly from 0.
+      start: steps before the ramp, in which the factor is 0.
     """
 
     name: str
     regularizer: Regularizer
     weight: float
     ramp: int
+    start: int = 0
+
+    def factor(self, step: Array | int) -> Array:
+        """The factor in the loss of a step, counted from 0."""
+        return self.weight * jnp.clip((step + 1 - self.start) / max(self.ramp, 1), 0.0, 1.0)
 
 
 Metrics: TypeAlias = Mapping[str, Float[Array, '']]
 TrainStep: TypeAlias = Callable[[TrainState, data.Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
+GradientShares: TypeAlias = Callable[[TrainState, data.Batch, PRNGKeyArray], Metrics]
 
 
 def init_state(
@@ -61,6 +72,7 @@ def init_state(
     key: PRNGKeyArray,
     *,
     average: bool = False,
+    perturbed: int = 0,
 ) -> TrainState:
     """Initialises parameters and optimizer; deterministic in `key` and jit-compatible.
 
@@ -70,6 +82,7 @@ def init_state(
       image_shape: shape `[H, W, C]` of one image.
       key: randomness of the initial parameters.
       average: keep a moving average of the parameters.
+      perturbed: images of a batch that carry a perturbation; 0 for none.
 
     Returns:
       The state before the first step.
@@ -82,7 +95,24 @@ def init_state(
         optimizer=optimizer.init(params),
         # A copy: the step donates both, and one buffer cannot be donated twice.
         average=jax.tree.map(jnp.copy, params) if average else None,
+        perturbation=jnp.zeros((perturbed, *image_shape)) if perturbed else None,
     )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where the arrays of a state lie.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: devices.
+
+    Returns:
+      One sharding per array.
+    """
+    shardings = jax.tree.map(lambda _: parallel.replicated(mesh), state)
+    if state.perturbation is not None:
+        shardings = shardings._replace(perturbation=parallel.split(mesh))
+    return shardings
 
 
 def evaluated_variables(state: TrainState) -> Variables:
@@ -125,38 +155,30 @@ def make_train_step(
 
     Returns:
       A jitted function `(state, batch, key) -> (state, metrics)` that donates `state`. Metrics are
-      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, and
-      per regularizer `<name>/penalty` and its own.
+      float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, those of
+      the objective, and per regularizer `<name>/penalty` and its own.
     """
-    forward = LinenForward(module, {'train': False})
+    losses = _make_losses(module, objective, regularizers)
+    replayed = objective if isinstance(objective, Replayed) else None
+    see = _make_images(augmentation, image_size, replayed)
 
     def loss_function(
-        params: optax.Params, rest: Variables, x: Array, y: Array, step: Array, key: PRNGKeyArray
+        params: optax.Params, images: Array, *rest: Any
     ) -> tuple[Array, tuple[Outcome, dict[str, Array]]]:
-        variables = {**rest, 'params': params}
-        keys = jax.random.split(key, 1 + len(regularizers))
-        loss, outcome = objective(module, variables, x, y, keys[0])
-        metrics = dict(outcome.metrics)
-        for term, term_key in zip(regularizers, keys[1:]):
-            penalty, own = term.regularizer(forward, variables, x, y, term_key)
-            weight = term.weight * jnp.minimum(1.0, (step + 1) / max(term.ramp, 1))
-            loss = loss + weight * penalty
-            metrics[f'{term.name}/penalty'] = penalty
-            metrics.update({f'{term.name}/{name}': value for name, value in own.items()})
-        return loss, (outcome, metrics)
+        parts, outcome, metrics = losses(params, images, *rest)
+        return sum(parts.values(), start=jnp.zeros(())), (outcome, metrics)
 
     def train_step(
         state: TrainState, batch: data.Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
-        augment_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = data.augment(
-            augmentation, data.to_float(batch.image), augment_key, batch.index, size=image_size
-        )
+        x, images, loss_key = see(state, batch, key)
         params = state.variables['params']
         rest = {name: value for name, value in state.variables.items() if name != 'params'}
-        (loss, (outcome, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
-            params, rest, x, batch.label, state.step, loss_key
+        run = jax.value_and_grad(loss_function, (0, 1) if replayed else 0, has_aux=True)
+        (loss, (outcome, metrics)), found = run(
+            params, images, x, rest, batch.label, state.step, loss_key
         )
+        gradients = found[0] if replayed else found
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
         params = optax.apply_updates(params, updates)
         average = state.average
@@ -164,11 +186,16 @@ def make_train_step(
             updated = (state.step + 1) % accumulate == 0
             decay = jnp.where(updated, ema_decay, 1.0)
             average = optax.incremental_update(params, average, 1.0 - decay)
+        perturbation = state.perturbation
+        if replayed is not None:
+            moved = inner.moved(replayed.threat, x, images, found[1], replayed.step_size)
+            perturbation = moved - x
         new_state = TrainState(
             step=state.step + 1,
             variables={**rest, **outcome.updates, 'params': params},
             optimizer=optimizer_state,
             average=average,
+            perturbation=perturbation,
         )
         metrics = {
             'loss': loss,
@@ -180,8 +207,109 @@ def make_train_step(
         }
         return new_state, {name: jnp.float32(value) for name, value in metrics.items()}
 
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=parallel.replicated(mesh),
-    )
+    everywhere: Any = parallel.replicated(mesh)
+    spread: Any = TrainState(everywhere, everywhere, everywhere, everywhere, parallel.split(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(spread, everywhere))
+
+
+def make_gradient_shares(
+    module: nn.Module,
+    objective: Objective,
+    regularizers: Sequence[WeightedRegularizer],
+    mesh: Mesh,
+    *,
+    augmentation: str = 'none',
+    image_size: int | None = None,
+) -> GradientShares:
+    """Compiles what says how much of a step's gradient each term of the loss makes.
+
+    Args:
+      module: the model.
+      objective: the loss.
+      regularizers: penalties added to it.
+      mesh: devices to run on.
+      augmentation: as of `make_train_step`, like the next.
+      image_size: side of the images that the model sees.
+
+    Returns:
+      A jitted function of what a training step takes, to be called before it: for `objective` and
+      each regularizer `<name>/gradient_share`, the norm of the term's own gradient, weighted as in
+      the loss, divided by the sum of all such norms.
+    """
+    losses = _make_losses(module, objective, regularizers)
+    replayed = objective if isinstance(objective, Replayed) else None
+    see = _make_images(augmentation, image_size, replayed)
+
+    def shares(state: TrainState, batch: data.Batch, key: PRNGKeyArray) -> Metrics:
+        x, images, loss_key = see(state, batch, key)
+        rest = {name: value for name, value in state.variables.items() if name != 'params'}
+
+        def parts(params: optax.Params) -> dict[str, Array]:
+            return losses(params, images, x, rest, batch.label, state.step, loss_key)[0]
+
+        values, pull = jax.vjp(parts, state.variables['params'])
+        norms = {}
+        for name in values:
+            one = {other: jnp.float32(other == name) for other in values}
+            norms[name] = optax.tree.norm(pull(one)[0])
+        total = sum(norms.values(), start=jnp.zeros(()))
+        total = jnp.where(total > 0, total, 1.0)
+        return {f'{name}/gradient_share': norm / total for name, norm in norms.items()}
+
+    return jax.jit(shares, out_shardings=parallel.replicated(mesh))
+
+
+# From parameters, the images the objective sees, clean ones, other variables, labels, step and key.
+_Losses: TypeAlias = Callable[..., tuple[dict[str, Array], Outcome, dict[str, Array]]]
+
+
+def _make_losses(
+    module: nn.Module, objective: Objective, regularizers: Sequence[WeightedRegularizer]
+) -> _Losses:
+    """The terms of the loss by name, in the order in which they are added."""
+    forward = LinenForward(module, {'train': False})
+
+    def losses(
+        params: optax.Params,
+        images: Array,
+        x: Array,
+        rest: Variables,
+        y: Array,
+        step: Array,
+        key: PRNGKeyArray,
+    ) -> tuple[dict[str, Array], Outcome, dict[str, Array]]:
+        variables = {**rest, 'params': params}
+        keys = jax.random.split(key, 1 + len(regularizers))
+        loss, outcome = objective(module, variables, images, y, keys[0])
+        parts, metrics = {'objective': loss}, dict(outcome.metrics)
+        for term, term_key in zip(regularizers, keys[1:]):
+            penalty, own = term.regularizer(forward, variables, x, y, term_key)
+            parts[term.name] = term.factor(step) * penalty
+            metrics[f'{term.name}/penalty'] = penalty
+            metrics.update({f'{term.name}/{name}': value for name, value in own.items()})
+        return parts, outcome, metrics
+
+    return losses
+
+
+def _make_images(
+    augmentation: str, image_size: int | None, replayed: Replayed | None
+) -> Callable[[TrainState, data.Batch, PRNGKeyArray], tuple[Array, Array, PRNGKeyArray]]:
+    """From state, batch and key: clean images, those the objective sees, and the loss's key."""
+
+    def see(
+        state: TrainState, batch: data.Batch, key: PRNGKeyArray
+    ) -> tuple[Array, Array, PRNGKeyArray]:
+        # A batch that is taken again looks the same again.
+        replays = 1 if replayed is None else replayed.replays
+        own = jax.random.fold_in(key, state.step // replays)
+        augment_key, loss_key = jax.random.split(own)
+        x = data.augment(
+            augmentation, data.to_float(batch.image), augment_key, batch.index, size=image_size
+        )
+        if replayed is None:
+            return x, x, loss_key
+        images = jnp.clip(x + state.perturbation, 0.0, 1.0)
+        return x, images, jax.random.fold_in(loss_key, state.step % replays)
+
+    return see

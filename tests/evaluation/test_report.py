@@ -115,3 +115,38 @@ def test_the_curve_shows_every_attack_there_is_in_every_norm(report, norm):
     assert len(drawn) == len(curves), 'no two attacks look the same'
     symbol = {'linf': r'\ell_\infty', 'l2': r'\ell_2', 'l1': r'\ell_1'}[norm]
     assert axes.get_xlabel().startswith(f'${symbol}$')
+
+
+LOG = [
+    {'step': 5, 'loss': 2.0, 'accuracy': 0.3, 'a/penalty': 3.0, 'a/gradient_share': 0.25},
+    {'step': 6, 'validation_accuracy': 0.5, 'validation_loss': 1.5},
+    {'step': 6, 'monitor/pgd_accuracy': 0.25, 'monitor/sensitivity': 4.0},
+    {'step': 10, 'loss': 1.0, 'accuracy': 0.6, 'a/penalty': 0.0, 'a/gradient_share': 0.5},
+]
+
+
+def test_curves_of_training_are_those_of_the_log():
+    figure = evaluation.training_curves(LOG)
+    drawn = {
+        (axes.get_ylabel(), line.get_label()): line.get_xydata().tolist()
+        for axes in figure.axes
+        for line in axes.get_lines()
+    }
+    assert drawn['loss', 'training'] == [[5, 2.0], [10, 1.0]]
+    assert drawn['loss', 'validation'] == [[6, 1.5]]
+    assert drawn['accuracy (%)', 'validation under PGD'] == [[6, 25.0]]
+    assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
+    assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
+    assert len(figure.axes) == 5
+    scales = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
+    # 0 has no place on a logarithmic axis.
+    assert (scales['loss'], scales['penalty']) == ('log', 'linear')
+
+
+def test_a_log_without_losses_has_no_curves(report, tmp_path):
+    with pytest.raises(ValueError, match='holds no loss'):
+        evaluation.training_curves(LOG[1:3])
+    assert not any(
+        path.name == 'training.png' for path in evaluation.write(report, tmp_path, {}, LOG[1:3])
+    )
+    assert any(path.name == 'training.png' for path in evaluation.write(report, tmp_path, {}, LOG))

@@ -120,3 +120,9 @@ def test_every_metric_becomes_a_point_in_tensorboard(workdir):
 )
 def test_finite_metrics_are_told_from_others(metrics, finite):
     assert logs.all_finite(metrics) is finite
+
+
+def test_reading_leaves_out_half_a_line_and_a_missing_file(tmp_path):
+    assert logs.read(tmp_path) == []
+    (tmp_path / logs.METRICS_FILE).write_text('{"step": 1}\n{"step": 2, "lo')
+    assert logs.read(tmp_path) == [{'step': 1}]

@@ -1,7 +1,6 @@
 """Training from a config: what is logged and kept, and that interruptions change nothing."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from interruptions import Killed, assert_same_bits, interrupted, kill, lines, train
 
 from neurosens import config as config_lib
 from neurosens import data, parallel, training
@@ -34,57 +34,8 @@ CONFIG = config_lib.Config(
 )
 
 
-class Killed(Exception):
-    """What stops the training in these tests, as a power failure would."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Training data that does something before it gives batch number `after`."""
-
-    inner: data.Source
-    after: int
-    action: object
-
-    @property
-    def num_examples(self):
-        return self.inner.num_examples
-
-    def train_batches(self, **arguments):
-        batches = self.inner.train_batches(**arguments)
-        yield from itertools.islice(batches, self.after)
-        self.action()
-        yield from batches
-
-
-def kill():
-    raise Killed
-
-
-def interrupted(experiment, after, action=kill):
-    return dataclasses.replace(experiment, source=Source(experiment.source, after, action))
-
-
-def train(experiment, workdir):
-    return training.train(experiment, workdir, progress=False)
-
-
-def lines(workdir):
-    """The logged metrics, times aside."""
-    metrics = logs.read(workdir)
-    for line in metrics:
-        line.pop('images_per_second', None)
-    return metrics
-
-
 def steps_in(workdir):
     return sorted(int(child.name) for child in (workdir / 'checkpoints').iterdir())
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.fixture(scope='module')
@@ -335,11 +286,12 @@ def test_a_regularizer_takes_its_weight_ramp_and_options_from_the_config(monkeyp
 
     monkeypatch.setitem(objectives.REGULARIZERS, 'small', small)
     monkeypatch.setattr(loop, 'make_train_step', lambda *args, **kwargs: made.append(args[4]))
-    options = {'small': {'power': 3, 'weight': 2, 'ramp': 0.5}}
+    options = {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
     training.prepare(dataclasses.replace(CONFIG, regularizers=options))
     training.prepare(dataclasses.replace(CONFIG, regularizers={'small': {'power': 3}}))
     penalty = 'penalty of power 3'
-    assert made == [[('small', penalty, 2.0, round(STEPS / 2))], [('small', penalty, 1.0, 0)]]
-    assert options == {'small': {'power': 3, 'weight': 2, 'ramp': 0.5}}
+    ramp, start = round(STEPS / 2), round(STEPS / 4)
+    assert made == [[('small', penalty, 2.0, ramp, start)], [('small', penalty, 1.0, 0, 0)]]
+    assert options == {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
     with pytest.raises(ValueError, match="The regularizer 'small' needs the option 'power'"):
         training.prepare(dataclasses.replace(CONFIG, regularizers={'small': {}}))

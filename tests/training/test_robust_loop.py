@@ -1,0 +1,310 @@
+"""Training of robust models: replayed batches, what is watched, and where it stops or starts."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from interruptions import Killed, assert_same_bits, interrupted, lines, train
+
+from neurosens import config as config_lib
+from neurosens import data, parallel, training
+from neurosens.training import adversarial, checkpoints, loop, monitor, step
+
+CONFIG = config_lib.Config(
+    dataset='digits',
+    validation_size=64,
+    model='cnn',
+    model_options={'features': (4,), 'hidden': (8,)},
+    steps=12,
+    batch_size=32,
+    optimizer=config_lib.Optimizer(learning_rate=0.05),
+    log_every=4,
+    evaluate_every=6 / 42,
+)
+FREE = dataclasses.replace(
+    CONFIG, objective='free', objective_options={'eps': 0.1, 'replays': 3}, augmentation='pad_crop'
+)
+WATCHED = dataclasses.replace(
+    CONFIG, monitor=config_lib.Monitor(images=40, eps=0.1, steps=3, layer='head:in', top=2)
+)
+
+
+# -------------------------------------------------------------------------------------- free
+
+
+class _Linear(nn.Module):
+    """Logits that are linear in the pixels."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3, name='head')(x.reshape(len(x), -1))
+
+
+def test_free_training_is_that_of_plain_loops():
+    """One backward pass moves weights and images; a batch starts where the last one ended."""
+    module, mesh = _Linear(), parallel.data_mesh(1)
+    optimizer = optax.sgd(0.1)
+    objective = adversarial.free(eps=0.2, step_size=0.5, replays=2)
+    run = training.make_train_step(
+        module, optimizer, lambda _: 0.1, objective, (), mesh, image_size=2
+    )
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2, 4, 2, 2, 1), np.uint8)
+    labels = random.integers(0, 3, (2, 4), np.int32)
+    state = training.init_state(module, optimizer, (2, 2, 1), jax.random.key(0), perturbed=4)
+    kernel, bias = (np.float64(state.variables['params']['head'][k]) for k in ('kernel', 'bias'))
+    moved = np.zeros((4, 4))
+    for number in range(4):
+        batch = data.Batch(images[number // 2], labels[number // 2], np.ones(4, bool), np.arange(4))
+        state, metrics = run(state, batch, jax.random.key(1))
+        x = batch.image.reshape(4, 4) / 255
+        seen = np.clip(x + moved, 0, 1)
+        shares = np.exp(seen @ kernel + bias)
+        shares /= shares.sum(1, keepdims=True)
+        assert metrics['loss'] == pytest.approx(
+            -np.log(shares[np.arange(4), batch.label]).mean(), rel=1e-5
+        )
+        error = (shares - np.eye(3)[batch.label]) / 4
+        slope = error @ kernel.T
+        kernel, bias = kernel - 0.1 * seen.T @ error, bias - 0.1 * error.sum(0)
+        moved = np.clip(seen + 0.1 * np.sign(slope) - x, -0.2, 0.2)
+        moved = np.clip(x + moved, 0, 1) - x
+        np.testing.assert_allclose(state.perturbation.reshape(4, 4), moved, atol=1e-6)
+    np.testing.assert_allclose(state.variables['params']['head']['kernel'], kernel, atol=1e-5)
+
+
+def test_every_batch_is_taken_as_often_as_it_is_replayed():
+    experiment = training.prepare(FREE)
+    whole = [batch.index for _, batch in zip(range(7), loop._batches(experiment, 0))]
+    for first, again in ((0, 1), (1, 2), (3, 4)):
+        np.testing.assert_array_equal(whole[first], whole[again])
+    assert (whole[2] != whole[3]).any()
+    later = [batch.index for _, batch in zip(range(3), loop._batches(experiment, 4))]
+    np.testing.assert_array_equal(later, whole[4:])
+
+
+def test_a_replayed_batch_is_augmented_alike():
+    objective = training.OBJECTIVES['free'](replays=2)
+    see = step._make_images('pad_crop', 8, objective)
+    batch = next(training.prepare(FREE).source.train_batches(batch_size=8, seed=0))
+    zeros = jnp.zeros((8, 8, 8, 1))
+    seen = [
+        see(training.TrainState(number, {}, (), None, zeros), batch, jax.random.key(0))[0]
+        for number in range(3)
+    ]
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert (seen[1] != seen[2]).any()
+
+
+def test_free_training_goes_on_bit_for_bit(tmp_path):
+    experiment = training.prepare(dataclasses.replace(FREE, checkpoint_every=4))
+    whole = train(experiment, tmp_path / 'whole')
+    with pytest.raises(Killed):
+        train(interrupted(experiment, 2), tmp_path / 'cut')
+    again = train(experiment, tmp_path / 'cut')
+    assert np.abs(whole.state.perturbation).max() > 0
+    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
+    assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+
+
+def test_free_training_is_the_same_on_one_device_and_on_eight(tmp_path):
+    results = [
+        train(training.prepare(FREE, parallel.data_mesh(count)), tmp_path / str(count))
+        for count in (1, 8)
+    ]
+    one, eight = (jax.device_get(result.state) for result in results)
+    for a, b in zip(jax.tree.leaves(one.variables), jax.tree.leaves(eight.variables)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- regularizers
+
+
+REGULARIZED = dataclasses.replace(
+    CONFIG,
+    regularizers={
+        'jacobian': {'weight': 0.1, 'projections': 1},
+        'activation_norm': {'weight': 0.01, 'start': 0.5, 'ramp': 0.5},
+    },
+)
+
+
+def test_shares_of_the_gradient_are_those_of_its_terms(tmp_path):
+    train(training.prepare(REGULARIZED), tmp_path)
+    logged = [line for line in lines(tmp_path) if 'loss' in line]
+    names = ('objective', 'jacobian', 'activation_norm')
+    for line in logged:
+        shares = [line[f'{name}/gradient_share'] for name in names]
+        assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares[:2]) > 0
+    # It sets in after half of the training.
+    assert logged[0]['activation_norm/gradient_share'] == 0
+    assert logged[-1]['activation_norm/gradient_share'] > 0
+
+
+def test_a_share_is_the_norm_of_the_gradient_of_one_term():
+    module, mesh = _Linear(), parallel.data_mesh(1)
+
+    def half_square(forward, variables, x, y, key):
+        return (variables['params']['head']['kernel'] ** 2).sum() / 2, {}
+
+    terms = [training.WeightedRegularizer('square', half_square, 3.0, 0)]
+    shares = training.make_gradient_shares(module, training.standard(), terms, mesh, image_size=2)
+    state = training.init_state(module, optax.sgd(0.1), (2, 2, 1), jax.random.key(0))
+    batch = data.Batch(
+        np.full((4, 2, 2, 1), 128, np.uint8), np.zeros(4, 'i4'), np.ones(4, bool), np.arange(4)
+    )
+    found = shares(state, batch, jax.random.key(1))
+    kernel = np.float64(state.variables['params']['head']['kernel'])
+    x = np.full((4, 4), 128 / 255)
+    z = np.exp(x @ kernel)
+    error = (z / z.sum(1, keepdims=True) - np.eye(3)[[0] * 4]) / 4
+    own = np.sqrt(((x.T @ error) ** 2).sum() + (error.sum(0) ** 2).sum())
+    other = 3 * np.linalg.norm(kernel)
+    assert found['objective/gradient_share'] == pytest.approx(own / (own + other), rel=1e-5)
+    assert found['square/gradient_share'] == pytest.approx(other / (own + other), rel=1e-5)
+
+
+def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
+    regularizers = {
+        'activation_sensitivity': {'weight': 0.1, 'estimator': 'tangent'},
+        'jacobian': {'weight': 0.1, 'ramp': 0.5},
+    }
+    config = dataclasses.replace(
+        WATCHED, regularizers=regularizers, objective='trades', checkpoint_every=5,
+        objective_options={'eps': 0.05, 'steps': 2},
+    )  # fmt: skip
+    experiment = training.prepare(config)
+    whole = train(experiment, tmp_path / 'whole')
+    with pytest.raises(Killed):
+        train(interrupted(experiment, 9), tmp_path / 'cut')
+    again = train(experiment, tmp_path / 'cut')
+    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
+    assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('name', ['ramp', 'start'])
+@pytest.mark.parametrize('value', [-0.1, 1.5, 'half'])
+def test_a_share_of_training_out_of_range_is_one_sentence(name, value):
+    regularizers = {'jacobian': {name: value}}
+    with pytest.raises(config_lib.ConfigError, match=f"The {name} of regularizer 'jacobian' is"):
+        training.prepare(dataclasses.replace(CONFIG, regularizers=regularizers))
+
+
+# -------------------------------------------------------------------------------------- monitor
+
+
+def test_what_is_watched_is_what_evaluation_says(tmp_path):
+    experiment = training.prepare(WATCHED)
+    result = train(experiment, tmp_path)
+    watched = [line for line in lines(tmp_path) if 'monitor/pgd_accuracy' in line]
+    assert [line['step'] for line in watched] == [6, 12]
+    images = next(experiment.validation.eval_batches(batch_size=40))
+    x, variables = data.to_float(images.image), result.state.variables
+    logits, tapped = experiment.forward(variables, x, taps=('head:in',))
+    correct = np.asarray(logits.argmax(-1) == images.label)
+    assert watched[-1]['monitor/clean_accuracy'] == pytest.approx(correct.mean())
+    assert watched[-1]['monitor/pgd_accuracy'] < correct.mean()
+    dead = (np.asarray(tapped['head:in']) == 0).all(0).mean()
+    assert watched[-1]['monitor/dead_share'] == pytest.approx(dead)
+    assert watched[-1]['monitor/sensitivity'] > 0
+
+
+def fallen(monkeypatch, values):
+    """Training whose accuracy under PGD takes given values."""
+    remaining = iter(values)
+    watch = lambda *args: {monitor.PGD_ACCURACY: next(remaining)}  # noqa: E731
+    monkeypatch.setattr(loop.monitor, 'measure', watch)
+
+
+def test_the_guard_stops_at_a_fall_and_keeps_what_was_good(tmp_path, monkeypatch):
+    settings = dataclasses.replace(WATCHED.monitor, guard=0.2)
+    experiment = training.prepare(dataclasses.replace(WATCHED, monitor=settings))
+    fallen(monkeypatch, [0.5, 0.29])
+    with pytest.raises(
+        training.TrainingStopped, match=r'from 50\.00% to 29\.00% by step 12.*step 6'
+    ):
+        train(experiment, tmp_path)
+    assert training.load(tmp_path, 'latest').step == 6
+    # Started again, it remembers what it had reached.
+    fallen(monkeypatch, [0.29])
+    with pytest.raises(training.TrainingStopped, match='from 50'):
+        train(experiment, tmp_path)
+
+
+def test_smaller_falls_go_on(tmp_path, monkeypatch):
+    settings = dataclasses.replace(WATCHED.monitor, guard=0.2)
+    fallen(monkeypatch, [0.5, 0.31])
+    assert (
+        train(training.prepare(dataclasses.replace(WATCHED, monitor=settings)), tmp_path).step == 12
+    )
+
+
+@pytest.mark.parametrize(('choose', 'best'), [(True, 6), (False, 12)])
+def test_the_best_is_chosen_by_robust_accuracy_where_asked(tmp_path, monkeypatch, choose, best):
+    settings = dataclasses.replace(WATCHED.monitor, choose=choose)
+    fallen(monkeypatch, [0.5, 0.4])
+    clean = iter([0.6, 0.7])
+    monkeypatch.setattr(loop, '_score', lambda *args: next(clean))
+    train(training.prepare(dataclasses.replace(WATCHED, monitor=settings)), tmp_path)
+    assert training.load(tmp_path, 'best').step == best
+
+
+@pytest.mark.parametrize(
+    ('settings', 'sentence'),
+    [
+        ({'images': 65}, 'monitor.images is 65, but validation_size is 64'),
+        ({'images': 0, 'guard': 0.2}, 'need the accuracy under PGD'),
+        ({'images': 8, 'norm': 'l7'}, 'l7'),
+        ({'images': 8, 'steps': 0}, 'monitor.steps'),
+    ],
+)
+def test_mistakes_in_the_monitor_are_one_sentence(settings, sentence):
+    with pytest.raises(config_lib.ConfigError, match=sentence):
+        training.prepare(dataclasses.replace(CONFIG, monitor=config_lib.Monitor(**settings)))
+
+
+def test_an_unknown_layer_is_named_before_training():
+    settings = config_lib.Monitor(images=8, layer='nowhere')
+    with pytest.raises(Exception, match='nowhere'):
+        training.prepare(dataclasses.replace(CONFIG, monitor=settings))
+
+
+# -------------------------------------------------------------------------------- other weights
+
+
+def test_training_starts_from_other_weights_with_a_fresh_optimizer(tmp_path):
+    first = train(training.prepare(CONFIG), tmp_path / 'first')
+    settings = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'first'))
+    experiment = training.prepare(settings)
+    state = training.loop.initial_state(experiment)
+    best = training.load(tmp_path / 'first').variables
+    assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
+    assert state.step == 0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state.optimizer))
+    again = train(experiment, tmp_path / 'second')
+    assert again.step == 12
+    assert_differ(again.state.variables, first.state.variables)
+
+
+def assert_differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    train(training.prepare(CONFIG), tmp_path / 'first')
+    other = dataclasses.replace(
+        CONFIG, initial_weights=str(tmp_path / 'first'), model_options={'features': (5,)}
+    )
+    with pytest.raises(config_lib.ConfigError, match='must hold the arrays of the model'):
+        train(training.prepare(other), tmp_path / 'second')
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    missing = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'nothing'))
+    with pytest.raises(checkpoints.CheckpointError, match='nothing'):
+        train(training.prepare(missing), tmp_path / 'second')
