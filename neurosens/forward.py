@@ -34,7 +34,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 Edit: TypeAlias = Callable[[Array], Array]
 Variables: TypeAlias = Any
@@ -235,10 +235,43 @@ class LinenForward:
         taps: Collection[str] = (),
     ) -> tuple[Array, dict[str, Array]]:
         """Applies the module; see `Forward`."""
+        return self.apply(variables, x, edits, taps)[:2]
+
+    def apply(
+        self,
+        variables: Variables,
+        x: Shaped[Array, 'batch ...'],
+        edits: Mapping[str, Edit] = {},
+        taps: Collection[str] = (),
+        *,
+        mutable: Collection[str] = (),
+        rngs: Mapping[str, PRNGKeyArray] | None = None,
+    ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
+        """Applies the module as training does, with collections that change and randomness.
+
+        Args:
+          variables: as of `Forward`, like the next three.
+          x: a batch of inputs `[B, ...]`.
+          edits: for each layer name, a function applied to its activation.
+          taps: layer names whose activations are returned.
+          mutable: collections whose new values are returned, such as running statistics.
+          rngs: keys by stream, such as `{'dropout': key}`.
+
+        Returns:
+          `(logits [B, K], {layer name: activation [B, ...]}, new values of the collections)`.
+
+        Raises:
+          LayerError: as of `Forward`.
+        """
         visits = _Visits.plan(edits, taps)
-        x = jnp.asarray(x)
+        x, kept = jnp.asarray(x), list(mutable)
+        keys = None if rngs is None else dict(rngs)
+        run = functools.partial(self.module.apply, variables, x, rngs=keys, **self.kwargs)
         if visits.idle:
-            return cast(Array, self.module.apply(variables, x, **self.kwargs)), {}
+            if not kept:
+                return cast(Array, run()), {}, {}
+            logits, updates = cast(tuple[Array, dict[str, Any]], run(mutable=kept))
+            return logits, {}, dict(updates)
 
         def intercept(
             call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
@@ -254,9 +287,11 @@ class LinenForward:
             return visits.run('/'.join(path), call, args, kwargs, record)
 
         with nn.intercept_methods(intercept):
-            out = self.module.apply(variables, x, mutable=[_COLLECTION], **self.kwargs)
+            out = run(mutable=[*kept, _COLLECTION])
         logits, state = cast(tuple[Array, dict[str, dict]], out)
-        return logits, visits.collect(_flat_names(state.get(_COLLECTION, {})), taps)
+        updates = dict(state)
+        tapped = visits.collect(_flat_names(updates.pop(_COLLECTION, {})), taps)
+        return logits, tapped, updates
 
 
 def _with_hashable_fields(value: Any, done: dict[int, Any]) -> Any:

@@ -37,6 +37,8 @@ ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 RANDOM_DRAWS = 20
 # `broken_by` of images that are robust, and of those misclassified without an attack.
 ROBUST, CLEAN = -1, -2
+# Batches are not made smaller than this.
+_SMALLEST_BATCH = 32
 
 # Called before each batch with a short text, the number of batches left in this run, and the robust
 # accuracy so far.
@@ -204,11 +206,17 @@ def _attack(task: _Task, number: int, run: Run, rows: np.ndarray) -> AttackResul
     return call(queries=task.queries)
 
 
-def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows in batches of one size, the last filled up with its first row, and how many count."""
+def _batches(rows: np.ndarray, size: int, devices: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of one size, the last filled up with its first row, and how many count.
+
+    Where half of the size is enough for the last batch, or half of that, it is smaller: an attack
+    of a few images is worth a compilation of its own.
+    """
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        yield np.concatenate([part, np.full(size - len(part), part[0])]), len(part)
+        part, own = rows[start : start + size], size
+        while own % (2 * devices) == 0 and own // 2 >= max(len(part), _SMALLEST_BATCH):
+            own //= 2
+        yield np.concatenate([part, np.full(own - len(part), part[0])]), len(part)
 
 
 def autoattack(
@@ -232,9 +240,10 @@ def autoattack(
     """Attacks a data set with an ensemble (Croce & Hein 2020), each image until one succeeds.
 
     A loop on the host over compiled attacks: between them the images that are still robust are
-    gathered into full batches of one size, so that nothing compiles twice. Images that are
-    misclassified already are not attacked. The randomness of an image depends on the key, on
-    `index` and on the run, not on batches or devices.
+    gathered into full batches of one size (the last perhaps of half of it, or of a quarter, ...),
+    so that hardly anything compiles twice. Images that are misclassified already are not attacked.
+    The randomness of an image depends on the key, on `index` and on the run, not on batches or
+    devices.
 
     Args:
       forward: the model to attack.
@@ -303,7 +312,8 @@ def autoattack(
     accuracy = [found.accuracy()]
     for number, run in enumerate(plan):
         robust = np.flatnonzero(found.broken_by == ROBUST)
-        batches = list(_batches(robust, batch_size))
+        devices = 1 if mesh is None else mesh.size
+        batches = list(_batches(robust, batch_size, devices))
         for place, (rows, count) in enumerate(batches):
             stored = notes.read(number, place)
             if stored is None:
@@ -357,7 +367,8 @@ def _look(task: _Task, version: str) -> tuple[dict[str, np.ndarray], tuple[str, 
     """Logits and gradients of the clean images, and what they warn of."""
     parts: list[dict[str, np.ndarray]] = []
     differ = False
-    for rows, count in _batches(np.arange(len(task.x)), task.batch_size):
+    devices = 1 if task.mesh is None else task.mesh.size
+    for rows, count in _batches(np.arange(len(task.x)), task.batch_size, devices):
         x, y = task.x[rows], task.y[rows]
         if task.mesh is not None:
             x, y = parallel.shard_global(task.mesh, (x, y))

@@ -28,6 +28,8 @@ class CNN(common.Classifier):
         pool: 'max', 'avg' or 'none': the 2 x 2 pool after each activation of a convolution.
         hidden: width of each dense layer before the head; may be empty.
         norm: 'batch' for batch normalisation after each convolution, or 'none'.
+        dropout: rate of the dropout after each dense layer (`dropout<k>`); training then needs the
+            random stream 'dropout'.
     """
 
     features: tuple[int, ...] = (32, 64)
@@ -37,6 +39,7 @@ class CNN(common.Classifier):
     pool: str = 'max'
     hidden: tuple[int, ...] = (128,)
     norm: str = 'none'
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         common.check_sizes('features', self.features)
@@ -55,6 +58,10 @@ class CNN(common.Classifier):
         common.check_choice('pool', self.pool, ('max', 'avg', 'none'))
         common.check_sizes('hidden', self.hidden, may_be_empty=True)
         common.check_choice('norm', self.norm, ('none', 'batch'))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f'dropout is {self.dropout!r}, but it must be at least 0 and less than 1.'
+            )
         super().__post_init__()
 
     @nn.compact
@@ -65,7 +72,8 @@ class CNN(common.Classifier):
 
         Args:
             x: images in [0, 1] of shape [batch, height, width, channels].
-            train: whether batch normalisation uses and records the statistics of this batch.
+            train: whether batch normalisation uses and records the statistics of this batch, and
+                whether dropout is active.
 
         Returns:
             Float32 logits of shape [batch, num_classes].
@@ -96,4 +104,6 @@ class CNN(common.Classifier):
         for k, width in enumerate(self.hidden, start=depth + 1):
             x = common.dense(width, name=f'dense{k}', dtype=self.dtype)(x)
             x = common.Activation(self.activation, name=f'act{k}')(x)
+            if self.dropout:
+                x = nn.Dropout(self.dropout, deterministic=not train, name=f'dropout{k}')(x)
         return common.head(self.num_classes)(x)

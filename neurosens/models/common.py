@@ -27,6 +27,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxy
     }
 )
 
+LECUN_NORMAL = nn.initializers.lecun_normal()
 HE_NORMAL_FAN_IN = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 HE_NORMAL_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -257,33 +258,60 @@ def batch_norm(*, name: str, train: bool, dtype: DTypeLike) -> nn.BatchNorm:
     )
 
 
-def dense(features: int, *, name: str, dtype: DTypeLike) -> nn.Dense:
-    """Builds a hidden dense layer with He normal kernel (fan-in) and zero bias.
+def dense(
+    features: int,
+    *,
+    name: str,
+    dtype: DTypeLike,
+    kernel_init: nn.initializers.Initializer = HE_NORMAL_FAN_IN,
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros,
+) -> nn.Dense:
+    """Builds a hidden dense layer, by default with He normal kernel (fan-in) and zero bias.
 
     Args:
         features: number of outputs.
         name: name of the layer.
         dtype: type of the computation.
+        kernel_init: initialiser of the kernel.
+        bias_init: initialiser of the bias.
 
     Returns:
         The layer, mapping [batch, inputs] to [batch, features].
     """
     return nn.Dense(
-        features, kernel_init=HE_NORMAL_FAN_IN, dtype=dtype, param_dtype=jnp.float32, name=name
+        features,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        name=name,
     )
 
 
-def head(num_classes: int) -> nn.Dense:
-    """Builds the classifier `head`: LeCun normal kernel, zero bias; computes in float32 or wider.
+def head(
+    num_classes: int,
+    *,
+    kernel_init: nn.initializers.Initializer = LECUN_NORMAL,
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros,
+) -> nn.Dense:
+    """Builds the classifier `head`, which computes in float32 or wider.
 
     Args:
         num_classes: number of logits.
+        kernel_init: initialiser of the kernel, by default LeCun normal.
+        bias_init: initialiser of the bias, by default zero.
 
     Returns:
         The layer, mapping features of shape [batch, features] to logits [batch, num_classes].
     """
     # Without a dtype it computes in the wider one of its float32 parameters and the features.
-    return nn.Dense(num_classes, param_dtype=jnp.float32, name='head')
+    return nn.Dense(
+        num_classes,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        param_dtype=jnp.float32,
+        name='head',
+    )
 
 
 def stage_blocks(sizes: Sequence[int], features: Sequence[int]) -> Iterator[tuple[str, int, int]]:

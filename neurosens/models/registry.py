@@ -38,6 +38,7 @@ _LENET5_WIDE = types.MappingProxyType(
         'pool': 'max',
         'hidden': (200,),
         'norm': 'none',
+        'dropout': 0.0,
     }
 )
 

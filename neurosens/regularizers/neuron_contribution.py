@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
 from neurosens.forward import Forward, Variables
@@ -23,9 +23,27 @@ _CLASSES = 16
 SCALES = ('rms', 'none')
 
 
-def _largest(values: Float[Array, '... neurons'], top: int) -> Float[Array, '... top']:
-    """The largest along the last axis. Sorted: `top_k` would gather a batch split over devices."""
-    return jnp.sort(values, axis=-1, descending=True)[..., : min(top, values.shape[-1])]
+def _among_largest(values: Float[Array, '... neurons'], top: int) -> Bool[Array, '... neurons']:
+    """Which values are among the `top` largest along the last axis, of equal ones the first.
+
+    They are taken one after another: `top_k` would gather a batch that is split over devices, and
+    sorting takes several times as long for the few that count.
+    """
+    places = jnp.arange(values.shape[-1])
+
+    def take(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, chosen = state
+        largest = places == left.argmax(-1, keepdims=True)
+        return jnp.where(largest, -jnp.inf, left), chosen | largest
+
+    state = jax.lax.stop_gradient(values), jnp.zeros(values.shape, bool)
+    return jax.lax.fori_loop(0, min(top, values.shape[-1]), take, state)[1]
+
+
+def _mean_of_largest(values: Float[Array, '... neurons'], top: int) -> Float[Array, '...']:
+    """Mean of the `top` largest along the last axis."""
+    chosen = _among_largest(values, top)
+    return jnp.where(chosen, values, 0).sum(-1) / min(top, values.shape[-1])
 
 
 def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Float[Array, '']:
@@ -42,7 +60,7 @@ def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Flo
 
     def of_class(index: Array) -> Array:
         gaps = jnp.abs(weights[index] - weights)
-        return _largest(gaps, top).mean(-1).max()
+        return _mean_of_largest(gaps, top).max()
 
     return chunks.map_chunks(of_class, weights.shape[0], _CLASSES).max()
 
@@ -67,7 +85,7 @@ def contribution(
     weights, total = jnp.asarray(weights), features.sum()
     shares = jnp.where(total == 0, 0.0, features / jnp.where(total == 0, 1.0, total))
     parts = jnp.abs(shares * (weights[y] - weights))
-    return _largest(parts, top).mean()
+    return _mean_of_largest(parts, top).mean()
 
 
 def neuron_contribution(
@@ -106,13 +124,13 @@ def neuron_contribution(
         # The weights are the same for every image: none is run to find them.
         weights = _logit_gradients(tail.cut(forward, variables, jnp.zeros(image.shape), layer))
 
-        def example(x: Array, y: Array) -> Array:
-            features = tail.tap(forward, variables, x, layer).reshape(-1)
-            return contribution(weights, features.astype(weights.dtype), y, top)
-
+        # The whole batch at once, so that a pass that has been made already can be shared.
+        features = forward(variables, x, taps=(layer,))[1][layer]
+        features = features.reshape(x.shape[0], -1).astype(weights.dtype)
+        shares = jax.vmap(contribution, (None, 0, 0, None))(weights, features, y, top)
         found = {
             'weight_difference': weight_difference(weights, top),
-            'contribution': jax.vmap(example)(x, y).mean(),
+            'contribution': shares.mean(),
         }
         penalty = weight_difference_weight * found['weight_difference']
         return penalty + contribution_weight * found['contribution'], found
@@ -187,15 +205,15 @@ def direct_sensitivity(
             reciprocal = size * jnp.abs(slopes - slopes[predicted]) / (margins + floor)[:, None]
             own = jnp.arange(logits.shape[0])[:, None] == predicted
             exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
-            nearest = temperature * jax.nn.logsumexp(exponents, axis=0)
-            return _largest(nearest, top)
+            return temperature * jax.nn.logsumexp(exponents, axis=0)
 
-        largest = jax.vmap(closeness)(logits, slopes)
-        correct = logits.argmax(-1) == y
-        distance = jnp.where(correct[:, None], 1 / jax.lax.stop_gradient(largest), 0.0).mean(1)
-        mean_distance = distance.sum() / jnp.maximum(correct.sum(), 1)
-        penalty = jnp.where(correct, largest.mean(1), 0.0).mean()
-        return penalty, {'mean_distance': mean_distance}
+        nearest = jax.vmap(closeness)(logits, slopes)
+        chosen = _among_largest(nearest, top)
+        number, correct = min(top, nearest.shape[1]), logits.argmax(-1) == y
+        distance = jnp.where(chosen, 1 / jax.lax.stop_gradient(nearest), 0.0).sum(1) / number
+        mean_distance = jnp.where(correct, distance, 0.0).sum() / jnp.maximum(correct.sum(), 1)
+        largest = jnp.where(chosen, nearest, 0.0).sum(1) / number
+        return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
 
     return regularizer
 

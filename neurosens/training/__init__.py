@@ -13,6 +13,7 @@ from neurosens.training.objectives import (
     Replayed,
     run_training_mode,
     standard,
+    tap_training_mode,
 )
 from neurosens.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from neurosens.training.step import (
@@ -52,5 +53,6 @@ __all__ = [
     'prepare',
     'run_training_mode',
     'standard',
+    'tap_training_mode',
     'train',
 ]

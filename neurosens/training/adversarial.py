@@ -11,7 +11,7 @@ statistics (`attack_mode='eval'`) or those of the batch, without updating any (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,14 @@ from neurosens.attacks import Threat
 from neurosens.attacks.threat import NORMS
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import inner
-from neurosens.training.objective import Objective, Outcome, Replayed, run_training_mode
+from neurosens.training.objective import (
+    Objective,
+    Outcome,
+    Replayed,
+    refuse_taps,
+    run_training_mode,
+    tap_training_mode,
+)
 
 ATTACK_MODES = ('eval', 'train')
 STRATEGIES = ('max', 'average', 'msd')
@@ -136,8 +143,15 @@ def _against_one_threat(
     threat = Threat(norm, eps)
 
     def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+        module: nn.Module,
+        variables: Variables,
+        x: Array,
+        y: Array,
+        key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Array, Outcome]:
+        if not clean_pass:
+            refuse_taps(taps)
         start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
         seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
         x_adv = inner.maximize(
@@ -149,13 +163,16 @@ def _against_one_threat(
             step_size=_step_size(eps, steps, step_size),
         )
 
-        def total(variables: Variables) -> tuple[Array, tuple[Array | None, Array, Any]]:
+        def total(
+            variables: Variables,
+        ) -> tuple[Array, tuple[Array | None, Array, Any, dict[str, Array]]]:
             clean: Array | None = None
+            tapped: dict[str, Array] = {}
             if clean_pass:
-                clean, updates = run_training_mode(module, variables, x, clean_key)
-                variables = {**variables, **updates}
+                clean, tapped, changed = tap_training_mode(module, variables, x, clean_key, taps)
+                variables = {**variables, **changed}
             attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
-            return loss(clean, attacked, y), (clean, attacked, updates)
+            return loss(clean, attacked, y), (clean, attacked, updates, tapped)
 
         if weight_gamma:
             params = weight_perturbation(
@@ -164,8 +181,8 @@ def _against_one_threat(
                 weight_gamma,
             )
             variables = {**variables, 'params': params}
-        value, (clean, attacked, updates) = total(variables)
-        return value, Outcome(attacked, updates, _metrics(clean, attacked, y))
+        value, (clean, attacked, updates, tapped) = total(variables)
+        return value, Outcome(attacked, updates, _metrics(clean, attacked, y), tapped)
 
     return objective
 
@@ -293,8 +310,14 @@ def free(
     _validate.check_range('replays', replays, low=1)
 
     def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+        module: nn.Module,
+        variables: Variables,
+        x: Array,
+        y: Array,
+        key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Array, Outcome]:
+        refuse_taps(taps)
         attacked, updates = run_training_mode(module, variables, x, key)
         loss = cross_entropy(attacked, y).mean()
         return loss, Outcome(attacked, updates, _metrics(None, attacked, y))
@@ -456,8 +479,14 @@ def multi_norm(
     sizes = [_step_size(radius, steps, step_size) for radius in eps]
 
     def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+        module: nn.Module,
+        variables: Variables,
+        x: Array,
+        y: Array,
+        key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Array, Outcome]:
+        refuse_taps(taps)
         start_key, attack_key, loss_key = jax.random.split(key, 3)
         seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
 

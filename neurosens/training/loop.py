@@ -203,9 +203,15 @@ def _weighted_regularizer(
                 f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
                 'number from 0 to 1.'
             )
+    shared = options.pop('shared', ())
+    if not isinstance(shared, (tuple, list)):
+        raise config_lib.ConfigError(
+            f"The 'shared' of regularizer {name!r} is {shared!r}; it is a tuple of layer names, "
+            "such as ('head:in',)."
+        )
     regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
     ramp, start = (round(share * total_steps) for share in shares.values())
-    return WeightedRegularizer(name, regularizer, float(weight), ramp, start)
+    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, tuple(shared))
 
 
 def initial_state(experiment: Experiment) -> TrainState:

@@ -9,14 +9,14 @@ that the training step moves by the gradient of the same backward pass.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens.attacks import Threat
-from neurosens.forward import Variables
+from neurosens.forward import LinenForward, Variables
 
 
 class Outcome(NamedTuple):
@@ -26,11 +26,13 @@ class Outcome(NamedTuple):
       logits: training-mode logits `[B, K]`, from which the training accuracy is taken.
       updates: new values of the mutable collections, such as `{'batch_stats': ...}`.
       metrics: further scalars to log, by name.
+      tapped: activations of the layers asked for, of the clean images in training mode.
     """
 
     logits: Float[Array, 'batch classes']
     updates: Mapping[str, Any]
     metrics: Mapping[str, Float[Array, '']]
+    tapped: Mapping[str, Array] = {}
 
 
 class Objective(Protocol):
@@ -43,8 +45,13 @@ class Objective(Protocol):
         x: Float[Array, 'batch ...'],
         y: Int[Array, ' batch'],
         key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Float[Array, ''], Outcome]:
-        """Computes the mean loss of a batch and its outcome."""
+        """Computes the mean loss of a batch and its outcome.
+
+        Raises:
+          ValueError: there are taps, and the objective runs no clean images in training mode.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,20 @@ class Replayed:
         x: Float[Array, 'batch ...'],
         y: Int[Array, ' batch'],
         key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Float[Array, ''], Outcome]:
         """The objective of perturbed images."""
-        return self.objective(module, variables, x, y, key)
+        return self.objective(module, variables, x, y, key, taps)
+
+
+def refuse_taps(taps: Collection[str]) -> None:
+    """Raises a ValueError where an objective without a clean pass is asked for activations."""
+    if taps:
+        raise ValueError(
+            f'A regularizer shares the pass of the objective ({", ".join(sorted(taps))}), but this '
+            "objective runs no clean images in training mode; use 'standard', 'trades' or 'mart', "
+            "or leave out 'shared'."
+        )
 
 
 def run_training_mode(
@@ -93,6 +111,32 @@ def run_training_mode(
     Returns:
       `(logits [B, K], new values of the collections other than 'params')`.
     """
-    mutable = [collection for collection in variables if collection != 'params']
-    logits, updates = module.apply(variables, x, train=True, mutable=mutable, rngs={'dropout': key})
+    logits, _, updates = tap_training_mode(module, variables, x, key, ())
     return logits, updates
+
+
+def tap_training_mode(
+    module: nn.Module,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    key: PRNGKeyArray,
+    taps: Collection[str],
+) -> tuple[Float[Array, 'batch classes'], dict[str, Array], dict[str, Any]]:
+    """The same with activations.
+
+    Args:
+      module: as of `run_training_mode`, like the next three.
+      variables: its variables.
+      x: images `[B, H, W, C]`.
+      key: randomness of dropout.
+      taps: names of layers.
+
+    Returns:
+      `(logits [B, K], {layer name: activation}, new values of the other collections)`.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+    """
+    mutable = [collection for collection in variables if collection != 'params']
+    forward = LinenForward(module, {'train': True})
+    return forward.apply(variables, x, taps=taps, mutable=mutable, rngs={'dropout': key})

@@ -11,7 +11,7 @@ global batch. Factories in `OBJECTIVES` build one from its options.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -23,7 +23,13 @@ from neurosens import _validate, regularizers
 from neurosens.forward import Variables
 from neurosens.regularizers import Regularizer
 from neurosens.training import adversarial
-from neurosens.training.objective import Objective, Outcome, Replayed, run_training_mode
+from neurosens.training.objective import (
+    Objective,
+    Outcome,
+    Replayed,
+    run_training_mode,
+    tap_training_mode,
+)
 
 __all__ = [
     'OBJECTIVES',
@@ -56,13 +62,18 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
     _validate.check_range('label_smoothing', label_smoothing, low=0, high=1, high_open=True)
 
     def objective(
-        module: nn.Module, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+        module: nn.Module,
+        variables: Variables,
+        x: Array,
+        y: Array,
+        key: PRNGKeyArray,
+        taps: Collection[str] = (),
     ) -> tuple[Array, Outcome]:
-        logits, updates = run_training_mode(module, variables, x, key)
+        logits, tapped, updates = tap_training_mode(module, variables, x, key, taps)
         targets = jax.nn.one_hot(y, logits.shape[-1])
         targets = optax.smooth_labels(targets, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, Outcome(logits, updates, {})
+        return loss, Outcome(logits, updates, {}, tapped)
 
     return objective
 

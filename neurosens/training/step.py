@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import data, parallel
-from neurosens.forward import LinenForward, Variables
+from neurosens.forward import Forward, LinenForward, Variables
 from neurosens.regularizers import Regularizer
 from neurosens.training import inner
 from neurosens.training.objectives import Objective, Outcome, Replayed
@@ -47,6 +47,8 @@ class WeightedRegularizer(NamedTuple):
       weight: its factor in the loss, after the ramp.
       ramp: steps over which the factor rises linearly from 0.
       start: steps before the ramp, in which the factor is 0.
+      shared: layers whose activations it takes from the objective's pass over the clean images, in
+        training mode, in place of a pass of its own on running statistics.
     """
 
     name: str
@@ -54,6 +56,7 @@ class WeightedRegularizer(NamedTuple):
     weight: float
     ramp: int
     start: int = 0
+    shared: tuple[str, ...] = ()
 
     def factor(self, step: Array | int) -> Array:
         """The factor in the loss of a step, counted from 0."""
@@ -280,16 +283,52 @@ def _make_losses(
     ) -> tuple[dict[str, Array], Outcome, dict[str, Array]]:
         variables = {**rest, 'params': params}
         keys = jax.random.split(key, 1 + len(regularizers))
-        loss, outcome = objective(module, variables, images, y, keys[0])
+        taps = tuple(dict.fromkeys(name for term in regularizers for name in term.shared))
+        loss, outcome = objective(module, variables, images, y, keys[0], taps)
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
         for term, term_key in zip(regularizers, keys[1:]):
-            penalty, own = term.regularizer(forward, variables, x, y, term_key)
+            recalled = Recalled(forward, x, outcome.logits, outcome.tapped)
+            seen: Forward = recalled if term.shared else forward
+            penalty, own = term.regularizer(seen, variables, x, y, term_key)
+            if term.shared and not recalled.recalled:
+                raise ValueError(
+                    f'The regularizer {term.name!r} does not ask for the layers {term.shared} of '
+                    "whole batches, so it cannot share the objective's pass; leave out 'shared'."
+                )
             parts[term.name] = term.factor(step) * penalty
             metrics[f'{term.name}/penalty'] = penalty
             metrics.update({f'{term.name}/{name}': value for name, value in own.items()})
         return parts, outcome, metrics
 
     return losses
+
+
+class Recalled:
+    """A forward that gives what a pass over the same batch has found, and else runs the model.
+
+    Attributes:
+      recalled: whether it has been asked for what was found.
+    """
+
+    def __init__(
+        self, forward: Forward, x: Array, logits: Array, tapped: Mapping[str, Array]
+    ) -> None:
+        """Remembers logits `[B, K]` and activations of the batch `x`, by object."""
+        self._forward, self._x, self._logits, self._tapped = forward, x, logits, tapped
+        self.recalled = False
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Array,
+        edits: Mapping[str, Any] = {},
+        taps: Collection[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """Recalls or runs; see `Forward`."""
+        if x is self._x and not edits and taps and set(taps) <= set(self._tapped):
+            self.recalled = True
+            return self._logits, {name: self._tapped[name] for name in taps}
+        return self._forward(variables, x, edits=edits, taps=taps)
 
 
 def _make_images(

@@ -9,7 +9,7 @@ import pytest
 
 from neurosens import parallel
 from neurosens.attacks import Threat, autoattack, random_forward, straight_through
-from neurosens.attacks.autoattack import CLEAN, ROBUST, runs
+from neurosens.attacks.autoattack import CLEAN, ROBUST, _batches, runs
 from neurosens.forward import with_input_transform
 
 EPS = {'linf': 0.05, 'l2': 0.35, 'l1': 2.0}
@@ -241,3 +241,25 @@ def test_nan_is_named(net):
             jax.random.key(0),
             threat=Threat('linf', 0.1),
         )
+
+
+@pytest.mark.parametrize(
+    ('count', 'size', 'devices', 'shapes'),
+    [
+        (300, 128, 2, [128, 128, 64]),
+        (256, 128, 2, [128, 128]),
+        (129, 128, 1, [128, 32]),
+        (65, 128, 1, [128]),
+        (33, 128, 1, [64]),
+        (1, 128, 1, [32]),
+        (1, 96, 8, [48]),
+        (1, 100, 8, [100]),
+        (3, 16, 1, [16]),
+    ],
+)
+def test_the_last_batch_is_as_small_as_it_may_be(count, size, devices, shapes):
+    found = list(_batches(np.arange(count), size, devices))
+    assert [len(rows) for rows, _ in found] == shapes
+    assert all(len(rows) % devices == 0 for rows, _ in found if size % devices == 0)
+    counted = np.concatenate([rows[:number] for rows, number in found])
+    np.testing.assert_array_equal(counted, np.arange(count))

@@ -1,13 +1,12 @@
 """The same iterates as PyTorch libraries, step for step, on a published network."""
 
+import sys
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens import data, models
 from neurosens.attacks import Threat, fgsm, mi_fgsm, pgd
-from neurosens.forward import LinenForward
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 torchattacks = pytest.importorskip('torchattacks', reason='parity needs requirements-bench.txt')
@@ -16,55 +15,13 @@ foolbox = pytest.importorskip('foolbox', reason='parity needs requirements-bench
 COUNT = 8
 
 
-class LeNet(torch.nn.Module):
-    """The network of the published weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = torch.nn.Conv2d(32, 64, 3, padding=1)
-        self.linear1 = torch.nn.Linear(3136, 200)
-        self.linear2 = torch.nn.Linear(200, 10)
-
-    def forward(self, x):
-        for convolution in (self.conv1, self.conv2):
-            x = torch.nn.functional.max_pool2d(convolution(x).relu(), 2)
-        return self.linear2(self.linear1(x.flatten(1)).relu())
-
-
 @pytest.fixture(scope='module')
 def pair(data_root):
     """The network on both sides in double precision, with the first images it classifies."""
-    path = data_root / 'weights' / 'mnist_lenet5_standard.pt'
-    state = torch.load(path, weights_only=True, map_location='cpu')
-    network = LeNet()
-    network.load_state_dict(state)
-    network.double().eval()
-    weights = {name: value.double().numpy() for name, value in state.items()}
-    # PyTorch flattens channels first.
-    hidden = weights['linear1.weight'].reshape(200, 64, 7, 7).transpose(2, 3, 1, 0)
-    params = {
-        name: {
-            'kernel': weights[f'{name}.weight'].transpose(2, 3, 1, 0),
-            'bias': weights[f'{name}.bias'],
-        }
-        for name in ('conv1', 'conv2')
-    }
-    params['dense3'] = {'kernel': hidden.reshape(3136, 200), 'bias': weights['linear1.bias']}
-    params['head'] = {'kernel': weights['linear2.weight'].T, 'bias': weights['linear2.bias']}
-    source = data.open('mnist', 'test', str(data_root / 'tfds'), 0)
-    batch = next(
-        iter(
-            source.eval_batches(batch_size=2 * COUNT, process_index=0, process_count=1, limit=None)
-        )
-    )
-    images = np.float64(batch.image) / 255
-    with torch.no_grad():
-        predicted = network(torch.from_numpy(images.transpose(0, 3, 1, 2))).argmax(1).numpy()
-    rows = np.flatnonzero(predicted == batch.label)[:COUNT]
-    module = models.create('lenet5_wide', num_classes=10, dtype=jnp.float64)
-    forward = LinenForward(module, {'train': False})
-    return network, forward, {'params': params}, images[rows], np.asarray(batch.label)[rows]
+    # Imported here: it needs torch.
+    import published_lenet
+
+    return published_lenet.load(data_root, COUNT)
 
 
 def ours(pair, attack, threat, **options):
@@ -133,3 +90,41 @@ def test_pgd_is_that_of_foolbox(pair, norm, eps, size):
     _, clipped, _ = attack(model, images, labels, epsilons=eps)
     assert clipped.dtype == torch.float64
     assert_same(mine, clipped.detach().numpy().transpose(0, 2, 3, 1), x)
+
+
+@pytest.fixture
+def art_classifier(pair, monkeypatch):
+    """The network for ART, which takes float32 unless told otherwise in each of its modules."""
+    pytest.importorskip('art', reason='parity needs requirements-bench.txt')
+    from art.attacks.evasion import fast_gradient, momentum_iterative_method  # noqa: F401
+    from art.estimators.classification import PyTorchClassifier
+
+    for name, module in list(sys.modules.items()):
+        if name.split('.')[0] == 'art' and hasattr(module, 'ART_NUMPY_DTYPE'):
+            monkeypatch.setattr(module, 'ART_NUMPY_DTYPE', np.float64)
+    return PyTorchClassifier(
+        pair[0], torch.nn.CrossEntropyLoss(), (1, 28, 28), 10, clip_values=(0.0, 1.0),
+        device_type='cpu',
+    )  # fmt: skip
+
+
+def of_art(pair, attack):
+    _, _, _, x, y = pair
+    return attack.generate(x.transpose(0, 3, 1, 2), np.int64(y)).transpose(0, 2, 3, 1)
+
+
+def test_fgsm_is_that_of_art(pair, art_classifier):
+    from art.attacks.evasion import FastGradientMethod
+
+    found = of_art(pair, FastGradientMethod(art_classifier, eps=0.2))
+    np.testing.assert_allclose(ours(pair, fgsm, Threat('linf', 0.2)), found, rtol=1e-9)
+
+
+def test_ten_steps_of_pgd_are_those_of_art(pair, art_classifier):
+    from art.attacks.evasion import ProjectedGradientDescentNumpy
+
+    attack = ProjectedGradientDescentNumpy(
+        art_classifier, eps=0.2, eps_step=0.03, max_iter=10, verbose=False
+    )
+    found = ours(pair, pgd, Threat('linf', 0.2), steps=10, step_size=0.03, start='clean')
+    np.testing.assert_allclose(found, of_art(pair, attack), rtol=1e-9, atol=1e-9)

@@ -19,7 +19,7 @@ def test_names_are_unique_and_all_can_be_created():
 @pytest.mark.parametrize(
     ('name', 'expected'),
     [
-        ('mlp', {'activation': 'relu', 'hidden': (200, 200)}),
+        ('mlp', {'activation': 'relu', 'hidden': (200, 200), 'initialization': 'he'}),
         (
             'cnn',
             {
@@ -31,6 +31,7 @@ def test_names_are_unique_and_all_can_be_created():
                 'pool': 'max',
                 'hidden': (128,),
                 'norm': 'none',
+                'dropout': 0.0,
             },
         ),
         ('lenet5', {'activation': 'relu', 'pool': 'max'}),

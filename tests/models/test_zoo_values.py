@@ -110,6 +110,39 @@ def test_kernels_are_he_normal(layer, shape, scale):
     assert np.abs(kernel).max() > 3 * math.sqrt(scale)
 
 
+def test_xavier_kernels_and_biases_are_uniform_within_their_bounds():
+    module = models.create('mlp', num_classes=10, hidden=(200,), initialization='xavier')
+    init = jax.jit(module.init, compiler_options=UNOPTIMISED)
+    params = init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))['params']
+    for name, inputs, outputs in (('dense1', 784, 200), ('head', 200, 10)):
+        bound = math.sqrt(6 / (inputs + outputs))
+        kernel = np.asarray(params[name]['kernel'])
+        assert 0.99 * bound < np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.var(), bound**2 / 3, rtol=0.05)
+        bias = np.asarray(params[name]['bias'])
+        assert 0.5 / math.sqrt(inputs) < np.abs(bias).max() <= 1 / math.sqrt(inputs)
+
+
+def test_unknown_initialization():
+    with pytest.raises(ValueError, match=r"^initialization is 'zero', but it must be one of he, "):
+        models.create('mlp', num_classes=2, initialization='zero')
+
+
+def test_dropout_of_a_small_network_acts_in_training_only():
+    module = models.create('cnn', num_classes=3, features=(2,), hidden=(50,), dropout=0.5)
+    x = images(4, 6, 6, 1)
+    variables = module.init(jax.random.key(0), x)
+    plain = models.create('cnn', num_classes=3, features=(2,), hidden=(50,))
+    np.testing.assert_array_equal(module.apply(variables, x), plain.apply(variables, x))
+    draws = [
+        module.apply(variables, x, train=True, rngs={'dropout': jax.random.key(seed)})
+        for seed in (0, 1)
+    ]
+    assert np.abs(draws[0] - draws[1]).max() > 0
+    with pytest.raises(ValueError, match=r'^dropout is 1, but it must be at least 0'):
+        models.create('cnn', num_classes=3, dropout=1)
+
+
 def test_max_pool_centers_its_windows_and_ignores_padding():
     x = -1.0 - images(1, 8, 8, 2)
     ours = common.max_pool(x, 3, 2, padding=1)

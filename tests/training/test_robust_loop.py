@@ -186,6 +186,65 @@ def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
     assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
 
 
+SHARED = {'neuron_contribution': {'weight': 0.01, 'top': 2, 'shared': ('head:in',)}}
+
+
+@pytest.mark.parametrize('objective', ['standard', 'trades'])
+def test_a_regularizer_shares_the_pass_of_the_objective(objective):
+    """Without BatchNorm and dropout, training and evaluation mode are the same."""
+    experiments = [
+        training.prepare(dataclasses.replace(CONFIG, objective=objective, regularizers=options))
+        for options in (SHARED, {'neuron_contribution': {'weight': 0.01, 'top': 2}})
+    ]
+    batch = next(experiments[0].source.train_batches(batch_size=32, seed=0))
+    results = []
+    for experiment in experiments:
+        mesh = experiment.mesh
+        state = training.loop.initial_state(experiment)
+        key = parallel.replicate(mesh, jax.random.key(0))
+        results.append(experiment.train_step(state, parallel.shard(mesh, batch), key))
+    for a, b in zip(*map(jax.tree.leaves, results)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_pass_has_the_statistics_of_the_batch():
+    options = {'features': (4,), 'hidden': (8,), 'norm': 'batch', 'dropout': 0.5}
+    config = dataclasses.replace(CONFIG, regularizers=SHARED, model_options=options)
+    experiment = training.prepare(config)
+    x = jax.random.uniform(jax.random.key(0), (16, 8, 8, 1))
+    variables = experiment.module.init(jax.random.key(1), x)
+    key = jax.random.key(2)
+    logits, tapped, updates = training.tap_training_mode(
+        experiment.module, variables, x, key, ('head:in',)
+    )
+    expected, expected_updates = training.run_training_mode(experiment.module, variables, x, key)
+    np.testing.assert_array_equal(logits, expected)
+    chex_equal(updates, expected_updates)
+    head = variables['params']['head']
+    again = tapped['head:in'] @ head['kernel'] + head['bias']
+    np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
+
+
+def chex_equal(a, b):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'objective': 'pgd'}, 'runs no clean images in training mode'),
+        ({'objective': 'free'}, 'runs no clean images in training mode'),
+        ({'regularizers': {'jacobian': {'shared': ('head:in',)}}}, 'does not ask for the layers'),
+        ({'regularizers': {'jacobian': {'shared': 'head:in'}}}, 'is a tuple of layer names'),
+    ],
+)
+def test_what_cannot_be_shared_is_one_sentence(changes, sentence, tmp_path):
+    config = dataclasses.replace(CONFIG, **{'regularizers': SHARED, **changes})
+    with pytest.raises(ValueError, match=sentence):
+        train(training.prepare(config), tmp_path)
+
+
 @pytest.mark.parametrize('name', ['ramp', 'start'])
 @pytest.mark.parametrize('value', [-0.1, 1.5, 'half'])
 def test_a_share_of_training_out_of_range_is_one_sentence(name, value):

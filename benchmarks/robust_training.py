@@ -1,0 +1,245 @@
+"""What each way of training buys: clean and robust accuracy in three norms, and what it costs.
+
+    python -m benchmarks.robust_training --data_dir DIR --output DIR [--dataset NAME] [--seeds N]
+        [--methods NAME ...]
+
+Trains one network by every method and seed, attacks each with the strongest attacks there are in
+linf, l2 and l1, and keeps every result in the output folder, so that an interrupted run goes on
+where it stopped. An image counts as robust if it withstands all attacks of a norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shutil
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import harness
+from neurosens import attacks, config, data, onednn, parallel, training
+from neurosens.evaluation import accuracy
+
+BATCH_SIZE = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        objective: name of the objective.
+        options: its options.
+        regularizers: as in a config.
+        weight_decay: of the kernels.
+    """
+
+    objective: str = 'standard'
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    regularizers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight_decay: float = 0.0
+
+
+class Setting(NamedTuple):
+    """A data set, a network and the radii it is attacked with.
+
+    Attributes:
+        config: what all methods share.
+        radii: eps of each norm.
+        methods: by name.
+    """
+
+    config: config.Config
+    radii: dict[str, float]
+    methods: dict[str, Method]
+
+
+_RAMP = {'ramp': 0.15}
+
+
+def _methods(eps: float, jacobian: float, steps: int) -> dict[str, Method]:
+    contribution = {'weight_difference_weight': 10.0, 'contribution_weight': 100.0, 'top': 16}
+    shared = {**contribution, 'shared': ('head:in',), **_RAMP}
+    both = {'sensitivity': 0.1, 'jacobian': jacobian, **_RAMP}
+    attack = {'eps': eps, 'steps': steps}
+    return {
+        'standard': Method(),
+        'weight decay 5e-4': Method(weight_decay=5e-4),
+        'T1 + T2': Method(regularizers={'neuron_contribution': {'weight': 0.01, **shared}}),
+        'direct sensitivity': Method(
+            regularizers={'direct_sensitivity': {'weight': 0.1, 'top': 16, **_RAMP}}
+        ),
+        'SNS': Method(regularizers={'activation_sensitivity': {'weight': 0.1, **_RAMP}}),
+        'Jacobian': Method(regularizers={'jacobian': {'weight': jacobian, **_RAMP}}),
+        'SNS + Jacobian': Method(regularizers={'sensitivity_and_jacobian': both}),
+        f'PGD-{steps} training': Method('pgd', attack),
+        'TRADES': Method('trades', {**attack, 'beta': 6.0}),
+        f'PGD-{steps} training + Jacobian': Method(
+            'pgd', attack, {'jacobian': {'weight': jacobian, **_RAMP}}
+        ),
+    }
+
+
+SETTINGS = {
+    'mnist': Setting(
+        config.Config(
+            dataset='mnist',
+            model='mlp',
+            model_options={'hidden': (200, 200)},
+            epochs=5,
+            batch_size=128,
+            optimizer=config.Optimizer(name='sgd', learning_rate=0.1, clip_norm=5.0),
+            schedule=config.Schedule(name='cosine', warmup=0.1),
+            log_every=50,
+            gradient_shares=False,
+        ),
+        {'linf': 0.1, 'l2': 1.0, 'l1': 5.0},
+        _methods(0.1, 0.05, 7),
+    ),
+    'cifar10': Setting(
+        config.Config(
+            dataset='cifar10',
+            augmentation='pad_crop_flip',
+            model='cnn',
+            model_options={'features': (16, 32), 'strides': 2, 'pool': 'none', 'hidden': (100,)},
+            epochs=6,
+            batch_size=128,
+            optimizer=config.Optimizer(name='sgd', learning_rate=0.05, clip_norm=5.0),
+            schedule=config.Schedule(name='cosine', warmup=0.1),
+            log_every=50,
+            gradient_shares=False,
+        ),
+        {'linf': 2 / 255, 'l2': 0.25, 'l1': 3.0},
+        _methods(2 / 255, 0.01, 5),
+    ),
+}
+
+
+def run(
+    setting: Setting, method: Method, seed: int, data_dir: str, folder: pathlib.Path, images: int
+) -> dict[str, Any]:
+    """Trains and attacks one model.
+
+    Args:
+        setting: data, network and radii.
+        method: how to train.
+        seed: of initialisation, data order and attacks.
+        data_dir: directory of TFDS.
+        folder: for the training, removed afterwards.
+        images: test images that are attacked.
+
+    Returns:
+        Clean accuracy on the whole test set, robust accuracy by norm, and microseconds per image
+        of training.
+    """
+    settings = dataclasses.replace(
+        setting.config,
+        data_dir=data_dir,
+        seed=seed,
+        objective=method.objective,
+        objective_options=method.options,
+        regularizers=method.regularizers,
+        optimizer=dataclasses.replace(setting.config.optimizer, weight_decay=method.weight_decay),
+    )
+    experiment = training.prepare(settings)
+    result = training.train(experiment, folder, progress=False)
+    speeds = [line['images_per_second'] for line in training.logs.read(folder) if 'loss' in line]
+    shutil.rmtree(folder)
+    source = data.open(settings.dataset, 'test', data_dir)
+    variables = result.state.variables
+    predictions = accuracy.predict(
+        experiment.forward, variables, source, experiment.mesh, batch_size=1000
+    )
+    batch = next(iter(source.eval_batches(batch_size=images)))
+    x, y = np.float32(batch.image) / 255, np.int32(batch.label)
+    found: dict[str, Any] = {
+        'clean': predictions.accuracy,
+        'clean on attacked': float(predictions.correct[:images].mean()),
+        'microseconds': 1e6 / statistics.median(speeds),
+    }
+    for norm, eps in setting.radii.items():
+        outcome = attacks.autoattack(
+            experiment.forward,
+            variables,
+            x,
+            y,
+            jax.random.key(seed),
+            threat=attacks.Threat(norm, eps),
+            attacks=('apgd-ce', 'apgd-t', 'square'),
+            queries=1000,
+            batch_size=BATCH_SIZE,
+            mesh=experiment.mesh,
+        )
+        found[norm] = float(1 - outcome.success.mean())
+    return found
+
+
+def table(results: dict[str, list[dict[str, Any]]], radii: dict[str, float]) -> str:
+    """Returns the Markdown table: means over seeds, and their standard deviation."""
+    base = statistics.median(one['microseconds'] for one in results['standard'])
+    rows = []
+    for name, runs in results.items():
+        cells = []
+        for key in ('clean', *radii):
+            values = [100 * one[key] for one in runs]
+            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+            cells.append(f'{statistics.mean(values):.1f}{spread}')
+        cost = statistics.median(one['microseconds'] for one in runs) / base
+        rows.append((name, *cells, f'{cost:.1f}'))
+    header = ['clean %', *(f'{norm} {eps:.4g}' for norm, eps in radii.items()), 'cost']
+    return harness.markdown_table(('Method', *header), rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--dataset', default='mnist', choices=SETTINGS)
+    parser.add_argument('--data_dir', required=True, help='directory of TFDS')
+    parser.add_argument('--output', required=True, help='folder of the results')
+    parser.add_argument('--methods', nargs='+', default=(), help='names; all by default')
+    parser.add_argument('--seeds', type=int, default=3, help='trainings of each method')
+    parser.add_argument('--images', type=int, default=1000, help='test images that are attacked')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trains, attacks and prints."""
+    arguments = parse_arguments()
+    parallel.keep_freed_memory()
+    parallel.use_cpu_devices(parallel.cpu_device_count(BATCH_SIZE))
+    if jax.default_backend() == 'cpu':
+        onednn.use_onednn()
+    setting = SETTINGS[arguments.dataset]
+    folder = pathlib.Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in arguments.methods or setting.methods:
+        for seed in range(arguments.seeds):
+            stem = f'{arguments.dataset}_{name.replace(" ", "_")}_{seed}_{arguments.images}'
+            file = folder / f'{stem}.json'
+            if not file.exists():
+                start = time.perf_counter()
+                found = run(
+                    setting,
+                    setting.methods[name],
+                    seed,
+                    arguments.data_dir,
+                    folder / 'training',
+                    arguments.images,
+                )
+                file.write_text(json.dumps(found))
+                print(f'{stem}: {found}, {time.perf_counter() - start:.0f} s', flush=True)
+            results.setdefault(name, []).append(json.loads(file.read_text()))
+    print(f'\n{harness.machine_line(harness.machine())}\n')
+    if 'standard' in results:
+        print(table(results, setting.radii))
+
+
+if __name__ == '__main__':
+    main()

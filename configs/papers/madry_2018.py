@@ -1,0 +1,32 @@
+"""Adversarial training with PGD (Madry et al. 2018).
+
+WideResNet-28-10 on CIFAR-10, seven steps of 2 / 255 within 8 / 255.
+
+For an accelerator. The short variant is `madry_2018_small.py`.
+
+python train.py --config=configs/papers/madry_2018.py --config.data_dir=DIR
+"""
+
+from neurosens.config import Config, Evaluation, Monitor, Optimizer, Schedule
+
+
+def get_config() -> Config:
+    return Config(
+        dataset='cifar10',
+        validation_size=5000,
+        augmentation='pad_crop_flip',
+        model='wide_resnet28_10',
+        dtype='bfloat16',
+        objective='pgd',
+        objective_options={'eps': 8 / 255, 'steps': 7, 'step_size': 0.25},
+        epochs=100,
+        batch_size=128,
+        optimizer=Optimizer(name='sgd', learning_rate=0.1, weight_decay=5e-4),
+        schedule=Schedule(name='piecewise', warmup=0.0),
+        log_every=50,
+        evaluate_every=5,
+        monitor=Monitor(images=1000, norm='linf', eps=8 / 255, choose=True),
+        evaluation=Evaluation(
+            attacks=('pgd', 'autoattack'), norm='linf', eps=(8 / 255,), limit=1000
+        ),
+    )

@@ -1,0 +1,32 @@
+"""Adversarial training against three norms at once, steepest descent over them (Maini et al. 2020).
+
+For an accelerator. The short variant is `maini_2020_small.py`.
+
+python train.py --config=configs/papers/maini_2020.py --config.data_dir=DIR
+"""
+
+from neurosens.config import Config, Evaluation, Monitor, Optimizer, Schedule
+
+
+def get_config() -> Config:
+    return Config(
+        dataset='cifar10',
+        validation_size=5000,
+        augmentation='pad_crop_flip',
+        model='preact_resnet18',
+        objective='multi_norm',
+        objective_options={
+            'norms': ('linf', 'l2', 'l1'),
+            'eps': (0.03, 0.5, 12.0),
+            'steps': 50,
+            'strategy': 'msd',
+        },
+        epochs=50,
+        batch_size=128,
+        optimizer=Optimizer(name='sgd', learning_rate=0.1, weight_decay=5e-4),
+        schedule=Schedule(name='piecewise', warmup=0.0),
+        log_every=50,
+        evaluate_every=5,
+        monitor=Monitor(images=1000, norm='linf', eps=0.03, choose=True),
+        evaluation=Evaluation(attacks=('pgd', 'autoattack'), norm='linf', eps=(0.03,), limit=1000),
+    )
