@@ -513,6 +513,7 @@ def _scaling_units(
         'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
         'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
         'probes': lambda: neurons.probe_gradients(forward, variables, x, key, probes=4),
+        'gradients': lambda: neurons.input_gradient_norms(forward, variables, x, layer=layer),
     }
     for measure, run in measures.items():
         units[f'{name} {measure}'] = _blocking(run)
@@ -524,15 +525,19 @@ def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
         worker = _start(stack, 'neurons:prepare_scaling', {})
         units = {name: worker.unit(name) for name in worker.details['units']}
         measurement = harness.alternate(units, rounds=arguments.rounds)
-    measures = ('sensitivity', 'influence', 'ablation', 'probes')
+    measures = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
     for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
         rows = []
         for measure in measures:
             times = [measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes]
             # A ResNet of depth n has n - 2 layers behind the one that is measured.
             costly = sizes if kind == 'width' else [size - 2 for size in sizes]
-            exponent = np.polyfit(np.log(costly), np.log(times), 1)[0]
-            rows.append((measure, *(f'{value:.1f}' for value in times), f'{exponent:.2f}'))
+            # One slope per round, in which drift of the machine cancels.
+            rounds = np.log([measurement.seconds[f'{kind} {size} {measure}'] for size in sizes])
+            exponents = np.polyfit(np.log(costly), rounds, 1)[0]
+            low, middle, high = np.quantile(exponents, (0.1, 0.5, 0.9))
+            exponent = harness.ratio_text(harness.Ratio(middle, low, high))
+            rows.append((measure, *(f'{value:.1f}' for value in times), exponent))
         header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent')
         _print_table(arguments, kind, header, rows)
     if arguments.plot:

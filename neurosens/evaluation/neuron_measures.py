@@ -22,7 +22,7 @@ from neurosens.neurons import filtering
 from neurosens.neurons.statistics import activation_summary, from_summary
 
 # Both, since the sign of the correlation with fragility can differ between them.
-TARGET_SCORES = ('l2', 'relative_l2')
+TARGET_SCORES = ('l2', 'relative_l2', 'mean_log')
 
 
 def chosen_layers(

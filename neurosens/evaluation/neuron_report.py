@@ -176,7 +176,7 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `delta`, `flips_to` `[M, N]`; `mean_scaled_delta` `[N]`;
       `influence` `[M, N]`, `class_influence` `[K, N]` (mean per label);
       `ablation_accuracy`, `ablation_loss`, `ablation_margin`, the same with `_attacked`, and
-      `fragile`, `fragile_attacked` `[N]`;
+      `fragile`, `fragile_attacked` `[N]`, by the rules `fragile_rule`, `fragile_rule_attacked`;
       `shift` `[N]`; `target_<score>` (mean t_k) and `target_histogram_<score>` `[N]`,
       `target_class_histogram_<score>` `[K, N]`;
       `input_gradient_squared`, `input_gradient_squared_error` `[M, N]`;
@@ -209,6 +209,7 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
             for name in ('accuracy', 'loss', 'margin'):
                 found[f'ablation_{name}{suffix}'] = getattr(response, name)
             found[f'fragile{suffix}'] = label.fragile
+            found[f'fragile_rule{suffix}'] = np.array(label.rule)
     if layer.shift is not None:
         found['shift'] = layer.shift
     for score, targeting in layer.targeting.items():
