@@ -50,7 +50,7 @@ def measure_scatter(report: LayerReport) -> Figure:
     side = 3.4 if size == 1 else 2.2 if size == 2 else 1.6
     figure = Figure(figsize=(side * size + 0.8, side * size + 1.1), layout='constrained')
     grid: Any = figure.subplots(size, size, squeeze=False, sharex=True, sharey=True)
-    groups = _groups(report)
+    groups = _groups(report, rule=True)
     point = float(np.clip(400 / report.layer.neurons, 4, 22))
     for row, column in np.ndindex(size, size):
         axes = grid[row, column]
@@ -175,14 +175,18 @@ def _words(name: str) -> str:
     return name.replace('_', ' ')
 
 
-def _groups(report: LayerReport) -> list[tuple[str, str, np.ndarray]]:
-    """Name, colour and members of the groups in which neurons are drawn, fragile ones on top."""
+def _groups(report: LayerReport, *, rule: bool = False) -> list[tuple[str, str, np.ndarray]]:
+    """Name, colour and members of the groups in which neurons are drawn, fragile ones on top.
+
+    With `rule` the name says which neurons are called fragile.
+    """
     if report.fragility is None:
         return [('neurons', COLORS[0], np.full(report.layer.neurons, True))]
-    fragile, rule = np.asarray(report.fragility.fragile), report.fragility.rule
+    fragile = np.asarray(report.fragility.fragile)
+    meaning = f': {report.fragility.rule}' if rule else ''
     return [
         (f'robust ({int((~fragile).sum())})', COLORS[0], ~fragile),
-        (f'fragile ({int(fragile.sum())}): {rule}', COLORS[1], fragile),
+        (f'fragile ({int(fragile.sum())}){meaning}', COLORS[1], fragile),
     ]
 
 
