@@ -16,7 +16,6 @@ import argparse
 import functools
 import itertools
 import pathlib
-import resource
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -149,7 +148,7 @@ def prepare(
         name: one of `NETWORKS`.
         terms: names of `TERMS`.
         batch_size: images per step.
-        peak: run the first term and note by how many MiB the process grew.
+        peak: run the first term and note the peak of the process in MiB.
 
     Returns:
         A unit of a few training steps per term.
@@ -159,19 +158,20 @@ def prepare(
     onednn.use_onednn()
     mesh = parallel.data_mesh()
     units = {term: _training_unit(name, TERMS[term], mesh, batch_size) for term in terms}
-    details = grown(units[terms[0]]) if peak else {}
+    details = peak_of(units[terms[0]]) if peak else {}
     return harness.Prepared(units, {**details, 'devices': mesh.size})
 
 
-def grown(unit: harness.Unit) -> dict[str, float]:
-    """By how many MiB the peak of this process rises in a unit that has run already."""
+def peak_of(unit: harness.Unit) -> dict[str, float]:
+    """The peak of this process in MiB while a unit runs that has run already; Linux only."""
     unit()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    current = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * 4
+    # From here on the peak counts anew: what compiling took is left out.
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
     for _ in range(3):
         unit()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {'peak': max(before, after) / 1024, 'resident': current / 1024}
+    status = pathlib.Path('/proc/self/status').read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith('VmHWM'))
+    return {'peak': int(line.split()[1]) / 1024}
 
 
 def _steps(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:

@@ -230,7 +230,7 @@ def main() -> None:
                     setting.methods[name],
                     seed,
                     arguments.data_dir,
-                    folder / 'training',
+                    folder / f'{stem}_training',
                     arguments.images,
                 )
                 file.write_text(json.dumps(found))

@@ -180,5 +180,5 @@ def prepare(
         return unit
 
     units = {term: make_unit(term) for term in terms}
-    details = regularizers.grown(units[terms[0]]) if peak else {}
+    details = regularizers.peak_of(units[terms[0]]) if peak else {}
     return harness.Prepared(units, {**details, 'threads': torch.get_num_threads()})

@@ -34,7 +34,13 @@ def check_range(
     low_open: bool = False,
     high_open: bool = False,
 ) -> None:
-    """Raises a ValueError that names the range if `value` lies outside it or is not finite."""
+    """Raises a ValueError that names the range if `value` is no finite number inside it."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'{name} is {value!r}; it must be a number.') from None
     above = low is None or (value > low if low_open else value >= low)
     below = high is None or (value < high if high_open else value <= high)
     if above and below and math.isfinite(value):

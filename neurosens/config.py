@@ -250,7 +250,8 @@ class Config:
       schedule: see `Schedule`.
       log_every: steps between lines in `metrics.jsonl`.
       gradient_shares: with each line, log how much of the gradient every term of the loss makes;
-        costs one more gradient per term then. Only where there are regularizers.
+        costs a program of its own, and then one more pass (with the attack of an adversarial
+        objective) and a gradient per term. Only where there are regularizers.
       evaluate_every: epochs between validations; each also saves a checkpoint.
       checkpoint_every: steps between further checkpoints; 0 means only at validations.
       keep_checkpoints: latest checkpoints kept, besides the best.

@@ -55,7 +55,8 @@ def use_onednn() -> bool:
     It changes how this process lowers `lax.conv_general_dilated`, for all of its code: call it
     once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
     they are: of other types than float32, in other than two spatial dimensions, of single pixels,
-    grouped or dilated, and those of the gradients of kernels.
+    grouped or dilated, those of the gradients of kernels, and where `shard_map` leaves some mesh
+    axes automatic. `jax.export` cannot serialise what is lowered so.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
@@ -66,8 +67,11 @@ def use_onednn() -> bool:
     by_onednn = mlir.lower_fun(_convolution, multiple_results=False)
 
     def lower(ctx: Any, *arrays: Any, **params: Any) -> Any:
-        rule = by_onednn if _supports(*ctx.avals_in, **params) else _XLA_RULE
-        return rule(ctx, *arrays, **params)
+        manual: Any = getattr(ctx.module_context.axis_context, 'manual_axes', frozenset())
+        # The partitioning of `custom_partitioning` knows all axes manual or none.
+        mixed = manual and manual != set(ctx.module_context.axis_context.mesh.axis_names)
+        possible = not mixed and _supports(*ctx.avals_in, **params)
+        return (by_onednn if possible else _XLA_RULE)(ctx, *arrays, **params)
 
     # Lowering for batches that are split over devices needs to know these.
     _DEVICES_NEEDED.add(primitives.conv_general_dilated_p)

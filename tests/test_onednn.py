@@ -169,6 +169,17 @@ def test_a_kernel_split_over_devices_is_gathered():
     chex.assert_trees_all_close(found, run(images, kernel), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('axes', [{'a'}, {'a', 'b'}])
+def test_maps_over_some_and_over_all_axes_of_a_mesh(axes):
+    mesh = jax.make_mesh((2, 4), ('a', 'b'), (jax.sharding.AxisType.Auto,) * 2)
+    run, images, kernel = convolution('same')
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(jax.P('a'), jax.P()), out_specs=jax.P('a'), axis_names=axes
+    )
+    found = jax.jit(mapped)(images, kernel)
+    chex.assert_trees_all_close(found, run(images, kernel), rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_versions_keep_what_xla_chooses(monkeypatch):
     monkeypatch.setattr(onednn.jaxlib, '__version__', '99.0.0')
     monkeypatch.setattr(onednn, '_available', onednn._available.__wrapped__)

@@ -21,7 +21,7 @@ def get_config() -> Config:
         },
         epochs=100,
         batch_size=128,
-        optimizer=Optimizer(name='sgd', learning_rate=0.1, weight_decay=5e-4),
+        optimizer=Optimizer(name='sgd', learning_rate=0.1, weight_decay=5e-4, clip_norm=5.0),
         schedule=Schedule(name='piecewise', warmup=0.0),
         log_every=50,
         evaluate_every=5,

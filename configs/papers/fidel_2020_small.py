@@ -19,7 +19,7 @@ def get_config() -> Config:
         },
         epochs=4,
         batch_size=128,
-        optimizer=Optimizer(name='sgd', learning_rate=0.05, weight_decay=5e-4),
+        optimizer=Optimizer(name='sgd', learning_rate=0.05, weight_decay=5e-4, clip_norm=5.0),
         schedule=Schedule(name='cosine', warmup=0.1),
         log_every=50,
         monitor=Monitor(images=500, eps=0.1, steps=20),

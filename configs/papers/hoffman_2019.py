@@ -1,6 +1,6 @@
 """Jacobian regularization (Hoffman, Roberts & Yaida 2019) on CIFAR-10.
 
-Their weight 0.01 for pixels in [0, 1]; network, epochs and schedule are ours.
+Their default weight 0.01, here for pixels in [0, 1]; that, network, epochs and schedule are ours.
 
 For an accelerator. The short variant is `hoffman_2019_small.py`.
 

@@ -1,5 +1,7 @@
 """Adversarial training against three norms at once, steepest descent over them (Maini et al. 2020).
 
+Fifty steps of a tenth of each radius; the schedule is ours.
+
 For an accelerator. The short variant is `maini_2020_small.py`.
 
 python train.py --config=configs/papers/maini_2020.py --config.data_dir=DIR
@@ -19,6 +21,7 @@ def get_config() -> Config:
             'norms': ('linf', 'l2', 'l1'),
             'eps': (0.03, 0.5, 12.0),
             'steps': 50,
+            'step_size': 0.1,
             'strategy': 'msd',
         },
         epochs=50,

@@ -1,6 +1,7 @@
 """Free adversarial training (Shafahi et al. 2019).
 
-Epochs count replays: each is an eighth of the training set, taken eight times.
+Eight replays of each batch. Epochs count replays: each is an eighth of the training set, taken
+eight times. WideResNet-28-10 in bfloat16, schedule and weight decay are ours.
 
 For an accelerator. The short variant is `shafahi_2019_small.py`.
 

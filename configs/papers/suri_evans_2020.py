@@ -1,7 +1,7 @@
 """Sensitivity regularization, T1 + T2 (Suri & Evans 2020, "One Neuron to Fool Them All").
 
 VGG-19 on CIFAR-10 with their weights d1 = 10, d2 = 100 and k = 16, learning rate 0.01 and batches
-of 128; epochs and schedule are ours.
+of 128; momentum, weight decay, augmentation, epochs and schedule are ours.
 
 For an accelerator. The short variant is `suri_evans_2020_small.py`.
 

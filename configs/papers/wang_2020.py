@@ -1,6 +1,6 @@
 """MART (Wang et al. 2020).
 
-beta = 5, ten steps of 2 / 255 within 8 / 255.
+beta = 5, ten steps of 2 / 255 within 8 / 255, 120 epochs with the rate divided at 75 and 90.
 
 For an accelerator. The short variant is `wang_2020_small.py`.
 
@@ -21,7 +21,7 @@ def get_config() -> Config:
         epochs=120,
         batch_size=128,
         optimizer=Optimizer(name='sgd', learning_rate=0.01, weight_decay=3.5e-3),
-        schedule=Schedule(name='piecewise', warmup=0.0),
+        schedule=Schedule(name='piecewise', warmup=0.0, boundaries=(0.625, 0.75)),
         log_every=50,
         evaluate_every=5,
         monitor=Monitor(images=1000, norm='linf', eps=8 / 255, choose=True),

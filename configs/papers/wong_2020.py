@@ -1,6 +1,7 @@
 """Fast adversarial training, one step from a random start (Wong, Rice & Kolter 2020).
 
-The guard stops it where the accuracy under PGD collapses.
+The guard stops it where the accuracy under PGD collapses. Number of epochs and the shape of the one
+cycle are ours, and the attack sees running statistics of BatchNorm.
 
 For an accelerator. The short variant is `wong_2020_small.py`.
 

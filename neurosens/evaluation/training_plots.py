@@ -16,7 +16,8 @@ _ACCURACIES = {
     'clean_accuracy': 'training, clean',
     'attacked_accuracy': 'training, attacked',
     'validation_accuracy': 'validation',
-    'monitor/pgd_accuracy': 'validation under PGD',
+    'monitor/clean_accuracy': 'watched images',
+    'monitor/pgd_accuracy': 'watched images under PGD',
 }
 _NEURONS = {
     'monitor/sensitivity': '|Delta| / std of the easiest neurons',

@@ -71,8 +71,14 @@ def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> No
     if mode not in ATTACK_MODES:
         raise ValueError(_validate.unknown('attack_mode', mode, ATTACK_MODES))
     _validate.check_range('eps', eps, low=0)
-    _validate.check_range('steps', steps, low=1)
+    _check_whole('steps', steps)
     _validate.check_range('step_size', step_size, low=0)
+
+
+def _check_whole(name: str, value: int) -> None:
+    _validate.check_range(name, value, low=1)
+    if value != int(value):
+        raise ValueError(f'{name} is {value!r}; it must be a whole number.')
 
 
 def _metrics(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
@@ -152,6 +158,11 @@ def _against_one_threat(
     ) -> tuple[Array, Outcome]:
         if not clean_pass:
             refuse_taps(taps)
+        if taps and weight_gamma:
+            raise ValueError(
+                "A regularizer with 'shared' would see activations of perturbed weights; leave out "
+                "'shared' or weight_gamma."
+            )
         start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
         seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
         x_adv = inner.maximize(
@@ -182,7 +193,7 @@ def _against_one_threat(
             )
             variables = {**variables, 'params': params}
         value, (clean, attacked, updates, tapped) = total(variables)
-        return value, Outcome(attacked, updates, _metrics(clean, attacked, y), tapped)
+        return value, Outcome(attacked, updates, _metrics(clean, attacked, y), tapped, clean)
 
     return objective
 
@@ -291,8 +302,8 @@ def free(
     """Cross-entropy on images that are attacked as they are learnt (Shafahi et al. 2019).
 
     A step of training costs hardly more than a plain one and is one step of the attack too. Each
-    batch is taken `replays` times, so that an epoch is `1 / replays` of the training set: divide
-    the epochs of plain training by it for the same cost.
+    batch is taken `replays` times, and steps and epochs count replays: as many of them cost as much
+    as in plain training, and see `1 / replays` of the images.
 
     Args:
       norm: of the threat.
@@ -307,7 +318,8 @@ def free(
       ValueError: a choice is unknown or a number out of range.
     """
     _check(norm, eps, 1, step_size, 'train')
-    _validate.check_range('replays', replays, low=1)
+    _validate.check_range('step_size', step_size, low=0, low_open=True)
+    _check_whole('replays', replays)
 
     def objective(
         module: nn.Module,

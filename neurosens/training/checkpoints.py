@@ -86,7 +86,7 @@ def save(
     Args:
       checkpointer: from `open_directory`.
       step: training steps done.
-      items: pytrees of arrays, replicated over all devices, by name.
+      items: pytrees of arrays by name, replicated over all devices or split along their first axis.
       config: the config that is being trained.
       loop: JSON values that the training loop needs to go on.
       accuracy: validation accuracy in [0, 1], where there is one; decides which is best.
@@ -330,12 +330,19 @@ def _refuse_other_config(saved: dict[str, Any], config: config_lib.Config, direc
         )
 
 
+def _whole(leaf: jax.Array) -> Any:
+    """All of an array that is replicated, or split over the devices of all processes."""
+    if leaf.is_fully_replicated:
+        # The copy on the first local device is the whole.
+        return leaf.addressable_data(0)
+    return parallel.gather(leaf)
+
+
 def _fingerprint(tree: Any) -> str:
     """A digest of names, shapes, dtypes and bits of all leaves."""
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        # Replicated over devices and hosts: the copy on the first local device is the whole.
-        value = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        value = np.asarray(leaf if not isinstance(leaf, jax.Array) else _whole(leaf))
         digest.update(f'{jax.tree_util.keystr(path)} {value.shape} {value.dtype}'.encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()

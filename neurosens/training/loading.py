@@ -63,7 +63,8 @@ def load(
 
     Args:
       workdir: the work directory.
-      which: `'best'` (highest validation accuracy, else the latest), `'latest'` or a step number.
+      which: `'best'` (highest validation accuracy, or accuracy under PGD where the monitor chooses
+        by it; without validation the latest), `'latest'` or a step number.
       mesh: devices to put the variables on; all by default.
 
     Returns:

@@ -73,7 +73,7 @@ class Experiment:
       optimizer: the gradient transformation.
       train_step: the compiled step.
       gradient_shares: the compiled function that says what makes a step's gradient, or None.
-      replays: times in a row that each batch is taken.
+      replays: times in a row that each batch is taken by a `Replayed` objective; 0 for others.
       total_steps: steps of the whole training.
       evaluate_every: steps between validations.
     """
@@ -123,6 +123,8 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     Raises:
       ValueError: a setting cannot be used.
       neurosens.data.DatasetNotPreparedError: the data set is not in `data_dir`.
+      LayerError: a layer to be watched or shared is unknown.
+      CheckpointError: the initial weights cannot be read.
     """
     config_lib.validate(config)
     mesh = parallel.data_mesh() if mesh is None else mesh
@@ -176,7 +178,9 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     shares = None
     if terms and config.gradient_shares:
         shares = make_gradient_shares(module, objective, terms, mesh, **seen)
-    return Experiment(
+    if config.initial_weights:
+        _check_initial_weights(config, module)
+    experiment = Experiment(
         config=config,
         mesh=mesh,
         module=module,
@@ -185,10 +189,37 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         optimizer=optimizer,
         train_step=train_step,
         gradient_shares=shares,
-        replays=objective.replays if isinstance(objective, objectives.Replayed) else 1,
+        replays=objective.replays if isinstance(objective, objectives.Replayed) else 0,
         total_steps=total_steps,
         evaluate_every=max(1, round(config.evaluate_every * per_epoch)),
     )
+    if any(term.shared for term in terms):
+        _trace(experiment)
+    return experiment
+
+
+def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None:
+    """Refuses a work directory whose model has other arrays than the one to be trained."""
+    _, saved = checkpoints.read_config(config.initial_weights, 'best')
+    shapes = [
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.info(name).image_shape)))
+        for model, name in ((module, config.dataset), (make_model(saved), saved.dataset))
+    ]
+    if shapes[0] != shapes[1]:
+        raise config_lib.ConfigError(
+            f'initial_weights is {config.initial_weights!r}, a {saved.model} with '
+            f'{saved.model_options} for {saved.dataset}; it must hold the arrays of the model to '
+            f'be trained, {config.model} with {config.model_options} for {config.dataset}.'
+        )
+
+
+def _trace(experiment: Experiment) -> None:
+    """Traces a step, which finds regularizers that cannot share the objective's pass."""
+    size = experiment.config.batch_size
+    shape = data.info(experiment.config.dataset).image_shape
+    kinds = ((size, *shape), jnp.uint8), ((size,), jnp.int32), ((size,), bool), ((size,), jnp.int32)
+    batch = data.Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))
+    jax.eval_shape(experiment.train_step, _state_shapes(experiment), batch, jax.random.key(0))
 
 
 def _weighted_regularizer(
@@ -196,6 +227,7 @@ def _weighted_regularizer(
 ) -> WeightedRegularizer:
     options = dict(options)
     weight = options.pop('weight', 1.0)
+    _validate.check_range(f'The weight of regularizer {name!r}', weight, low=0)
     shares = {key: options.pop(key, 0.0) for key in ('ramp', 'start')}
     for key, share in shares.items():
         if not isinstance(share, (int, float)) or not 0 <= share <= 1:
@@ -204,7 +236,7 @@ def _weighted_regularizer(
                 'number from 0 to 1.'
             )
     shared = options.pop('shared', ())
-    if not isinstance(shared, (tuple, list)):
+    if not isinstance(shared, (tuple, list)) or not all(isinstance(one, str) for one in shared):
         raise config_lib.ConfigError(
             f"The 'shared' of regularizer {name!r} is {shared!r}; it is a tuple of layer names, "
             "such as ('head:in',)."
@@ -224,21 +256,12 @@ def initial_state(experiment: Experiment) -> TrainState:
       The state, with the weights of `initial_weights` where the config names some.
 
     Raises:
-      ValueError: those are of another kind of model.
       CheckpointError: they cannot be read.
     """
     state = _initializer(experiment)(_key(experiment, 0))
-    origin = experiment.config.initial_weights
-    if not origin:
+    if not experiment.config.initial_weights:
         return state
-    model = load(origin, mesh=experiment.mesh)
-    ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (state.variables, model.variables))
-    if ours != theirs:
-        raise config_lib.ConfigError(
-            f'initial_weights is {origin!r}, a {model.config.model} with '
-            f'{model.config.model_options}; it must hold the arrays of the model to be trained, '
-            f'{experiment.config.model} with {experiment.config.model_options}.'
-        )
+    model = load(experiment.config.initial_weights, mesh=experiment.mesh)
     average = None if state.average is None else jax.tree.map(jnp.copy, model.variables['params'])
     return state._replace(variables=model.variables, average=average)
 
@@ -265,7 +288,7 @@ def _plain_initializer(experiment: Experiment) -> Callable[[jax.Array], TrainSta
         experiment.optimizer,
         data.info(config.dataset).image_shape,
         average=config.optimizer.ema_decay > 0,
-        perturbed=config.batch_size if experiment.replays > 1 else 0,
+        perturbed=config.batch_size if experiment.replays else 0,
     )
 
 
@@ -324,12 +347,12 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
     )
     if restored is None:
         state, first = initial_state(experiment), 0
-        window, validation_accuracy, best_pgd = logs.Window(), None, 0.0
+        window, validation_accuracy, best_pgd, best_step = logs.Window(), None, 0.0, 0
     else:
         state, first = _restored_state(restored, mesh), restored.step
         window = logs.Window(restored.loop['window'])
         validation_accuracy = restored.loop['validation_accuracy']
-        best_pgd = restored.loop['best_pgd']
+        best_pgd, best_step = restored.loop['best_pgd'], restored.loop['best_step']
     if parallel.is_primary():
         text = json.dumps(config_lib.to_dict(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n', encoding='utf-8')
@@ -391,13 +414,15 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
                 if config.monitor.images:
                     robust = _watch(experiment, state, log, step)
                     if config.monitor.guard and robust < best_pgd - config.monitor.guard:
-                        raise TrainingStopped(_overfit(step, robust, best_pgd, last_saved))
-                    best_pgd = max(best_pgd, robust)
+                        raise TrainingStopped(_overfit(step, robust, best_pgd, best_step))
+                    if robust >= best_pgd:
+                        best_pgd, best_step = robust, step
                     score = robust if config.monitor.choose else score
             loop = {
                 'window': window.state(),
                 'validation_accuracy': validation_accuracy,
                 'best_pgd': best_pgd,
+                'best_step': best_step,
             }
             checkpoints.save(checkpointer, step, saved_items(state), config, loop, score)
             last_saved = step
@@ -409,7 +434,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
 
 def _batches(experiment: Experiment, first: int) -> Iterator[data.Batch]:
     """The batches of the steps after the first ones, each as often as it is replayed."""
-    config, replays = experiment.config, experiment.replays
+    config, replays = experiment.config, max(experiment.replays, 1)
     batches = experiment.source.train_batches(
         batch_size=config.batch_size,
         seed=config.seed,
@@ -442,12 +467,12 @@ def _watch(experiment: Experiment, state: TrainState, log: logs.Log, step: int) 
     return found[monitor.PGD_ACCURACY]
 
 
-def _overfit(step: int, robust: float, best: float, last_saved: int) -> str:
-    kept = f'the checkpoint of step {last_saved} is kept' if last_saved else 'nothing was saved yet'
+def _overfit(step: int, robust: float, best: float, best_step: int) -> str:
     return (
-        f'The accuracy under PGD fell from {best:.2%} to {robust:.2%} by step {step} '
-        f'(catastrophic overfitting, monitor.guard); {kept}. Use objective pgd, a smaller eps or a '
-        'lower optimizer.learning_rate.'
+        f'The accuracy under PGD fell from {best:.2%} at step {best_step} to {robust:.2%} at step '
+        f'{step} (catastrophic overfitting, monitor.guard); train with objective pgd, a smaller '
+        'eps or a lower optimizer.learning_rate in another --workdir, or evaluate the checkpoints '
+        'from before the fall.'
     )
 
 

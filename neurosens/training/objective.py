@@ -2,8 +2,9 @@
 
 objective(module, variables, x, y, key) -> (loss, Outcome)
 
-An objective that is a `Replayed` one besides takes each batch several times in a row, at images
-that the training step moves by the gradient of the same backward pass.
+A sixth argument `taps` asks for activations, where a regularizer shares the objective's pass. An
+objective that is a `Replayed` one besides takes each batch several times in a row, at images that
+the training step moves by the gradient of the same backward pass.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class Outcome(NamedTuple):
       updates: new values of the mutable collections, such as `{'batch_stats': ...}`.
       metrics: further scalars to log, by name.
       tapped: activations of the layers asked for, of the clean images in training mode.
+      clean_logits: the logits of that pass, or None without one.
     """
 
     logits: Float[Array, 'batch classes']
     updates: Mapping[str, Any]
     metrics: Mapping[str, Float[Array, '']]
     tapped: Mapping[str, Array] = {}
+    clean_logits: Float[Array, 'batch classes'] | None = None
 
 
 class Objective(Protocol):
@@ -92,8 +95,8 @@ def refuse_taps(taps: Collection[str]) -> None:
     if taps:
         raise ValueError(
             f'A regularizer shares the pass of the objective ({", ".join(sorted(taps))}), but this '
-            "objective runs no clean images in training mode; use 'standard', 'trades' or 'mart', "
-            "or leave out 'shared'."
+            "objective runs no clean images in training mode; use 'standard', 'trades', 'mart' or "
+            "'pgd' with a clean_share, or leave out 'shared'."
         )
 
 

@@ -73,7 +73,7 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
         targets = jax.nn.one_hot(y, logits.shape[-1])
         targets = optax.smooth_labels(targets, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, Outcome(logits, updates, {}, tapped)
+        return loss, Outcome(logits, updates, {}, tapped, logits)
 
     return objective
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -149,7 +149,8 @@ def make_train_step(
       optimizer: the gradient transformation.
       schedule: learning rate by number of updates, for the log only.
       objective: the loss.
-      regularizers: penalties added to it, evaluated on running statistics.
+      regularizers: penalties added to it, evaluated on running statistics unless they share the
+        objective's pass.
       mesh: devices to run on.
       augmentation: name of an augmentation of `neurosens.data`.
       image_size: side of the images that the model sees; by default as they come.
@@ -284,16 +285,19 @@ def _make_losses(
         variables = {**rest, 'params': params}
         keys = jax.random.split(key, 1 + len(regularizers))
         taps = tuple(dict.fromkeys(name for term in regularizers for name in term.shared))
-        loss, outcome = objective(module, variables, images, y, keys[0], taps)
+        asked = (taps,) if taps else ()
+        loss, outcome = objective(module, variables, images, y, keys[0], *asked)
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
         for term, term_key in zip(regularizers, keys[1:]):
-            recalled = Recalled(forward, x, outcome.logits, outcome.tapped)
+            recalled = Recalled(forward, x, outcome.clean_logits, outcome.tapped)
             seen: Forward = recalled if term.shared else forward
             penalty, own = term.regularizer(seen, variables, x, y, term_key)
-            if term.shared and not recalled.recalled:
+            unused = set(term.shared) - recalled.recalled
+            if unused:
                 raise ValueError(
-                    f'The regularizer {term.name!r} does not ask for the layers {term.shared} of '
-                    "whole batches, so it cannot share the objective's pass; leave out 'shared'."
+                    f'The regularizer {term.name!r} does not ask for {", ".join(sorted(unused))} '
+                    "of whole batches, so it cannot share that of the objective's pass; leave it "
+                    "out of 'shared'."
                 )
             parts[term.name] = term.factor(step) * penalty
             metrics[f'{term.name}/penalty'] = penalty
@@ -307,15 +311,15 @@ class Recalled:
     """A forward that gives what a pass over the same batch has found, and else runs the model.
 
     Attributes:
-      recalled: whether it has been asked for what was found.
+      recalled: names of the layers that were asked for and given.
     """
 
     def __init__(
-        self, forward: Forward, x: Array, logits: Array, tapped: Mapping[str, Array]
+        self, forward: Forward, x: Array, logits: Array | None, tapped: Mapping[str, Array]
     ) -> None:
         """Remembers logits `[B, K]` and activations of the batch `x`, by object."""
         self._forward, self._x, self._logits, self._tapped = forward, x, logits, tapped
-        self.recalled = False
+        self.recalled: set[str] = set()
 
     def __call__(
         self,
@@ -325,9 +329,10 @@ class Recalled:
         taps: Collection[str] = (),
     ) -> tuple[Array, dict[str, Array]]:
         """Recalls or runs; see `Forward`."""
-        if x is self._x and not edits and taps and set(taps) <= set(self._tapped):
-            self.recalled = True
-            return self._logits, {name: self._tapped[name] for name in taps}
+        known = self._logits is not None and set(taps) <= set(self._tapped)
+        if x is self._x and not edits and taps and known:
+            self.recalled |= set(taps)
+            return cast(Array, self._logits), {name: self._tapped[name] for name in taps}
         return self._forward(variables, x, edits=edits, taps=taps)
 
 

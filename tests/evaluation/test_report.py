@@ -134,7 +134,7 @@ def test_curves_of_training_are_those_of_the_log():
     }
     assert drawn['loss', 'training'] == [[5, 2.0], [10, 1.0]]
     assert drawn['loss', 'validation'] == [[6, 1.5]]
-    assert drawn['accuracy (%)', 'validation under PGD'] == [[6, 25.0]]
+    assert drawn['accuracy (%)', 'watched images under PGD'] == [[6, 25.0]]
     assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
     assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
     assert len(figure.axes) == 5
