@@ -12,13 +12,15 @@ README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 def test_the_library_example_runs(capsys):
     examples = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     # The first changes this process; each of the others goes on where the one before ends.
-    assert len(examples) == 4 and 'use_onednn' in examples[0]
+    assert len(examples) == 5 and 'use_onednn' in examples[0]
     exec(compile('\n'.join(examples[1:]), 'README.md', 'exec'), {'__name__': 'readme'})
     out = capsys.readouterr().out
     assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out
     assert "'head': ShapeDtypeStruct(shape=(8, 10)" in out
     assert '[[' in out, 'the change of the logits is printed'
     assert '(8, 16)' in out, 'one Delta per image and neuron'
+    losses = [float(line) for line in out.splitlines()[-3:]]
+    assert losses[2] < losses[0], 'the regularized loss falls'
 
 
 def test_every_config_is_listed():
