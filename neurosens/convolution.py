@@ -40,9 +40,9 @@ def with_fast_input_gradients(function: F) -> F:
 
     Convolutions and max pooling get other gradients (`neurosens.pooling`).
 
-    Values and reverse-mode gradients are the same to rounding. Only first-order reverse mode is
-    supported, as attacks need it; leave functions that are differentiated in forward mode or twice
-    as they are. On other platforms the function is returned as it is.
+    Values and reverse-mode gradients are the same to rounding, and so are reverse-mode gradients of
+    these. Forward mode is not supported; leave functions that are differentiated in it as they are.
+    On other platforms the function is returned as it is.
 
     Args:
       function: a traceable function of array pytrees, such as the loss of one image.

@@ -34,7 +34,7 @@ def supports(
 
 
 def max_pool(**params: Any) -> Callable[[jax.Array], jax.Array]:
-    """`reduce_window_max` with fixed parameters and the fast gradient, of first order only."""
+    """`reduce_window_max` with fixed parameters and the fast gradient, without forward mode."""
     plain = functools.partial(primitives.reduce_window_max_p.bind, **params)
     apart = params['window_dimensions'] == params['window_strides'] and not any(
         itertools.chain(*params['padding'])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from neurosens import _validate
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks
 from neurosens.regularizers.regularizer import (
@@ -50,7 +51,7 @@ def _tangent(function: _Activations, x: Array, key: PRNGKeyArray, distribution: 
 
 def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> dict[str, Array]:
     """Signs over all neurons of all layers, in one pass back; terms between layers cancel."""
-    values, pull = jax.vjp(function, x)
+    values, pull = jax.vjp(with_fast_input_gradients(function), x)
     keys = jax.random.split(key, len(values))
     signs = {
         name: _direction(own, value, 'rademacher') / jnp.sqrt(float(len(values) * value.size))
@@ -63,7 +64,7 @@ def _neuron_sampling(
     function: _Activations, x: Array, key: PRNGKeyArray, samples: int
 ) -> dict[str, Array]:
     """The squared gradient norms of some random neurons of each layer."""
-    values, pull = jax.vjp(function, x)
+    values, pull = jax.vjp(with_fast_input_gradients(function), x)
     found = {}
     for own, name in zip(jax.random.split(key, len(values)), values):
         chosen = jax.random.randint(own, (samples,), 0, values[name].size)

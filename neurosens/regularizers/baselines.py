@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import _validate
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 from neurosens.regularizers.regularizer import (
     POSITIONS,
@@ -46,7 +47,7 @@ def input_gradient(*, order: int = 2) -> Regularizer:
                 logits = single(forward(variables, x[None])[0][0])
                 return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
-            gradient = single(jax.grad(loss)(x))
+            gradient = single(jax.grad(with_fast_input_gradients(loss))(x))
             return (gradient**2).sum() if order == 2 else jnp.abs(gradient).sum()
 
         return jax.vmap(example)(x, y).mean(), {}

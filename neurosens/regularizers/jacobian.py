@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from neurosens import _validate
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 from neurosens.regularizers.regularizer import Regularizer, keys_of, single
 
@@ -56,7 +57,7 @@ def squared_jacobian_norm(
             return (jax.jvp(logits, (x,), (direction,))[1] ** 2).sum()
 
         return jax.vmap(along)(jax.random.split(key, projections)).mean()
-    values, pull = jax.vjp(logits, x)
+    values, pull = jax.vjp(with_fast_input_gradients(logits), x)
     classes = values.shape[0]
     if projections == EXACT:
         directions = jnp.eye(classes, dtype=values.dtype)
