@@ -55,7 +55,10 @@ def torchattacks_attacks(
         'apgd-dlr': torchattacks.APGD(network, steps=setting.steps, loss='dlr', **common),
         'apgd-t': torchattacks.APGDT(network, steps=setting.steps, n_classes=10, **common),
         'fab-t': _FAB(network, steps=setting.steps, multi_targeted=True, n_classes=10, **common),
-        'square': torchattacks.Square(network, n_queries=setting.queries, **common),
+        # By default it stretches the schedule of windows; AutoAttack and ours do not.
+        'square': torchattacks.Square(
+            network, n_queries=setting.queries, resc_schedule=False, **common
+        ),
     }
     # Its own AutoAttack takes 10 steps in place of the 100 of the paper.
     ensemble = [parts[name] for name in ENSEMBLE]

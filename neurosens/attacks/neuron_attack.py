@@ -303,18 +303,13 @@ def easiest_neurons(
         raise ValueError(
             f"by={by!r} needs the mean and std of each neuron; give them, or by='absolute'."
         )
-    zeros = jnp.zeros(delta.shape[1])
-    return _easiest(
-        delta,
-        zeros if mean is None else jnp.asarray(mean),
-        zeros if std is None else jnp.asarray(std),
-        count=count,
-        by=by,
-    )
+    return _easiest(delta, mean, std, count=count, by=by)
 
 
 @functools.partial(jax.jit, static_argnames=('count', 'by'))
-def _easiest(delta: Array, mean: Array, std: Array, *, count: int, by: str) -> tuple[Array, Array]:
+def _easiest(
+    delta: Array, mean: ArrayLike | None, std: ArrayLike | None, *, count: int, by: str
+) -> tuple[Array, Array]:
     easiest = ranking(scaled_sensitivity(delta, mean, std, by))[:, :count]
     finite = jnp.where(jnp.isfinite(delta), delta, 0)
     farthest = jnp.abs(finite).argmax(1, keepdims=True)

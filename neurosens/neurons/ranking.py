@@ -13,16 +13,16 @@ KINDS = ('scaled', 'absolute', 'scaled_absolute')
 
 def scaled_sensitivity(
     delta: Float[ArrayLike, '... neurons'],
-    mean: Float[ArrayLike, ' neurons'],
-    std: Float[ArrayLike, ' neurons'],
+    mean: Float[ArrayLike, ' neurons'] | None,
+    std: Float[ArrayLike, ' neurons'] | None,
     kind: str = 'scaled',
 ) -> Float[Array, '... neurons']:
     """Delta on a scale that neurons of different spread share.
 
     Args:
       delta: Delta(i, x) of every neuron `[..., N]`, as of `sensitivity`.
-      mean: mean activation of each neuron over a data set `[N]`.
-      std: its standard deviation `[N]`, with ddof 1 in the paper.
+      mean: mean activation of each neuron over a data set `[N]`; only `'scaled'` needs it.
+      std: its standard deviation `[N]`, with ddof 1 in the paper; `'absolute'` can do without.
       kind: `'scaled'`: (Delta - mean) / std, the paper's s(i, x), which puts large falls first.
         `'absolute'`: |Delta|. `'scaled_absolute'`: |Delta| / std. The last two are ours.
 
@@ -31,13 +31,18 @@ def scaled_sensitivity(
       for a neuron of standard deviation 0, which never moves.
 
     Raises:
-      ValueError: the kind is unknown.
+      ValueError: the kind is unknown, or needs a statistic that is None.
     """
     if kind not in KINDS:
         raise ValueError(_validate.unknown('kind', kind, KINDS))
     delta = jnp.asarray(delta)
-    mean, std = jnp.asarray(mean, delta.dtype), jnp.asarray(std, delta.dtype)
-    distance = delta - mean if kind == 'scaled' else jnp.abs(delta)
+    if std is None or (mean is None and kind == 'scaled'):
+        if kind == 'absolute':
+            return jnp.abs(delta)
+        missing = 'std' if std is None else 'mean'
+        raise ValueError(f"The {missing} is None; kind {kind!r} needs it, 'absolute' does not.")
+    std = jnp.asarray(std, delta.dtype)
+    distance = delta - jnp.asarray(mean, delta.dtype) if kind == 'scaled' else jnp.abs(delta)
     alive = std > 0
     score = distance / jnp.where(alive & (kind != 'absolute'), std, 1)
     return jnp.where(alive & ~jnp.isinf(delta), score, jnp.where(jnp.isnan(delta), delta, jnp.inf))

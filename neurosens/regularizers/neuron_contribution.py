@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
+from neurosens.attacks.threat import kth_largest
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, tail, units
 from neurosens.neurons.logit_gradients import logit_gradients_of_cut
@@ -23,27 +24,27 @@ _CLASSES = 16
 SCALES = ('rms', 'none')
 
 
-def _among_largest(values: Float[Array, '... neurons'], top: int) -> Bool[Array, '... neurons']:
-    """Which values are among the `top` largest along the last axis, of equal ones the first.
+def _weights_of_largest(
+    values: Float[Array, '... neurons'], top: int
+) -> Float[Array, '... neurons']:
+    """Weights that make a sum of non-negative values the mean of the `top` largest of a row.
 
-    They are taken one after another: `top_k` would gather a batch that is split over devices, and
-    sorting takes several times as long for the few that count.
+    Values equal to the smallest that counts share what is left of it. That one is found by
+    counting: `top_k` would gather a batch that is split over devices, and sorting takes longer.
     """
-    places = jnp.arange(values.shape[-1])
-
-    def take(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        left, chosen = state
-        largest = places == left.argmax(-1, keepdims=True)
-        return jnp.where(largest, -jnp.inf, left), chosen | largest
-
-    state = jax.lax.stop_gradient(values), jnp.zeros(values.shape, bool)
-    return jax.lax.fori_loop(0, min(top, values.shape[-1]), take, state)[1]
+    rows = jax.lax.stop_gradient(values).reshape(-1, values.shape[-1])
+    top = min(top, values.shape[-1])
+    last = jax.vmap(lambda row: kth_largest(row, jnp.int32(top)))(rows)[:, None]
+    above, equal = rows > last, rows == last
+    left = top - above.sum(-1, keepdims=True)
+    shares = jnp.where(equal, left / jnp.maximum(equal.sum(-1, keepdims=True), 1), 0.0)
+    weights = jnp.where(above, 1.0, shares) / top
+    return weights.astype(values.dtype).reshape(values.shape)
 
 
 def _mean_of_largest(values: Float[Array, '... neurons'], top: int) -> Float[Array, '...']:
-    """Mean of the `top` largest along the last axis."""
-    chosen = _among_largest(values, top)
-    return jnp.where(chosen, values, 0).sum(-1) / min(top, values.shape[-1])
+    """Mean of the `top` largest of non-negative values along the last axis."""
+    return (_weights_of_largest(values, top) * values).sum(-1)
 
 
 def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Float[Array, '']:
@@ -208,11 +209,11 @@ def direct_sensitivity(
             return temperature * jax.nn.logsumexp(exponents, axis=0)
 
         nearest = jax.vmap(closeness)(logits, slopes)
-        chosen = _among_largest(nearest, top)
-        number, correct = min(top, nearest.shape[1]), logits.argmax(-1) == y
-        distance = jnp.where(chosen, 1 / jax.lax.stop_gradient(nearest), 0.0).sum(1) / number
+        weights, correct = _weights_of_largest(nearest, top), logits.argmax(-1) == y
+        inverse = 1 / jax.lax.stop_gradient(nearest)
+        distance = jnp.where(weights > 0, weights * inverse, 0.0).sum(1)
         mean_distance = jnp.where(correct, distance, 0.0).sum() / jnp.maximum(correct.sum(), 1)
-        largest = jnp.where(chosen, nearest, 0.0).sum(1) / number
+        largest = (weights * nearest).sum(1)
         return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
 
     return regularizer

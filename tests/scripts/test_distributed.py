@@ -97,5 +97,5 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
             assert together[key] == pytest.approx(alone[key], abs=1e-3), key
         elif key not in ('config', 'clean_loss') and not key.endswith('_rule'):
             assert together[key] == alone[key], key
-    for name in arrays:
+    for name in [name for name in arrays if not name.startswith('fragile_rule')]:
         np.testing.assert_allclose(arrays_together[name], arrays[name], rtol=1e-3, atol=1e-4)

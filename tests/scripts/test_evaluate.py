@@ -69,6 +69,7 @@ def test_the_report_is_complete_and_consistent(evaluated):
     assert pictures == {
         'accuracy_against_eps.png',
         'class_accuracy.png',
+        'training.png',
         'examples-fgsm-linf-0.1.png',
         'examples-pgd-linf-0.1.png',
     }
