@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN on a CPU, up to four times as fast as those that XLA chooses.
+"""Convolutions by oneDNN on a CPU, up to five times as fast as those that XLA chooses.
 
 The x86 builds of jaxlib contain oneDNN, and their runtime executes the custom call
 `__onednn$convolution`; only their compiler never emits it. `use_onednn` lets JAX emit it for the

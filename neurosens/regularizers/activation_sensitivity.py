@@ -43,13 +43,17 @@ def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
     return draw(key, like.shape).astype(like.dtype)
 
 
-def _tangent(function: _Activations, x: Array, key: PRNGKeyArray, distribution: str) -> dict:
+# Estimates by layer, and the activations that were computed on the way.
+_Estimates = tuple[dict[str, Array], dict[str, Array]]
+
+
+def _tangent(function: _Activations, x: Array, key: PRNGKeyArray, distribution: str) -> _Estimates:
     """One direction gives every neuron of every layer: (1/N_l) ||J_l u||^2."""
-    tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))[1]
-    return {name: mean_square(tangent) for name, tangent in tangents.items()}
+    values, tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))
+    return {name: mean_square(tangent) for name, tangent in tangents.items()}, values
 
 
-def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> dict[str, Array]:
+def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> _Estimates:
     """Signs over all neurons of all layers, in one pass back; terms between layers cancel."""
     values, pull = jax.vjp(with_fast_input_gradients(function), x)
     keys = jax.random.split(key, len(values))
@@ -57,12 +61,12 @@ def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> dict[str,
         name: _direction(own, value, 'rademacher') / jnp.sqrt(float(len(values) * value.size))
         for own, (name, value) in zip(keys, values.items())
     }
-    return {'': (single(pull(signs)[0]) ** 2).sum()}
+    return {'': (single(pull(signs)[0]) ** 2).sum()}, values
 
 
 def _neuron_sampling(
     function: _Activations, x: Array, key: PRNGKeyArray, samples: int
-) -> dict[str, Array]:
+) -> _Estimates:
     """The squared gradient norms of some random neurons of each layer."""
     values, pull = jax.vjp(with_fast_input_gradients(function), x)
     found = {}
@@ -76,27 +80,29 @@ def _neuron_sampling(
             return (single(pull(cotangents)[0]) ** 2).sum()
 
         found[name] = jax.vmap(norm)(chosen).mean()
-    return found
+    return found, values
 
 
 def _finite_difference(
     function: _Activations, x: Array, key: PRNGKeyArray, sigma: float, distribution: str
-) -> dict[str, Array]:
+) -> _Estimates:
     """The change under a small random one; biased by O(sigma^2)."""
     before = function(x)
     after = function(x + sigma * _direction(key, x, distribution))
-    return {name: mean_square(after[name] - before[name]) / sigma**2 for name in before}
+    changes = {name: mean_square(after[name] - before[name]) for name in before}
+    return {name: change / sigma**2 for name, change in changes.items()}, before
 
 
-def _exact(function: _Activations, x: Array) -> dict[str, Array]:
+def _exact(function: _Activations, x: Array) -> _Estimates:
     """One direction per entry of the input."""
-    _, push = jax.linearize(function, x)
+    values, push = jax.linearize(function, x)
 
     def along(place: Array) -> dict[str, Array]:
         direction = jnp.zeros(x.size, x.dtype).at[place].set(1.0).reshape(x.shape)
         return jax.tree.map(mean_square, push(direction))
 
-    return jax.tree.map(lambda part: part.sum(0), chunks.map_chunks(along, x.size, chunks.DEFAULT))
+    parts = chunks.map_chunks(along, x.size, chunks.DEFAULT)
+    return jax.tree.map(lambda part: part.sum(0), parts), values
 
 
 def activation_sensitivity(
@@ -149,7 +155,7 @@ def activation_sensitivity(
         def function(x: Array) -> dict[str, Array]:
             return hidden(forward, variables, x, layers, position)[1]
 
-        def once(x: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        def once(x: Array, key: PRNGKeyArray) -> _Estimates:
             if estimator == 'tangent':
                 return _tangent(function, x, key, distribution)
             if estimator == 'cotangent':
@@ -157,13 +163,15 @@ def activation_sensitivity(
             return _finite_difference(function, x, key, sigma, distribution)
 
         def example(x: Array, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array]]:
-            zero = jax.tree.map(lambda value: value == 0, function(x))
             if estimator == 'exact':
-                return _exact(function, x), zero
-            if estimator == 'neuron_sampling':
-                return _neuron_sampling(function, x, key, samples), zero
-            parts = jax.vmap(once, (None, 0))(x, jax.random.split(key, samples))
-            return jax.tree.map(lambda part: part.mean(0), parts), zero
+                parts, values = _exact(function, x)
+            elif estimator == 'neuron_sampling':
+                parts, values = _neuron_sampling(function, x, key, samples)
+            else:
+                draws, same = jax.vmap(once, (None, 0))(x, jax.random.split(key, samples))
+                parts = jax.tree.map(lambda part: part.mean(0), draws)
+                values = jax.tree.map(lambda value: value[0], same)
+            return parts, jax.tree.map(lambda value: value == 0, values)
 
         parts, zero = jax.vmap(example)(x, keys_of(key, x))
         means = {name: part.mean() for name, part in parts.items()}
