@@ -7,6 +7,7 @@ or thread pools of their own, live in worker processes that sleep on a pipe betw
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -323,6 +324,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table, its first column aligned left and the others right."""
     rule = ['---'] + ['---:'] * (len(header) - 1)
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, rule, *rows))
+
+
+def run_subject(
+    subjects: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Measurement]]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Runs the subject that a command line names, and prints what it was measured on.
+
+    Args:
+        subjects: by name, what measures and prints.
+        arguments: with `subject`, and `json`, a file for the timings or empty.
+    """
+    measurements = subjects[arguments.subject](arguments)
+    description = machine()
+    print(f'\n{machine_line(description)}')
+    if arguments.json:
+        write_json(
+            arguments.json,
+            description=description,
+            measurements=measurements,
+            details=vars(arguments),
+        )
 
 
 def write_json(

@@ -662,17 +662,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measures and prints."""
-    arguments = parse_arguments()
-    measurements = _SUBJECTS[arguments.subject](arguments)
-    description = harness.machine()
-    print(f'\n{harness.machine_line(description)}')
-    if arguments.json:
-        harness.write_json(
-            arguments.json,
-            description=description,
-            measurements=measurements,
-            details=vars(arguments),
-        )
+    harness.run_subject(_SUBJECTS, parse_arguments())
 
 
 if __name__ == '__main__':

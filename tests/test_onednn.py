@@ -1,6 +1,7 @@
 """With oneDNN, programs give what they give without it, and split batches stay split."""
 
 import functools
+import platform
 
 import chex
 import jax
@@ -31,8 +32,10 @@ OTHERS = {
 
 @pytest.fixture(scope='module', autouse=True)
 def with_onednn():
-    if not onednn.use_onednn():
-        pytest.skip('oneDNN is not used on this machine')
+    version = '.'.join(onednn.jaxlib.__version__.split('.')[:3])
+    if platform.machine() not in ('x86_64', 'AMD64') or version not in onednn._TESTED_JAXLIB:
+        pytest.skip('oneDNN is only used on x86-64, with versions of jaxlib it was tested with')
+    assert onednn.use_onednn(), 'the probe must agree with XLA where oneDNN is meant to be used'
     yield
     # What the other tests run with.
     rule = onednn._XLA_RULE
