@@ -107,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         if surrogate is not None:
             facts['transfer_from'] = values['transfer_from']
         directory = workdir / 'report'
+        sections = []
         if found is not None:
             print(f'\n{evaluation.neuron_table(found)}')
             facts.update(evaluation.neuron_facts(found))
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
                 facts.update(evaluation.neuron_facts(compared, 'compared'))
                 facts['compared/workdir'] = values['compare']
                 compare = (values['compare'], compared)
-            evaluation.write_neurons(
+            written = evaluation.write_neurons(
                 found,
                 directory,
                 images=_top_images(found, source, config.neurons),
@@ -123,10 +124,20 @@ def main(arguments: Sequence[str]) -> int:
                 compare=compare,
                 name=str(workdir),
             )
-        evaluation.write(report, directory, facts, training.logs.read(workdir))
+            sections.append(evaluation.neuron_section(found, written, compare=compare))
+        evaluation.write(
+            report,
+            directory,
+            facts,
+            training.logs.read(workdir),
+            sections=sections,
+            provenance=scripts.provenance('evaluate.py', arguments),
+        )
         # What long attacks had noted, to go on after an interruption, is now in the report.
         shutil.rmtree(notes, ignore_errors=True)
-        print(f'\nWritten: results.json, results.csv, plots and neurons/ in {directory}')
+        print(
+            f'\nWritten: index.html, results.json, results.csv, plots and neurons/ in {directory}'
+        )
     return 0
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
+import importlib.metadata
 import logging
 import os
+import platform
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,9 @@ from absl import logging as absl_logging
 
 from neurosens import data, onednn, parallel, training
 from neurosens.forward import LayerError
+
+# What computes, or holds, the numbers of a report.
+_PACKAGES = ('neurosens', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scipy')
 
 
 def define_common_flags(own_flags: flags.FlagValues) -> None:
@@ -153,3 +161,30 @@ def describe(experiment: training.Experiment, workdir: Path) -> str:
         f'{config.batch_size}\n'
         f'{len(devices)} x {devices[0].device_kind}{hosts}; work directory {workdir}'
     )
+
+
+def provenance(script: str, arguments: Sequence[str]) -> dict[str, str]:
+    """What it takes to run a script again with the same results.
+
+    Args:
+      script: its file name.
+      arguments: command-line arguments without the program's name.
+
+    Returns:
+      By names: `command`, `date`, the versions of Python and of the packages that compute, the
+      `system`, and the `devices` and `processes` that JAX uses.
+    """
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    return {
+        'command': shlex.join(['python', script, *arguments]),
+        'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+        'python': platform.python_version(),
+        **versions,
+        'system': f'{platform.system()} {platform.machine()}',
+        'devices': ', '.join(f'{count} x {kind}' for kind, count in kinds.items()),
+        'processes': str(jax.process_count()),
+    }

@@ -8,6 +8,7 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
+from neurosens.evaluation.html_page import Section, check_table
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
 from neurosens.evaluation.neuron_measures import chosen_layers as neuron_layers
@@ -16,6 +17,7 @@ from neurosens.evaluation.neuron_measures import measure as measure_neurons
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
 from neurosens.evaluation.neuron_report import arrays as neuron_arrays
 from neurosens.evaluation.neuron_report import facts as neuron_facts
+from neurosens.evaluation.neuron_section import neuron_section
 from neurosens.evaluation.report import results, rows, table, write
 from neurosens.evaluation.robustness import (
     AttackOutcome,
@@ -33,6 +35,7 @@ __all__ = [
     'neuron_facts',
     'neuron_arrays',
     'neuron_layers',
+    'neuron_section',
     'fetch_images',
     'NeuronReport',
     'LayerReport',
@@ -41,6 +44,8 @@ __all__ = [
     'AttackOutcome',
     'Attacked',
     'Predictions',
+    'Section',
+    'check_table',
     'RobustnessReport',
     'attack',
     'evaluate',

@@ -17,21 +17,17 @@ from neurosens.evaluation import (
     measure_plots,
     neuron_distances,
     neuron_report,
+    neuron_tables,
     plots,
     sensitivity_plots,
     through_plots,
     top_neuron_plots,
 )
-from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
+from neurosens.evaluation.neuron_report import LayerReport, NeuronReport
 from neurosens.evaluation.report import aligned
-from neurosens.neurons import filtering
 
 # Neurons of each layer in the terminal's table.
 _SHOWN = 5
-_CORRELATIONS = (
-    ('mean score', 'score_correlation', 'score_partial'),
-    ('histogram', 'histogram_correlation', 'histogram_partial'),
-)
 
 
 def layer_file_name(layer: str) -> str:
@@ -203,104 +199,11 @@ def neuron_table(report: NeuronReport) -> str:
 
 def _blocks(report: NeuronReport, layer: LayerReport) -> Iterator[str]:
     """Paragraphs about a layer."""
-    yield '\n'.join(_headline(report, layer))
-    if layer.importance():
-        yield '\n'.join(_most_important(report, layer))
-    if layer.targeting:
-        yield '\n'.join(_targeting(layer))
-    if layer.through is not None:
-        yield '\n'.join(_through(layer.through))
-    if layer.curves:
-        yield '\n'.join(_filtering(layer))
+    yield '\n'.join(neuron_tables.headline(report, layer))
+    if neuron_tables.nothing_flips(layer):
+        yield 'No neuron flips a prediction.'
+    for table in neuron_tables.tables(layer, _SHOWN):
+        yield '\n'.join(aligned(table.header, table.body))
     agreement = layer.agreement()
     if agreement is not None:
         yield neurons.agreement_table(agreement)
-
-
-def _headline(report: NeuronReport, layer: LayerReport) -> Iterator[str]:
-    facts = layer.layer
-    kind = f' ({facts.unit}s of {" x ".join(map(str, facts.shape))})' if facts.shape else ''
-    line = f'{facts.name}: {facts.neurons} neurons{kind}, {len(report.labels):,} images'
-    yield line + (f'; Delta: {layer.method}' if layer.method else '')
-    if layer.statistics is not None:
-        constant = int((layer.statistics.std() == 0).sum())
-        if constant:
-            yield f'constant: {constant} of {facts.neurons}'
-    for images, response, label in (
-        ('clean images', layer.clean, layer.fragility),
-        (f'images under {report.attack}', layer.attacked, layer.attacked_fragility),
-    ):
-        if response is not None and label is not None:
-            yield (
-                f'fragile: {int(label.fragile.sum())} of {facts.neurons} on {images} '
-                f'({label.rule}; accuracy {response.intact_accuracy:.2%})'
-            )
-
-
-def _most_important(report: NeuronReport, layer: LayerReport) -> list[str]:
-    # The columns are few enough for a terminal; the files have more.
-    values: dict[str, np.ndarray] = {}
-    first, *_ = measures = layer.importance()
-    if layer.delta is not None:
-        values['|Delta|/std'] = neuron_distances.median_distance(layer)
-        values['unreachable'] = np.isinf(layer.delta).mean(0)
-        chosen = neuron_distances.most_sensitive(layer, _SHOWN)
-        title = 'most sensitive'
-    else:
-        chosen = np.argsort(-measures[first], kind='stable')[:_SHOWN].tolist()
-        title = f'most {first.replace("_", " ")}'
-    if layer.clean is not None:
-        values['d_k'] = layer.clean.accuracy
-    if layer.attacked is not None:
-        values['d_k attacked'] = layer.attacked.accuracy
-    for label, measure in (
-        ('|influence|', 'influence'),
-        ('targeting', 'targeting'),
-        ('gradient', 'input_gradient'),
-    ):
-        if measure in measures:
-            values[label] = measures[measure]
-    if not chosen:
-        return ['No neuron flips a prediction.']
-    body = [
-        [f'neuron {neuron}', *(f'{column[neuron]:.4g}' for column in values.values())]
-        for neuron in chosen
-    ]
-    return aligned([title, *values], body)
-
-
-def _targeting(layer: LayerReport) -> list[str]:
-    body = []
-    for score, targeting in layer.targeting.items():
-        for kind, raw, partial in _CORRELATIONS:
-            cells = [*_cells(getattr(targeting, raw)), *_cells(getattr(targeting, partial))]
-            body.append([f'{score} {kind}', *cells])
-    header = ['targeting against d_k', 'rho', 'p', 'rho given norms', 'p']
-    return aligned(header, body)
-
-
-def _through(through: ThroughNeurons) -> list[str]:
-    """Shares of predictions changed, by attacks of one budget."""
-    summary = through.summary()
-    columns = {
-        f'easiest {count}' if count > 1 else 'easiest': share
-        for count, share in zip(summary.counts.tolist(), summary.broken.tolist())
-    }
-    columns |= {'PGD': through.pgd.mean(), 'Delta reached': summary.reached}
-    cells = [f'{share:.2%}' for share in columns.values()]
-    body = [[f'changed, {through.attack}', *cells, f'{summary.mean_successes:.2f}']]
-    return aligned(['through neurons', *columns, 'neurons that do'], body)
-
-
-def _cells(found: neurons.correlation.Correlation | None) -> list[str]:
-    if found is None or np.isnan(found.value):
-        return ['-', '-']
-    return [f'{found.value:+.3f}', f'{found.p_value:.2g}']
-
-
-def _filtering(layer: LayerReport) -> list[str]:
-    body = [
-        [kind, *(measure_plots.verdict(score) for score in filtering.scores(curve))]
-        for kind, curve in layer.curves.items()
-    ]
-    return aligned([f'filtering {layer.layer.kernel_layer}', *filtering.Scores._fields], body)

@@ -1,17 +1,18 @@
-"""Reports of an evaluation: a table for the terminal, JSON, CSV and plots."""
+"""Reports of an evaluation: a table for the terminal, JSON, CSV, plots and a page of all."""
 
 from __future__ import annotations
 
 import csv
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from neurosens import metrics
-from neurosens.evaluation import files, plots, training_plots
+from neurosens.evaluation import files, html_page, plots, report_page, training_plots
 from neurosens.evaluation.robustness import RobustnessReport
 
 
@@ -121,8 +122,11 @@ def write(
     directory: str | pathlib.Path,
     facts: dict[str, Any],
     training_log: Sequence[Mapping[str, Any]] = (),
+    *,
+    sections: Sequence[html_page.Section] = (),
+    provenance: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes `results.json`, `results.csv` and the plots.
+    """Writes `results.json`, `results.csv`, the plots, and `index.html`, which shows all of them.
 
     For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image. Each file
     appears only when it is whole.
@@ -132,13 +136,17 @@ def write(
       directory: where they go; made if need be.
       facts: as in `results`.
       training_log: lines of the training's `metrics.jsonl`, drawn in `training.png`.
+      sections: more of the page, such as `neuron_section` makes.
+      provenance: how the report came about, for the page: `command` and, by names, versions,
+        devices and the like.
 
     Returns:
       The files written.
     """
     directory = pathlib.Path(directory)
+    flat = results(report, facts)
     with files.WholeFiles(directory) as output:
-        text = json.dumps(results(report, facts), indent=2) + '\n'
+        text = json.dumps(flat, indent=2) + '\n'
         output.path('results.json').write_text(text, encoding='utf-8')
         with output.path('results.csv').open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
@@ -152,17 +160,16 @@ def write(
                     writer.writerow(['image', 'label', 'broken_by'])
                     labels = report.predictions.labels.tolist()
                     writer.writerows(zip(range(len(labels)), labels, outcome.broken_by))
-        plots.save(plots.class_accuracy(report), output.path('class_accuracy.png'))
-        if report.outcomes:
-            figure = plots.accuracy_against_eps(report)
-            plots.save(figure, output.path('accuracy_against_eps.png'))
-        if any('loss' in line for line in training_log):
-            figure = training_plots.training_curves(training_log)
-            plots.save(figure, output.path('training.png'))
-        for outcome in _strongest_radius(report):
-            if len(outcome.attacked.x):
-                figure = plots.example_grid(report, outcome)
-                plots.save(figure, output.path(f'examples-{outcome.name}.png'))
+        pictures = {}
+        for name, figure in _figures(report, training_log):
+            path = output.path(name)
+            plots.save(figure, path)
+            pictures[name] = path.read_bytes()
+        page = report_page.report_page(
+            report, flat, pictures, sections=sections, provenance=provenance
+        )
+        # The last one, so that the page never shows what is not beside it yet.
+        output.path('index.html').write_text(page, encoding='utf-8')
     # Examples of an earlier evaluation with other attacks would pass for this one's.
     for pattern in ('examples-*.png', 'autoattack*.csv'):
         for stale in set(directory.glob(pattern)) - set(output.written):
@@ -173,3 +180,17 @@ def write(
 def _strongest_radius(report: RobustnessReport) -> list:
     largest = max((outcome.eps for outcome in report.outcomes), default=0.0)
     return [outcome for outcome in report.outcomes if outcome.eps == largest]
+
+
+def _figures(
+    report: RobustnessReport, training_log: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Figure]]:
+    """The plots by their file names."""
+    yield 'class_accuracy.png', plots.class_accuracy(report)
+    if report.outcomes:
+        yield 'accuracy_against_eps.png', plots.accuracy_against_eps(report)
+    if any('loss' in line for line in training_log):
+        yield 'training.png', training_plots.training_curves(training_log)
+    for outcome in _strongest_radius(report):
+        if len(outcome.attacked.x):
+            yield f'examples-{outcome.name}.png', plots.example_grid(report, outcome)

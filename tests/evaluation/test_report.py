@@ -79,7 +79,7 @@ def test_table_lines_up_and_shows_every_accuracy(report):
 def test_without_attacks_there_is_no_curve(report, tmp_path):
     clean = evaluation.RobustnessReport(report.info, 'test', report.predictions, ())
     written = {path.name for path in evaluation.write(clean, tmp_path, {})}
-    assert written == {'results.json', 'results.csv', 'class_accuracy.png'}
+    assert written == {'index.html', 'results.json', 'results.csv', 'class_accuracy.png'}
 
 
 def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_path):

@@ -1,7 +1,10 @@
 """evaluate.py reports what a fresh computation finds, and writes its report."""
 
+import base64
 import csv
+import html
 import json
+import shlex
 import shutil
 
 import jax
@@ -77,6 +80,27 @@ def test_the_report_is_complete_and_consistent(evaluated):
         with Image.open(report / name) as picture:
             assert len(picture.convert('L').getcolors(65536)) > 5, 'an empty picture'
     assert not list(report.glob('.*partial'))
+
+
+def test_the_page_has_every_picture_and_says_how_it_was_made(evaluated):
+    workdir, _, results = evaluated
+    report = workdir / 'report'
+    page = (report / 'index.html').read_text(encoding='utf-8')
+    pictures = [*report.glob('*.png'), *(report / 'neurons').glob('*.png')]
+    for path in pictures:
+        assert base64.b64encode(path.read_bytes()).decode() in page, path
+    assert page.count('<img ') == len(pictures)
+    assert len(page) < 3e6
+    command = shlex.join(['python', 'evaluate.py', f'--workdir={workdir}', *EVALUATE])
+    assert html.escape(command) in page
+    for key, value in results.items():
+        if key != 'config':
+            assert html.escape(key) in page
+            assert html.escape(json.dumps(value)) in page
+    for name in ('jax', 'flax', 'devices'):
+        assert f'<th scope="row">{name}</th>' in page
+    assert f'{results["clean_accuracy"]:.2%}' in page
+    assert f'step {results["step"]} of {workdir}' in page
 
 
 def test_results_do_not_depend_on_devices_and_batches(evaluated, scripts):
