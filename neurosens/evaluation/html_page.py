@@ -325,7 +325,7 @@ def _figure(figure: Figure) -> str:
     )
 
 
-_DENSITY = 1.5
+_DENSITY = 1.6
 # Pictures become no smaller than this share of their width, but scroll; their text has to be read.
 _SHRUNK = 0.55
 
@@ -402,7 +402,7 @@ th, td {
 thead th { border-bottom: 2px solid var(--line); background: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }
 tbody tr:hover > * { background: var(--soft); }
-tbody th, td:not(.number) { min-width: 6rem; max-width: 30rem; overflow-wrap: break-word; }
+tbody th, td:not(.number) { min-width: 7.5rem; max-width: 30rem; overflow-wrap: break-word; }
 .number { text-align: right; white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .75rem 0; max-width: 100%; min-width: 0; }
