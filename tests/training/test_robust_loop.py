@@ -11,7 +11,7 @@ import pytest
 from interruptions import Killed, assert_same_bits, interrupted, lines, train
 
 from neurosens import config as config_lib
-from neurosens import data, neurons, parallel, training
+from neurosens import data, fingerprints, neurons, parallel, training
 from neurosens.attacks import Threat, pgd
 from neurosens.forward import LayerError
 from neurosens.training import adversarial, checkpoints, loop, monitor, step
@@ -140,9 +140,9 @@ def test_free_training_goes_on_on_other_devices(tmp_path):
 def test_a_damaged_perturbation_is_found():
     mesh = parallel.data_mesh()
     values = np.zeros((16, 3), np.float32)
-    whole = checkpoints._fingerprint({'perturbation': parallel.shard(mesh, values)})
+    whole = fingerprints.of_tree({'perturbation': parallel.shard(mesh, values)})
     values[-1, -1] = 1e-30
-    assert checkpoints._fingerprint({'perturbation': parallel.shard(mesh, values)}) != whole
+    assert fingerprints.of_tree({'perturbation': parallel.shard(mesh, values)}) != whole
 
 
 def test_free_training_of_one_replay_is_that_of_one_step_from_the_last(tmp_path):
