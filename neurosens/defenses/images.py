@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import ArrayLike, Float, Int
 
 from neurosens import parallel
+from neurosens.forward import Forward, Variables
 
 
 def check(
@@ -50,6 +52,34 @@ def check(
             'for each image.'
         )
     return x, y.astype(np.int32)
+
+
+def count_classes(
+    forward: Forward, variables: Variables, x: Float[np.ndarray, 'examples ...']
+) -> int:
+    """Number of classes of a model, which is not run.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: images that it should take `[M, ...]`.
+
+    Returns:
+      The number of its logits.
+
+    Raises:
+      ValueError: the model does not take images of this shape and type.
+    """
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    try:
+        logits = jax.eval_shape(lambda v, x: forward(v, x)[0], variables, one)
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'Images have shape {x.shape[1:]} and type {x.dtype}, which the model does not take: '
+            f'{reason}'
+        ) from error
+    return logits.shape[-1]
 
 
 def check_labels(y: Int[np.ndarray, ' examples'], classes: int) -> None:

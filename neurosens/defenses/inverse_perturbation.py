@@ -282,11 +282,11 @@ def calibrate(
         has too few correctly classified images.
     """
     x, y = images.check(x, y)
+    classes = images.count_classes(forward, variables, x)
+    images.check_labels(y, classes)
     mesh = parallel.data_mesh() if mesh is None else mesh
     run = functools.partial(directions, forward, variables, settings=settings)
     found = images.batched(run, (x, y), batch_size, mesh)
-    classes = found.logits.shape[-1]
-    images.check_labels(y, classes)
     correct = found.logits.argmax(-1) == y
     members = [np.flatnonzero(correct & (y == label)) for label in range(classes)]
     for label, rows in enumerate(members):

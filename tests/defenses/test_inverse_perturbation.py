@@ -175,6 +175,7 @@ def test_bad_input_is_refused_with_one_sentence(model):
         (bad, y, 'NaN or infinite'),
         (x[:0], y[:0], 'at least one image'),
         ((255 * x).astype(np.uint8), y, 'uint8.*divide bytes by 255'),
+        (x[:, :3], y, r'shape \(3, 2\) and type float32, which the model does not take'),
         (x, y[:5], r'Labels have shape \(5,\)'),
         (x, y + 7, 'is not one of the 3 classes'),
         (x[y != 1], y[y != 1], 'Class 1 has 0 correctly classified'),

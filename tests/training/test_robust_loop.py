@@ -230,7 +230,7 @@ def test_a_regularizer_shares_the_pass_of_the_objective(objective):
     results = []
     for experiment in experiments:
         mesh = experiment.mesh
-        state = training.loop.initial_state(experiment)
+        state = training.experiment.initial_state(experiment)
         key = parallel.replicate(mesh, jax.random.key(0))
         results.append(experiment.train_step(state, parallel.shard(mesh, batch), key))
     for a, b in zip(*map(jax.tree.leaves, results)):
@@ -322,7 +322,7 @@ def test_what_is_watched_is_what_evaluation_says(tmp_path):
         variables,
         x,
         images.label,
-        loop._key(experiment, 2),
+        experiment.key(2),
         threat=Threat('linf', 0.1),
         steps=3,
     )
@@ -404,7 +404,7 @@ def test_training_starts_from_other_weights_with_a_fresh_optimizer(tmp_path):
     first = train(training.prepare(CONFIG), tmp_path / 'first')
     settings = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'first'))
     experiment = training.prepare(settings)
-    state = training.loop.initial_state(experiment)
+    state = training.experiment.initial_state(experiment)
     best = training.load(tmp_path / 'first').variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     assert state.step == 0
@@ -446,7 +446,7 @@ def test_averages_start_from_the_weights_that_are_evaluated(tmp_path, decays):
     experiment = training.prepare(
         dataclasses.replace(second, initial_weights=str(tmp_path / 'first'))
     )
-    state = training.loop.initial_state(experiment)
+    state = training.experiment.initial_state(experiment)
     best = training.load(tmp_path / 'first').variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     if decays[1]:
