@@ -19,7 +19,16 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from tqdm import tqdm
 
-from neurosens import attacks, command_line, data, evaluation, parallel, scripts, training
+from neurosens import (
+    attacks,
+    command_line,
+    data,
+    defenses,
+    evaluation,
+    parallel,
+    scripts,
+    training,
+)
 from neurosens import config as config_lib
 
 
@@ -38,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
     with scripts.user_errors():
         scripts.check_changes(
-            arguments, allowed=('data_dir', 'cpu_devices', 'evaluation', 'neurons')
+            arguments, allowed=('data_dir', 'cpu_devices', 'evaluation', 'neurons', 'defense')
         )
         changes, values = command_line.override(config_lib.Config(), arguments, _flags())
         scripts.start_jax(values, changes.cpu_devices)
@@ -55,6 +64,13 @@ def main(arguments: Sequence[str]) -> int:
                 '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
             )
         surrogate = _load_other('--transfer_from', values['transfer_from'], model)
+        benign = None
+        if config.defense.name:
+            # What is wrong with the options should not show only after long attacks.
+            defenses.make_settings(config.defense.name, config.defense.options)
+            benign = data.open(
+                config.dataset, 'train', config.data_dir or None, config.validation_size
+            )
         # What is wrong with a layer should not show only after long attacks.
         for each in filter(None, (model, other)):
             if config.neurons.measures:
@@ -82,6 +98,29 @@ def main(arguments: Sequence[str]) -> int:
         )
     if parallel.is_primary():
         print(evaluation.table(report))
+
+    defended = None
+    if benign is not None:
+        with scripts.user_errors():
+            parameters = evaluation.calibrate_defense(
+                model.forward, model.variables, benign, mesh, config.defense, key
+            )
+        defenses.save(workdir / 'defense', parameters)
+        with _ensemble_bar(values['progress']) as ensemble_progress:
+            defended = evaluation.evaluate_defense(
+                model.forward,
+                model.variables,
+                source,
+                mesh,
+                settings,
+                config.defense,
+                key,
+                parameters=parallel.replicate(mesh, parameters),
+                progress=bars,
+                ensemble_progress=ensemble_progress,
+            )
+        if parallel.is_primary():
+            print(f'\n{evaluation.defense_table(defended)}')
 
     found = compared = None
     if config.neurons.measures:
@@ -125,6 +164,9 @@ def main(arguments: Sequence[str]) -> int:
                 name=str(workdir),
             )
             sections.append(evaluation.neuron_section(found, written, compare=compare))
+        if defended is not None:
+            facts.update(evaluation.defense_facts(defended))
+            evaluation.write_defense(defended, directory)
         evaluation.write(
             report,
             directory,

@@ -554,7 +554,8 @@ def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.minorticks_off()
             axes.set_ylabel('ms per batch')
-            axes.legend(frameon=False)
+        lines, labels = axes.get_legend_handles_labels()
+        figure.legend(lines, labels, loc='outside lower center', ncols=len(measures), frameon=False)
         figure.savefig(arguments.plot, dpi=150)
     return {'scaling': measurement}
 

@@ -68,7 +68,6 @@ def images(
         Float32 images in [0, 1] `[count, H, W, C]` and int32 labels.
     """
     source = data.open(data_set, 'test', data_dir, 0)
-    source = data.open(data_set, 'test', data_dir, 0)
     total = data.info(data_set).test_size if original_order else count
     batch = next(iter(source.eval_batches(batch_size=total)))
     rows = np.arange(count)

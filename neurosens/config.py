@@ -194,6 +194,37 @@ class Neurons:
     top: int = 5
 
 
+SURROGATES = ('straight_through', 'soft', 'candidates')
+PRUNED_BY = ('sensitivity', 'influence', 'ablation', 'input_gradients')
+
+
+@dataclasses.dataclass
+class Defense:
+    """A defence that `evaluate.py` puts in front of the model, and how it is tried.
+
+    Attributes:
+      name: 'inverse_perturbation', 'rescaling' (compress and amplify), 'pruning', or empty for
+        none. The parameters are kept in `defense` of the work directory.
+      options: settings of that defence, as in `neurosens.defenses.<name>.Settings`.
+      images: images of the training split that it is calibrated on; 0 means all.
+      measure: what pruning ranks neurons by, 'sensitivity', 'influence', 'ablation' or
+        'input_gradients'.
+      attacks: attacks made on the defended model besides those of `evaluation.attacks`.
+      surrogates: what inverse perturbation is attacked through besides its exact gradient:
+        'straight_through' gradients, 'soft' choices, and each of its 'candidates' alone.
+      controls: measure what moves of the same size recover, with and without knowledge of the clean
+        image or the label; only for inverse perturbation.
+    """
+
+    name: str = ''
+    options: dict = dataclasses.field(default_factory=dict)
+    images: int = 1000
+    measure: str = 'sensitivity'
+    attacks: tuple[str, ...] = ('apgd', 'apgd_dlr', 'square')
+    surrogates: tuple[str, ...] = SURROGATES
+    controls: bool = True
+
+
 @dataclasses.dataclass
 class Monitor:
     """What training is watched by at each validation, on the first images held out.
@@ -259,6 +290,7 @@ class Config:
       monitor: see `Monitor`.
       evaluation: see `Evaluation`.
       neurons: see `Neurons`.
+      defense: see `Defense`.
     """
 
     dataset: str = 'digits'
@@ -287,11 +319,12 @@ class Config:
     monitor: Monitor = dataclasses.field(default_factory=Monitor)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     neurons: Neurons = dataclasses.field(default_factory=Neurons)
+    defense: Defense = dataclasses.field(default_factory=Defense)
 
 
-_GROUPS = ('optimizer', 'schedule', 'monitor', 'evaluation', 'neurons')
+_GROUPS = ('optimizer', 'schedule', 'monitor', 'evaluation', 'neurons', 'defense')
 # Settings that change neither parameters nor metrics; they may differ when training is resumed.
-FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation', 'neurons')
+FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation', 'neurons', 'defense')
 
 
 # ------------------------------------------------------------------------------------- values
@@ -461,6 +494,7 @@ def _check_ranges(config: Config) -> None:
     check('neurons.attack_steps', neurons.attack_steps, low=1)
     check('neurons.attack_neurons', neurons.attack_neurons, low=1)
     check('neurons.top', neurons.top, low=0)
+    check('defense.images', config.defense.images, low=0)
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
         'evaluation.split': (evaluation.split, ('test', 'validation')),
@@ -474,18 +508,26 @@ def _check_ranges(config: Config) -> None:
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
         'neurons.attack_norm': (neurons.attack_norm, NORMS),
         'neurons.fragile': (neurons.fragile, ('mean', 'median', 'zero')),
+        'defense.measure': (config.defense.measure, PRUNED_BY),
     }
     for key, (value, valid) in choices.items():
         if value not in valid:
             raise ConfigError(_validate.unknown(f'{key}', value, valid))
-    for attack in evaluation.attacks:
-        if attack not in ATTACKS:
-            raise ConfigError(_validate.unknown('evaluation.attacks item', attack, ATTACKS))
-        if attack == 'carlini_wagner' and evaluation.norm != 'l2':
-            raise ConfigError(
-                f"evaluation.attacks has 'carlini_wagner', which is for l2, but evaluation.norm is "
-                f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
-            )
+    for key, named in (
+        ('evaluation.attacks', evaluation.attacks),
+        ('defense.attacks', config.defense.attacks),
+    ):
+        for attack in named:
+            if attack not in ATTACKS:
+                raise ConfigError(_validate.unknown(f'{key} item', attack, ATTACKS))
+            if attack == 'carlini_wagner' and evaluation.norm != 'l2':
+                raise ConfigError(
+                    f"{key} has 'carlini_wagner', which is for l2, but evaluation.norm is "
+                    f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
+                )
+    for surrogate in config.defense.surrogates:
+        if surrogate not in SURROGATES:
+            raise ConfigError(_validate.unknown('defense.surrogates item', surrogate, SURROGATES))
     for measure in neurons.measures:
         if measure not in MEASURES:
             raise ConfigError(_validate.unknown('neurons.measures item', measure, MEASURES))

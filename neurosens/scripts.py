@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
-from neurosens import data, onednn, parallel, training
+from neurosens import data, defenses, onednn, parallel, training
 from neurosens.forward import LayerError
 
 # What computes, or holds, the numbers of a report.
@@ -67,7 +67,13 @@ def user_errors() -> Iterator[None]:
         _end(str(error), 128 + error.signal_number)
     except training.TrainingStopped as error:
         _end(str(error), 1)
-    except (ValueError, LayerError, FileNotFoundError, training.CheckpointError) as error:
+    except (
+        ValueError,
+        LayerError,
+        FileNotFoundError,
+        training.CheckpointError,
+        defenses.DefenseError,
+    ) as error:
         if os.environ.get('NEUROSENS_TRACEBACK'):
             raise
         _end(str(error), 2)

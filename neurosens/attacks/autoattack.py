@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -37,8 +37,8 @@ ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 RANDOM_DRAWS = 20
 # `broken_by` of images that are robust, and of those misclassified without an attack.
 ROBUST, CLEAN = -1, -2
-# Batches are not made smaller than this.
-_SMALLEST_BATCH = 32
+# The size of a last batch is a multiple of the full size divided by this, and of no less than that.
+_PARTS, _SMALLEST_PART = 8, 16
 
 # Called before each batch with a short text, the number of batches left in this run, and the robust
 # accuracy so far.
@@ -206,17 +206,37 @@ def _attack(task: _Task, number: int, run: Run, rows: np.ndarray) -> AttackResul
     return call(queries=task.queries)
 
 
-def _batches(rows: np.ndarray, size: int, devices: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+def _batches(
+    rows: np.ndarray, size: int, devices: int = 1, compiled: Collection[int] = ()
+) -> Iterator[tuple[np.ndarray, int]]:
     """Rows in batches of one size, the last filled up with its first row, and how many count.
 
-    Where half of the size is enough for the last batch, or half of that, it is smaller: an attack
-    of a few images is worth a compilation of its own.
+    Args:
+      rows: what is divided.
+      size: of every batch but the last, whose size may be one of `compiled` or a new one.
+      devices: the last size is a multiple of them too.
+      compiled: sizes for which there is a program.
+
+    Yields:
+      The rows of a batch, and how many of them are not filling.
     """
     for start in range(0, len(rows), size):
-        part, own = rows[start : start + size], size
-        while own % (2 * devices) == 0 and own // 2 >= max(len(part), _SMALLEST_BATCH):
-            own //= 2
+        part = rows[start : start + size]
+        own = _last_size(len(part), size, devices, compiled)
         yield np.concatenate([part, np.full(own - len(part), part[0])]), len(part)
+
+
+def _last_size(count: int, size: int, devices: int, compiled: Collection[int]) -> int:
+    """The batch that so few images are attacked in.
+
+    In eighths of the full size, so that images that only fill up cost little. A program that exists
+    is taken where it does at most a third more work than needed: it saves a compilation.
+    """
+    part = max(-(-size // _PARTS), min(_SMALLEST_PART, size))
+    part = -(-part // devices) * devices
+    needed = min(-(-count // part) * part, size)
+    near = [one for one in compiled if count <= one <= needed * 4 / 3]
+    return min(near, default=needed)
 
 
 def autoattack(
@@ -240,8 +260,8 @@ def autoattack(
     """Attacks a data set with an ensemble (Croce & Hein 2020), each image until one succeeds.
 
     A loop on the host over compiled attacks: between them the images that are still robust are
-    gathered into full batches of one size (the last perhaps of half of it, or of a quarter, ...),
-    so that hardly anything compiles twice. Images that are misclassified already are not attacked.
+    gathered into full batches of one size (the last in eighths of it), so that little is compiled
+    twice. Images that are misclassified already are not attacked.
     The randomness of an image depends on the key, on `index` and on the run, not on batches or
     devices.
 
@@ -310,10 +330,12 @@ def autoattack(
         np.ones(len(x), np.int64),
     )
     accuracy = [found.accuracy()]
+    compiled: dict[str, set[int]] = {run.attack: set() for run in plan}
     for number, run in enumerate(plan):
         robust = np.flatnonzero(found.broken_by == ROBUST)
         devices = 1 if mesh is None else mesh.size
-        batches = list(_batches(robust, batch_size, devices))
+        batches = list(_batches(robust, batch_size, devices, compiled[run.attack]))
+        compiled[run.attack].update(len(rows) for rows, _ in batches)
         for place, (rows, count) in enumerate(batches):
             stored = notes.read(number, place)
             if stored is None:

@@ -8,6 +8,20 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
+from neurosens.evaluation.calibration import calibrate_defense
+from neurosens.evaluation.defended import (
+    DefenseOutcome,
+    DefenseReport,
+    evaluate_defense,
+    relative_cost,
+    success_rate,
+)
+from neurosens.evaluation.defense_report import (
+    defense_facts,
+    defense_rows,
+    defense_table,
+    write_defense,
+)
 from neurosens.evaluation.html_page import Section, check_table
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
@@ -28,6 +42,16 @@ from neurosens.evaluation.robustness import (
 from neurosens.evaluation.training_plots import training_curves
 
 __all__ = [
+    'DefenseOutcome',
+    'DefenseReport',
+    'calibrate_defense',
+    'defense_facts',
+    'defense_rows',
+    'defense_table',
+    'evaluate_defense',
+    'relative_cost',
+    'success_rate',
+    'write_defense',
     'images_wanted',
     'write_neurons',
     'neuron_table',

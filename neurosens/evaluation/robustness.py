@@ -127,7 +127,7 @@ def evaluate(
         smallest = name in _MINIMUM
         for eps in sorted(settings.eps)[-1:] if smallest else settings.eps:
             attacked = accuracy.attack(
-                _attack(name, forward, variables, settings, eps, key, surrogate),
+                make_attack(name, forward, variables, settings, eps, key, surrogate),
                 forward,
                 variables,
                 source,
@@ -221,7 +221,7 @@ def _autoattack(
 _MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 
 
-def _attack(
+def make_attack(
     name: str,
     forward: Forward,
     variables: Variables,
@@ -230,7 +230,20 @@ def _attack(
     key: PRNGKeyArray,
     surrogate: tuple[Forward, Variables] | None = None,
 ) -> Callable[[Array, Array, Array], attacks.AttackResult | attacks.MinimumResult]:
-    """An attack with everything bound but images, labels and their positions."""
+    """An attack with everything bound but images, labels and their positions.
+
+    Args:
+      name: one of `config.ATTACKS` but AutoAttack, or `'transfer'`.
+      forward: the model to attack.
+      variables: its variables, replicated.
+      settings: norm, steps, restarts and loss.
+      eps: radius in pixel units.
+      key: randomness of the attack.
+      surrogate: the model and its variables that `'transfer'` runs PGD on.
+
+    Returns:
+      A function of images `[B, ...]`, labels `[B]` and positions in the data set `[B]`.
+    """
     method: Callable[..., Any]
     options: dict[str, Any] = {}
     if name in ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'transfer'):

@@ -1,5 +1,8 @@
 """The part of a network behind a layer, when a single channel of that layer changes.
 
+Behind a layer in either direction: the logits as a function of a channel, or, as pullbacks are
+linear functions of cotangents, the input gradient as a function of a channel's cotangent.
+
 A convolution or dense layer is linear, so its output after a change of one input channel is the
 unchanged output plus what that channel's difference contributes: a C-th of the work, for C
 channels. Up to the first such layer everything that treats channels apart (pooling, elementwise
@@ -38,23 +41,24 @@ class _Channel:
     values: Array
 
 
-def channel_logits(
+def of_channel(
     program: Program, activation: Float[Array, '... channels']
-) -> Callable[[Int[Array, ''], Array], Float[Array, ' classes']]:
-    """The logits as a function of one channel of an activation.
+) -> Callable[[Int[Array, ''], Array], Array]:
+    """The result of a program as a function of one channel of its argument.
 
     Args:
-      program: from the activation to the logits, with calls inlined.
-      activation: the activation of one example `[..., C]`.
+      program: from an activation to the logits, say, with calls inlined.
+      activation: the activation of one example `[..., C]`; all but one of its channels keep it.
 
     Returns:
-      A function of the channel's index and its values `[...]`, without the channel axis, to logits
-      `[K]`. What does not depend on the two is computed once, outside of maps and loops over them.
+      A function of the channel's index and its values `[...]`, without the channel axis, to the
+      program's result. What does not depend on the two is computed once, outside of maps and loops
+      over them.
     """
     argument, output = program.argument, program.output
     base = run(program, activation)
 
-    def logits(index: Array, channel: Array) -> Array:
+    def result(index: Array, channel: Array) -> Array:
         changed: dict[Later, Any] = {
             argument: _Channel(activation.ndim - 1, channel[..., None].astype(activation.dtype))
         }
@@ -66,7 +70,7 @@ def channel_logits(
             return output
         return _whole(changed[output], base[output], index) if output in changed else base[output]
 
-    return logits
+    return result
 
 
 def _whole(value: Any, unchanged: Array, index: Array) -> Array:

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neurosens import _validate
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import EVERY_OUTPUT, Forward, Variables
-from neurosens.neurons import chunks, tail, units
+from neurosens.neurons import channels, chunks, tail, units
+from neurosens.neurons.program import specialize
 
 PROBES = ('normal', 'rademacher')
 # Pulled back at once for each example: measured on ResNet-20, larger chunks leave the cache.
@@ -67,9 +68,18 @@ def input_gradient_norms_example(
     looped = not chunks.fits(neurons, size)
     pulled = with_fast_input_gradients(neuron_values) if looped else neuron_values
     _, pull = jax.vjp(pulled, x)
+    if len(shape.shape) == 1:
+        # The cotangent of a neuron is zero but for one entry: a dense layer gives it one row of its
+        # kernel, not a product with all of it, whose cost for all neurons would grow as N^2.
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+        backward = specialize(lambda cotangent: pull(cotangent)[0], nothing, inline=True)
+        pull_entry = channels.of_channel(backward, nothing)
 
     def norms(index: Array) -> GradientNorms:
-        (gradient,) = pull(units.direction(index, shape.shape, unit, shape.dtype))
+        if len(shape.shape) == 1:
+            gradient = pull_entry(index, jnp.ones((), shape.dtype))
+        else:
+            (gradient,) = pull(units.direction(index, shape.shape, unit, shape.dtype))
         gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)).ravel()
         magnitude = jnp.abs(gradient)
         return GradientNorms(magnitude.sum(), jnp.sqrt((gradient**2).sum()), magnitude.max())

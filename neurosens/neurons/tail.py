@@ -84,7 +84,7 @@ def cut(forward: Forward, variables: Variables, x: Float[Array, '...'], layer: s
         return result(program, h.astype(activation.dtype))
 
     def channel_logits() -> Callable[[Array, Array], Array]:
-        return channels.channel_logits(specialize(rest, activation, inline=True), activation)
+        return channels.of_channel(specialize(rest, activation, inline=True), activation)
 
     return Cut(activation, logits, channel_logits)
 

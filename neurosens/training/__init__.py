@@ -2,8 +2,9 @@
 
 from neurosens.training import logs
 from neurosens.training.checkpoints import CheckpointError
+from neurosens.training.experiment import Experiment, prepare
 from neurosens.training.loading import TrainedModel, load, make_model
-from neurosens.training.loop import Experiment, Interrupted, TrainingStopped, prepare, train
+from neurosens.training.loop import Interrupted, TrainingStopped, train
 from neurosens.training.objectives import (
     OBJECTIVES,
     REGULARIZERS,

@@ -8,19 +8,16 @@ fingerprints do.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from neurosens import config as config_lib
-from neurosens import parallel
+from neurosens import fingerprints, parallel
 
 _METRIC = 'accuracy'
 
@@ -91,17 +88,17 @@ def save(
       loop: JSON values that the training loop needs to go on.
       accuracy: validation accuracy in [0, 1], where there is one; decides which is best.
     """
-    fingerprints = {name: _fingerprint(tree) for name, tree in items.items()}
+    digests = {name: fingerprints.of_tree(tree) for name, tree in items.items()}
     checkpointer.save_checkpointables(
         step,
         dict(items),
         force=True,
         metrics=None if accuracy is None else {_METRIC: accuracy},
-        custom_metadata=_signed(
+        custom_metadata=fingerprints.signed(
             {
                 'config': config_lib.to_dict(config),
                 'loop': dict(loop),
-                'fingerprints': fingerprints,
+                'fingerprints': digests,
             }
         ),
     )
@@ -288,16 +285,9 @@ def _record(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any
     record = checkpointer.checkpointables_metadata(step).custom_metadata or {}
     if 'fingerprint' not in record:
         raise _Damaged('its record is missing')
-    unsigned = {name: value for name, value in record.items() if name != 'fingerprint'}
-    if record != _signed(unsigned):
+    if not fingerprints.is_intact(record):
         raise _Damaged('its record is not what was written')
     return record
-
-
-def _signed(record: dict[str, Any]) -> dict[str, Any]:
-    """A JSON record with a fingerprint of itself."""
-    text = json.dumps(record, sort_keys=True)
-    return {**record, 'fingerprint': hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
 
 
 def _load(
@@ -312,7 +302,7 @@ def _load(
     except (KeyError, ValueError, OSError, TypeError) as error:
         raise _Damaged(f'{type(error).__name__} on reading') from error
     for name, tree in items.items():
-        if _fingerprint(tree) != record['fingerprints'].get(name):
+        if fingerprints.of_tree(tree) != record['fingerprints'].get(name):
             raise _Damaged(f'the contents of {name!r} are not what was written')
     return items
 
@@ -328,21 +318,3 @@ def _refuse_other_config(saved: dict[str, Any], config: config_lib.Config, direc
             f'The checkpoint in {directory} was trained with another config: {changes}; use the '
             'same settings to go on, or another --workdir to start afresh.'
         )
-
-
-def _whole(leaf: jax.Array) -> Any:
-    """All of an array that is replicated, or split over the devices of all processes."""
-    if leaf.is_fully_replicated:
-        # The copy on the first local device is the whole.
-        return leaf.addressable_data(0)
-    return parallel.gather(leaf)
-
-
-def _fingerprint(tree: Any) -> str:
-    """A digest of names, shapes, dtypes and bits of all leaves."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        value = np.asarray(leaf if not isinstance(leaf, jax.Array) else _whole(leaf))
-        digest.update(f'{jax.tree_util.keystr(path)} {value.shape} {value.dtype}'.encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()

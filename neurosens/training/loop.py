@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 import json
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from neurosens import _validate, data, parallel
 from neurosens import config as config_lib
+from neurosens import data, parallel
 from neurosens.evaluation import accuracy
-from neurosens.forward import LinenForward
-from neurosens.training import checkpoints, logs, monitor, objectives, optimizers
-from neurosens.training.loading import load, make_model
+from neurosens.training import checkpoints, logs, monitor
+from neurosens.training.experiment import Experiment, abstract_state, initial_state
 from neurosens.training.step import (
-    GradientShares,
     TrainState,
-    TrainStep,
-    WeightedRegularizer,
     evaluated_variables,
-    init_state,
-    make_gradient_shares,
-    make_train_step,
-    state_shardings,
 )
-
-# It runs once: XLA:CPU takes longer to optimise a deep network's random draws than to draw them.
-_QUICK_COMPILATION = {'xla_backend_optimization_level': 0}
 
 
 class TrainingStopped(RuntimeError):
@@ -60,42 +45,6 @@ class Interrupted(TrainingStopped):
         self.signal_number = signal_number
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A config turned into the pieces that training needs; nothing is written yet.
-
-    Attributes:
-      config: the settings.
-      mesh: devices to run on.
-      module: the model.
-      source: training data.
-      validation: held-out training data, or None.
-      optimizer: the gradient transformation.
-      train_step: the compiled step.
-      gradient_shares: the compiled function that says what makes a step's gradient, or None.
-      replays: times in a row that each batch is taken by a `Replayed` objective; 0 for others.
-      total_steps: steps of the whole training.
-      evaluate_every: steps between validations.
-    """
-
-    config: config_lib.Config
-    mesh: Mesh
-    module: nn.Module
-    source: data.Source
-    validation: data.Source | None
-    optimizer: optax.GradientTransformation
-    train_step: TrainStep
-    gradient_shares: GradientShares | None
-    replays: int
-    total_steps: int
-    evaluate_every: int
-
-    @property
-    def forward(self) -> LinenForward:
-        """The model in evaluation mode."""
-        return LinenForward(self.module, {'train': False})
-
-
 class Result(NamedTuple):
     """What training ended with.
 
@@ -108,201 +57,6 @@ class Result(NamedTuple):
     step: int
     state: TrainState
     validation_accuracy: float | None
-
-
-def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
-    """Builds everything an experiment needs and finds every mistake in its config.
-
-    Args:
-      config: the settings.
-      mesh: devices to run on; all by default.
-
-    Returns:
-      The experiment, ready for `train`.
-
-    Raises:
-      ValueError: a setting cannot be used.
-      neurosens.data.DatasetNotPreparedError: the data set is not in `data_dir`.
-      LayerError: a layer to be watched or shared is unknown.
-      CheckpointError: the initial weights cannot be read.
-    """
-    config_lib.validate(config)
-    mesh = parallel.data_mesh() if mesh is None else mesh
-    if config.batch_size % mesh.size:
-        raise config_lib.ConfigError(
-            f'batch_size is {config.batch_size}; it must be a multiple of the {mesh.size} devices, '
-            f'such as {parallel.round_up(config.batch_size, mesh)}.'
-        )
-    info = data.info(config.dataset)
-    module = make_model(config)
-    objective = objectives.create(
-        'objective', config.objective, config.objective_options, objectives.OBJECTIVES
-    )
-    if config.augmentation not in data.augmentation_names():
-        raise config_lib.ConfigError(
-            _validate.unknown('augmentation', config.augmentation, data.augmentation_names())
-        )
-    data_dir = config.data_dir or None
-    source = data.open(config.dataset, 'train', data_dir, config.validation_size)
-    validation = (
-        data.open(config.dataset, 'validation', data_dir, config.validation_size)
-        if config.validation_size
-        else None
-    )
-    per_epoch = data.steps_per_epoch(source.num_examples, config.batch_size)
-    total_steps = config.steps or max(1, round(config.epochs * per_epoch))
-    accumulate = config.optimizer.accumulate
-    updates = max(1, total_steps // accumulate)
-    optimizer, schedule = optimizers.make_optimizer(config.optimizer, config.schedule, updates)
-    terms = [
-        _weighted_regularizer(name, options, total_steps)
-        for name, options in config.regularizers.items()
-    ]
-    seen: dict[str, Any] = {
-        'augmentation': config.augmentation,
-        'image_size': info.image_shape[0],
-    }
-    train_step = make_train_step(
-        module,
-        optimizer,
-        schedule,
-        objective,
-        terms,
-        mesh,
-        accumulate=accumulate,
-        ema_decay=config.optimizer.ema_decay,
-        **seen,
-    )
-    if config.monitor.images and config.monitor.layer:
-        monitor.check(module, info, config.monitor)
-    shares = None
-    if terms and config.gradient_shares:
-        shares = make_gradient_shares(module, objective, terms, mesh, **seen)
-    if config.initial_weights:
-        _check_initial_weights(config, module)
-    experiment = Experiment(
-        config=config,
-        mesh=mesh,
-        module=module,
-        source=source,
-        validation=validation,
-        optimizer=optimizer,
-        train_step=train_step,
-        gradient_shares=shares,
-        replays=objective.replays if isinstance(objective, objectives.Replayed) else 0,
-        total_steps=total_steps,
-        evaluate_every=max(1, round(config.evaluate_every * per_epoch)),
-    )
-    if any(term.shared for term in terms):
-        _trace(experiment)
-    return experiment
-
-
-def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None:
-    """Refuses a work directory whose model has other arrays than the one to be trained."""
-    _, saved = checkpoints.read_config(config.initial_weights, 'best')
-    shapes = [
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.info(name).image_shape)))
-        for model, name in ((module, config.dataset), (make_model(saved), saved.dataset))
-    ]
-    if shapes[0] != shapes[1]:
-        raise config_lib.ConfigError(
-            f'initial_weights is {config.initial_weights!r}, a {saved.model} with '
-            f'{saved.model_options} for {saved.dataset}; it must hold the arrays of the model to '
-            f'be trained, {config.model} with {config.model_options} for {config.dataset}.'
-        )
-
-
-def _trace(experiment: Experiment) -> None:
-    """Traces a step, which finds regularizers that cannot share the objective's pass."""
-    size = experiment.config.batch_size
-    shape = data.info(experiment.config.dataset).image_shape
-    kinds = ((size, *shape), jnp.uint8), ((size,), jnp.int32), ((size,), bool), ((size,), jnp.int32)
-    batch = data.Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))
-    jax.eval_shape(experiment.train_step, _state_shapes(experiment), batch, jax.random.key(0))
-
-
-def _weighted_regularizer(
-    name: str, options: Mapping[str, Any], total_steps: int
-) -> WeightedRegularizer:
-    options = dict(options)
-    weight = options.pop('weight', 1.0)
-    _validate.check_range(f'The weight of regularizer {name!r}', weight, low=0)
-    shares = {key: options.pop(key, 0.0) for key in ('ramp', 'start')}
-    for key, share in shares.items():
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise config_lib.ConfigError(
-                f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
-                'number from 0 to 1.'
-            )
-    shared = options.pop('shared', ())
-    if not isinstance(shared, (tuple, list)) or not all(isinstance(one, str) for one in shared):
-        raise config_lib.ConfigError(
-            f"The 'shared' of regularizer {name!r} is {shared!r}; it is a tuple of layer names, "
-            "such as ('head:in',)."
-        )
-    regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
-    ramp, start = (round(share * total_steps) for share in shares.values())
-    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, tuple(shared))
-
-
-def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, on every device; deterministic in the config's seed.
-
-    Args:
-      experiment: from `prepare`.
-
-    Returns:
-      The state, with the weights of `initial_weights` where the config names some.
-
-    Raises:
-      CheckpointError: they cannot be read.
-    """
-    state = _initializer(experiment)(_key(experiment, 0))
-    if not experiment.config.initial_weights:
-        return state
-    model = load(experiment.config.initial_weights, mesh=experiment.mesh)
-    average = None if state.average is None else jax.tree.map(jnp.copy, model.variables['params'])
-    return state._replace(variables=model.variables, average=average)
-
-
-def abstract_state(experiment: Experiment) -> TrainState:
-    """Shapes, dtypes and placement of the state, to read a checkpoint into."""
-    shapes = _state_shapes(experiment)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        state_shardings(shapes, experiment.mesh),
-    )
-
-
-def _state_shapes(experiment: Experiment) -> TrainState:
-    return jax.eval_shape(_plain_initializer(experiment), _key(experiment, 0))
-
-
-def _plain_initializer(experiment: Experiment) -> Callable[[jax.Array], TrainState]:
-    config = experiment.config
-    return functools.partial(
-        init_state,
-        experiment.module,
-        experiment.optimizer,
-        data.info(config.dataset).image_shape,
-        average=config.optimizer.ema_decay > 0,
-        perturbed=config.batch_size if experiment.replays else 0,
-    )
-
-
-def _initializer(experiment: Experiment) -> Callable[[jax.Array], TrainState]:
-    return jax.jit(
-        _plain_initializer(experiment),
-        out_shardings=state_shardings(_state_shapes(experiment), experiment.mesh),
-        compiler_options=_QUICK_COMPILATION if jax.default_backend() == 'cpu' else None,
-    )
-
-
-def _key(experiment: Experiment, purpose: int) -> jax.Array:
-    """The key of one purpose: 0 initialises, 1 is folded with every step, 2 watches."""
-    return jax.random.fold_in(jax.random.key(experiment.config.seed), purpose)
 
 
 def saved_items(state: TrainState) -> dict[str, Any]:
@@ -356,7 +110,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
     if parallel.is_primary():
         text = json.dumps(config_lib.to_dict(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n', encoding='utf-8')
-    key = parallel.replicate(mesh, _key(experiment, 1))
+    key = parallel.replicate(mesh, experiment.key(1))
     batches = _batches(experiment, first)
     log = logs.Log(
         workdir,
@@ -457,7 +211,7 @@ def _watch(experiment: Experiment, state: TrainState, log: logs.Log, step: int) 
         experiment.validation,
         experiment.mesh,
         experiment.config.monitor,
-        _key(experiment, 2),
+        experiment.key(2),
         experiment.config.batch_size,
     )
     log.write(step, found)

@@ -246,15 +246,16 @@ def test_nan_is_named(net):
 @pytest.mark.parametrize(
     ('count', 'size', 'devices', 'shapes'),
     [
-        (300, 128, 2, [128, 128, 64]),
+        (300, 128, 2, [128, 128, 48]),
         (256, 128, 2, [128, 128]),
-        (129, 128, 1, [128, 32]),
-        (65, 128, 1, [128]),
-        (33, 128, 1, [64]),
-        (1, 128, 1, [32]),
-        (1, 96, 8, [48]),
-        (1, 100, 8, [100]),
+        (129, 128, 1, [128, 16]),
+        (65, 128, 1, [80]),
+        (33, 128, 1, [48]),
+        (1, 128, 1, [16]),
+        (1, 96, 8, [16]),
+        (1, 100, 8, [16]),
         (3, 16, 1, [16]),
+        (99, 100, 8, [100]),
     ],
 )
 def test_the_last_batch_is_as_small_as_it_may_be(count, size, devices, shapes):
@@ -263,3 +264,15 @@ def test_the_last_batch_is_as_small_as_it_may_be(count, size, devices, shapes):
     assert all(len(rows) % devices == 0 for rows, _ in found if size % devices == 0)
     counted = np.concatenate([rows[:number] for rows, number in found])
     np.testing.assert_array_equal(counted, np.arange(count))
+
+
+def test_a_program_that_exists_is_taken_where_it_costs_little_more():
+    def last(count, compiled):
+        (batch,) = _batches(np.arange(count), 128, 1, compiled)
+        return len(batch[0])
+
+    assert last(65, {96, 128}) == 96
+    assert last(65, {112, 128}) == 80
+    assert last(90, {80, 96, 112}) == 96
+    assert last(90, {80}) == 96
+    assert last(20, {32, 48, 128}) == 32

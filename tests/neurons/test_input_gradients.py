@@ -286,3 +286,40 @@ def test_gradients_of_half_precision_are_measured_in_float32():
     probed = probe_gradients(*net, jax.random.key(0), probes=1, layers=('h',))['h']
     assert probed.value.dtype == jnp.float32
     assert set(np.ravel(probed.value).tolist()) == {(1 - 1 / 64) ** 2, 1.0, (1 + 1 / 64) ** 2}
+
+
+class Wide(nn.Module):
+    """A dense layer of some width."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(16, name='narrow')(x))
+        return nn.Dense(2, name='head')(nn.relu(nn.Dense(self.width, name='wide')(x)))
+
+
+def test_the_cost_of_a_wide_layer_is_in_proportion_to_its_width():
+    x = jax.random.normal(jax.random.key(0), (2, 7))
+
+    def operations(width):
+        forward = LinenForward(Wide(width))
+        variables = Wide(width).init(jax.random.key(1), x)
+        compiled = input_gradient_norms.lower(forward, variables, x, layer='wide', chunk=width)
+        return compiled.compile().cost_analysis()['flops']
+
+    assert operations(256) < 4.5 * operations(64)
+
+
+def test_rows_of_kernels_give_the_norms_of_the_jacobian():
+    x = jax.random.normal(jax.random.key(0), (4, 7))
+    forward, variables = LinenForward(Wide(9)), Wide(9).init(jax.random.key(1), x)
+    for layer in ('wide', 'head:in'):
+        found = input_gradient_norms(forward, variables, x, layer=layer, chunk=4)
+
+        def values(x, layer=layer):
+            return forward(variables, x[None], taps=(layer,))[1][layer][0]
+
+        jacobian = jax.vmap(jax.jacrev(values))(x)
+        np.testing.assert_allclose(found.l2, jnp.linalg.norm(jacobian, axis=-1), rtol=1e-5)
+        np.testing.assert_allclose(found.linf, jnp.abs(jacobian).max(-1), rtol=1e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neurosens import attacks, data, evaluation, metrics, neurons, training
+from neurosens import attacks, data, defenses, evaluation, metrics, neurons, training
 
 EVALUATE = (
     '--config.evaluation.eps=(0.02,0.1)',
@@ -269,7 +269,52 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     assert (directory / 'act2-attack.png').exists()
 
 
+def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
+    out, _ = scripts.run(
+        'evaluate.py',
+        f'--workdir={workdir}',
+        '--config.defense.name=inverse_perturbation',
+        "--config.defense.options={'layers': ('act2',), 'rho': (0.02, 0.05)}",
+        "--config.defense.attacks=('square',)",
+        "--config.defense.surrogates=('soft',)",
+        "--config.evaluation.attacks=('pgd',)",
+        '--config.evaluation.eps=(0.1,)',
+        '--config.evaluation.steps=4',
+        '--config.evaluation.queries=10',
+        '--config.evaluation.limit=80',
+        '--config.neurons.measures=()',
+    )
+    results = json.loads((workdir / 'report' / 'results.json').read_text())
+    assert results['defense/name'] == 'inverse_perturbation' and results['defense/passes'] == 5
+    worst = results['defense/worst/all-linf-0.1']
+    attacked = ('static/pgd', 'adaptive/pgd', 'adaptive/pgd_soft', 'adaptive/square')
+    assert worst <= min(results[f'defense/{name}-linf-0.1'] for name in attacked)
+    assert 'adaptive/pgd_soft-linf-0.1' in out and 'true logit, oracle' in out
+    assert (workdir / 'report' / 'defense_shifts.png').exists()
+    # The parameters on disk are those that were attacked.
+    model = training.load(workdir)
+    parameters = defenses.load(workdir / 'defense')
+    defended = defenses.inverse_perturbation.apply(parameters, model.forward)
+    test = data.load('digits', 'test')
+    logits, _ = jax.jit(defended)(model.variables, data.to_float(test.images[:80]))
+    accuracy = (np.asarray(logits).argmax(-1) == test.labels[:80]).mean()
+    assert results['defense/clean_accuracy'] == pytest.approx(accuracy)
+
+
 MISTAKES = [
+    (['--config.defense.name=inverse'], "Unknown defense 'inverse'"),
+    (
+        ['--config.defense.name=pruning', "--config.defense.options={'size': 3}"],
+        "Unknown option of pruning 'size'",
+    ),
+    (
+        ['--config.defense.name=rescaling', "--config.defense.options={'layer': 'act9'}"],
+        "Unknown layer 'act9'",
+    ),
+    (['--config.defense.measure=size'], "Unknown defense.measure 'size'"),
+    (["--config.defense.surrogates=('hard',)"], "Unknown defense.surrogates item 'hard'"),
     (['--config.model=mlp'], '--config.model is fixed by the trained model'),
     (['--config=configs/mnist.py'], '--config is fixed by the trained model'),
     (['--checkpoint=7'], "There is no checkpoint '7'"),

@@ -40,7 +40,7 @@ def test_the_mnist_example_of_hoffman_et_al(data_root, tmp_path):
     # One device: steps of so small a network cost most by being split.
     experiment = training.prepare(config, parallel.data_mesh(1))
     test = data.open('mnist', 'test', config.data_dir)
-    before = penalty(experiment, training.loop.initial_state(experiment).variables, test)
+    before = penalty(experiment, training.experiment.initial_state(experiment).variables, test)
     result = training.train(experiment, tmp_path, progress=False)
     after = penalty(experiment, result.state.variables, test)
     predictions = accuracy.predict(

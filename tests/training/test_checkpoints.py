@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from neurosens import config as config_lib
-from neurosens import parallel
+from neurosens import fingerprints, parallel
 from neurosens.training import CheckpointError, checkpoints
 
 CONFIG = config_lib.Config(
@@ -357,7 +357,7 @@ def test_a_key_that_the_saved_config_lacks_is_named(workdir, abstract):
     record = json.loads(file.read_text())
     saved = record['custom_metadata']
     del saved['config']['augmentation'], saved['fingerprint']
-    record['custom_metadata'] = checkpoints._signed(saved)
+    record['custom_metadata'] = fingerprints.signed(saved)
     file.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="augmentation \\(None there, 'none' now\\)"):
         resume(workdir, abstract)

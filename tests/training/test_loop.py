@@ -13,7 +13,8 @@ from interruptions import Killed, assert_same_bits, interrupted, kill, lines, tr
 
 from neurosens import config as config_lib
 from neurosens import data, parallel, training
-from neurosens.training import checkpoints, logs, loop, objectives
+from neurosens.training import checkpoints, logs, objectives
+from neurosens.training import experiment as experiment_lib
 
 BATCH = 32
 STEPS = 11
@@ -214,7 +215,7 @@ def test_divergence_is_reported_and_the_checkpoint_before_it_kept(tmp_path):
     )
     assert steps_in(tmp_path) == [4]
     assert [line['step'] for line in logs.read(tmp_path)] == [1, 2, 3, 4, 5]
-    items = {'variables': loop.abstract_state(experiment).variables}
+    items = {'variables': experiment_lib.abstract_state(experiment).variables}
     restored = checkpoints.read_items(tmp_path, 4, items)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))
 
@@ -285,7 +286,9 @@ def test_a_regularizer_takes_its_weight_ramp_and_options_from_the_config(monkeyp
         return f'penalty of power {power}'
 
     monkeypatch.setitem(objectives.REGULARIZERS, 'small', small)
-    monkeypatch.setattr(loop, 'make_train_step', lambda *args, **kwargs: made.append(args[4]))
+    monkeypatch.setattr(
+        experiment_lib, 'make_train_step', lambda *args, **kwargs: made.append(args[4])
+    )
     options = {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
     training.prepare(dataclasses.replace(CONFIG, regularizers=options))
     training.prepare(dataclasses.replace(CONFIG, regularizers={'small': {'power': 3}}))

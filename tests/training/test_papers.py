@@ -11,7 +11,7 @@ import pytest
 
 from neurosens import command_line, data, parallel, training
 from neurosens import config as config_lib
-from neurosens.training import loop, objectives
+from neurosens.training import experiment, objectives
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PAPERS = sorted((REPOSITORY / 'configs' / 'papers').glob('*.py'))
@@ -28,7 +28,7 @@ def test_a_training_step_of_the_config_can_be_traced(path):
     )
     optimizer, schedule = training.make_optimizer(config.optimizer, config.schedule, 100)
     terms = [
-        loop._weighted_regularizer(name, options, 100)
+        experiment._weighted_regularizer(name, options, 100)
         for name, options in config.regularizers.items()
     ]
     step = training.make_train_step(

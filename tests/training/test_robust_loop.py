@@ -11,7 +11,7 @@ import pytest
 from interruptions import Killed, assert_same_bits, interrupted, lines, train
 
 from neurosens import config as config_lib
-from neurosens import data, neurons, parallel, training
+from neurosens import data, fingerprints, neurons, parallel, training
 from neurosens.attacks import Threat, pgd
 from neurosens.forward import LayerError
 from neurosens.training import adversarial, checkpoints, loop, monitor, step
@@ -140,9 +140,9 @@ def test_free_training_goes_on_on_other_devices(tmp_path):
 def test_a_damaged_perturbation_is_found():
     mesh = parallel.data_mesh()
     values = np.zeros((16, 3), np.float32)
-    whole = checkpoints._fingerprint({'perturbation': parallel.shard(mesh, values)})
+    whole = fingerprints.of_tree({'perturbation': parallel.shard(mesh, values)})
     values[-1, -1] = 1e-30
-    assert checkpoints._fingerprint({'perturbation': parallel.shard(mesh, values)}) != whole
+    assert fingerprints.of_tree({'perturbation': parallel.shard(mesh, values)}) != whole
 
 
 def test_free_training_of_one_replay_is_that_of_one_step_from_the_last(tmp_path):
@@ -230,7 +230,7 @@ def test_a_regularizer_shares_the_pass_of_the_objective(objective):
     results = []
     for experiment in experiments:
         mesh = experiment.mesh
-        state = training.loop.initial_state(experiment)
+        state = training.experiment.initial_state(experiment)
         key = parallel.replicate(mesh, jax.random.key(0))
         results.append(experiment.train_step(state, parallel.shard(mesh, batch), key))
     for a, b in zip(*map(jax.tree.leaves, results)):
@@ -322,7 +322,7 @@ def test_what_is_watched_is_what_evaluation_says(tmp_path):
         variables,
         x,
         images.label,
-        loop._key(experiment, 2),
+        experiment.key(2),
         threat=Threat('linf', 0.1),
         steps=3,
     )
@@ -404,7 +404,7 @@ def test_training_starts_from_other_weights_with_a_fresh_optimizer(tmp_path):
     first = train(training.prepare(CONFIG), tmp_path / 'first')
     settings = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'first'))
     experiment = training.prepare(settings)
-    state = training.loop.initial_state(experiment)
+    state = training.experiment.initial_state(experiment)
     best = training.load(tmp_path / 'first').variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     assert state.step == 0
@@ -446,7 +446,7 @@ def test_averages_start_from_the_weights_that_are_evaluated(tmp_path, decays):
     experiment = training.prepare(
         dataclasses.replace(second, initial_weights=str(tmp_path / 'first'))
     )
-    state = training.loop.initial_state(experiment)
+    state = training.experiment.initial_state(experiment)
     best = training.load(tmp_path / 'first').variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     if decays[1]:

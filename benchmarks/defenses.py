@@ -1,0 +1,420 @@
+"""What defences are worth on published networks, against attacks that know them.
+
+    python -m benchmarks.defenses SUBJECT --weights DIR --data_dir DIR --output DIR [--networks ...]
+
+SUBJECT is one of
+
+    defended    inverse perturbation, compress/amplify and pruning: static and adaptive attacks
+    curves      accuracy against the strength of compress/amplify and the number of pruned neurons
+    fragile     fragile and robust first filters, and whether FGSM targets them
+
+Attacks on what a curve shows are made anew on every rescaled or pruned model. Every part is kept in
+the output folder, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib.figure import Figure
+
+from benchmarks import harness, published
+from neurosens import config, data, evaluation, onednn, parallel
+from neurosens.defenses import pruning, rescaling
+from neurosens.evaluation import plots
+
+BATCH_SIZE = 128
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEASURES = ('sensitivity', 'ablation')
+ORDERS = ('most', 'least', 'random')
+
+
+class Setting(NamedTuple):
+    """How a network is attacked and defended.
+
+    Attributes:
+        eps: linf radii.
+        images: test images of the evaluation of defences.
+        curve_images: test images of a point of a curve.
+        front: layer behind whose neurons inverse perturbation stands.
+        first: first layer, behind its nonlinearity, and the one with its kernel.
+        rho: sizes of moves.
+        prune: numbers of pruned neurons of the last layer's input.
+    """
+
+    eps: tuple[float, ...]
+    images: int
+    curve_images: int
+    front: str
+    first: tuple[str, str]
+    rho: tuple[float, ...]
+    prune: tuple[int, ...]
+
+
+_MNIST = Setting(
+    (0.1, 0.3),
+    500,
+    1000,
+    'act2',
+    ('act1', 'conv1'),
+    (0.01, 0.03, 0.1, 0.3),
+    (0, 10, 25, 50, 100, 150),
+)
+SETTINGS = {
+    'lenet5': _MNIST,
+    'lenet5_robust': _MNIST,
+    'resnet20': Setting(
+        (0.5 / 255, 2 / 255),
+        128,
+        256,
+        'head:in',
+        ('act1', 'conv1'),
+        (0.001, 0.003, 0.01, 0.03),
+        (0, 4, 8, 16, 32, 48),
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """A network on its devices, with its data.
+
+    Attributes:
+        name: of the network.
+        setting: how it is attacked.
+        forward: the network.
+        variables: replicated.
+        train: benign images for calibration.
+        test: images to attack.
+        mesh: devices.
+    """
+
+    name: str
+    setting: Setting
+    forward: Any
+    variables: Any
+    train: data.Source
+    test: data.Source
+    mesh: jax.sharding.Mesh
+
+
+def load(name: str, arguments: argparse.Namespace, mesh: jax.sharding.Mesh) -> Problem:
+    """Loads a network and its data."""
+    network = published.load(name, arguments.weights)
+    variables = parallel.replicate(mesh, network.variables)
+    train, test = (
+        data.open(network.data_set, split, arguments.data_dir, 0) for split in ('train', 'test')
+    )
+    return Problem(name, SETTINGS[name], network.forward, variables, train, test, mesh)
+
+
+def _calibrated(problem: Problem, settings: config.Defense) -> Any:
+    return evaluation.calibrate_defense(
+        problem.forward,
+        problem.variables,
+        problem.train,
+        problem.mesh,
+        settings,
+        jax.random.key(0),
+        batch_size=BATCH_SIZE,
+    )
+
+
+# ------------------------------------------------------------------------------------- defended
+
+
+def defended(problem: Problem, folder: pathlib.Path) -> str:
+    """Evaluates each defence with static and adaptive attacks; returns a Markdown table."""
+    setting = problem.setting
+    half = setting.prune[-2]
+    options: dict[str, dict[str, Any]] = {
+        'inverse_perturbation': {'layers': (setting.front,), 'rho': setting.rho},
+        'rescaling': {'layer': setting.first[0], 'strength': 0.5},
+        'pruning': {'count': half},
+    }
+    rows = []
+    for name, chosen in options.items():
+        facts = _kept(
+            folder / f'{problem.name}_{name}.json',
+            lambda name=name, chosen=chosen: _defended(problem, name, chosen, folder),
+        )
+        for eps in setting.eps:
+            threat = f'linf-{eps:.3g}'
+            undefended = min(
+                value
+                for key, value in facts.items()
+                if key.startswith('defense/undefended/')
+                and key.endswith(threat)
+                and isinstance(value, float)
+            )
+            square = facts[f'defense/adaptive/square-{threat}']
+            rate = facts.get(f'defense/success_rate/pgd-{threat}')
+            cells = (
+                facts['defense/undefended/clean_accuracy'],
+                facts['defense/clean_accuracy'],
+                undefended,
+                facts[f'defense/worst/static-{threat}'],
+                rate,
+                square,
+                facts[f'defense/worst/all-{threat}'],
+            )
+            cost = f'{facts["defense/relative_cost"]:.1f}'
+            rows.append((name, threat, *map(_percent, cells), cost))
+    header = (
+        'Defence',
+        'threat',
+        'clean, undefended',
+        'clean',
+        'undefended, FGSM and PGD',
+        'the same images, defended',
+        'recovered of PGD',
+        'Square on the defence',
+        'all attacks',
+        'cost',
+    )
+    return harness.markdown_table(header, rows)
+
+
+def _percent(share: float | None) -> str:
+    return '-' if share is None else f'{100 * share:.1f}'
+
+
+def _defended(
+    problem: Problem, name: str, options: dict[str, Any], folder: pathlib.Path
+) -> dict[str, Any]:
+    settings = config.Defense(name=name, options=options)
+    parameters = _calibrated(problem, settings)
+    report = evaluation.evaluate_defense(
+        problem.forward,
+        problem.variables,
+        problem.test,
+        problem.mesh,
+        config.Evaluation(
+            batch_size=BATCH_SIZE,
+            limit=problem.setting.images,
+            attacks=('fgsm', 'pgd'),
+            eps=problem.setting.eps,
+            steps=40,
+            auto_steps=50,
+            queries=500,
+        ),
+        settings,
+        jax.random.key(0),
+        parameters=parallel.replicate(problem.mesh, parameters),
+    )
+    print(f'\n{problem.name}\n{evaluation.defense_table(report)}', flush=True)
+    evaluation.write_defense(report, folder / f'{problem.name}_{name}')
+    return evaluation.defense_facts(report)
+
+
+# --------------------------------------------------------------------------------------- curves
+
+
+def curves(problem: Problem, folder: pathlib.Path) -> str:
+    """Rescales and prunes by degrees; returns a Markdown table and writes a plot."""
+    found = _kept(folder / f'{problem.name}_curves.json', lambda: _curves(problem))
+    rows = [
+        (name, degree, *(_percent(values[kind]) for kind in ('clean', 'fgsm', 'pgd', 'apgd')))
+        for name, by_degree in found.items()
+        for degree, values in by_degree.items()
+    ]
+    plots.save(curve_figure(found, problem), folder / f'{problem.name}_curves.png')
+    eps = problem.setting.eps[0]
+    return harness.markdown_table(
+        ('Change', 'degree', 'clean %', f'FGSM {eps:.3g}', 'PGD-20', 'APGD-DLR'), rows
+    )
+
+
+def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
+    setting = problem.setting
+    changed: dict[str, dict[str, Any]] = {}
+    report = _measure(problem, setting.first[0], ('ablation',))
+    assert report.clean is not None
+    for strength in STRENGTHS:
+        chosen = rescaling.Settings(layer=setting.first[0], strength=strength)
+        parameters = rescaling.calibrate(report.clean.accuracy, settings=chosen)
+        label = 'compress/amplify'
+        changed.setdefault(label, {})[f'{strength:g}'] = rescaling.apply(
+            parameters, problem.forward
+        )
+    last = _measure(problem, 'head:in', MEASURES)
+    for measure in MEASURES:
+        for order in ORDERS if measure == MEASURES[0] else ORDERS[:2]:
+            label = order if order == 'random' else f'{order} {measure}'
+            for count in setting.prune:
+                pruned = pruning.calibrate(
+                    last.importance()[measure],
+                    settings=pruning.Settings(count=count, order=order),
+                )
+                changed.setdefault(f'prune {label}', {})[str(count)] = pruning.apply(
+                    pruned, problem.forward
+                )
+    return {
+        name: {degree: _accuracies(problem, model) for degree, model in by_degree.items()}
+        for name, by_degree in changed.items()
+    }
+
+
+def _measure(problem: Problem, layer: str, measures: tuple[str, ...]) -> evaluation.LayerReport:
+    report = evaluation.measure_neurons(
+        problem.forward,
+        problem.variables,
+        problem.train,
+        problem.mesh,
+        config.Neurons(measures=measures, layers=(layer,), limit=1000, batch_size=BATCH_SIZE),
+        jax.random.key(0),
+        split='train',
+        eps=problem.setting.eps[0],
+    )
+    return report.layers[0]
+
+
+def _accuracies(problem: Problem, model: Any) -> dict[str, float]:
+    """Clean and under attacks made on the model itself."""
+    report = evaluation.evaluate(
+        model,
+        problem.variables,
+        problem.test,
+        problem.mesh,
+        config.Evaluation(
+            batch_size=BATCH_SIZE,
+            limit=problem.setting.curve_images,
+            attacks=('fgsm', 'pgd', 'apgd_dlr'),
+            eps=problem.setting.eps[:1],
+            steps=20,
+            auto_steps=20,
+        ),
+        jax.random.key(0),
+    )
+    found = {'clean': report.predictions.accuracy}
+    for outcome in report.outcomes:
+        name = {'apgd_dlr': 'apgd'}.get(outcome.attack, outcome.attack)
+        found[name] = float(1 - outcome.attacked.success.mean())
+    return found
+
+
+def curve_figure(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], problem: Problem
+) -> Figure:
+    """Accuracy against degree, clean and attacked."""
+    figure = Figure(figsize=(10, 3.8), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    names = [name for name in found if name.startswith('prune')]
+    for axes, chosen, label in (
+        (left, ['compress/amplify'], 'strength'),
+        (right, names, "neurons pruned from the last layer's input"),
+    ):
+        for place, name in enumerate(chosen):
+            degrees = [float(degree) for degree in found[name]]
+            for kind, stroke in (('clean', '-'), ('fgsm', ':'), ('pgd', '--')):
+                values = [100 * values[kind] for values in found[name].values()]
+                color = plots.COLORS[place]
+                axes.plot(degrees, values, stroke, color=color, marker='o', markersize=3)
+        axes.set_xlabel(label)
+        axes.set_ylim(-2, 102)
+        plots.style(axes)
+    left.set_ylabel('accuracy (%)')
+    for kind, stroke in (
+        ('clean', '-'),
+        (f'FGSM {problem.setting.eps[0]:.3g}', ':'),
+        ('PGD', '--'),
+    ):
+        left.plot([], [], stroke, color='0.3', label=kind)
+    for place, name in enumerate(names):
+        right.plot([], [], color=plots.COLORS[place], label=name.removeprefix('prune '))
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=7)
+    figure.suptitle(problem.name)
+    return figure
+
+
+# -------------------------------------------------------------------------------------- fragile
+
+
+def fragile(problem: Problem, folder: pathlib.Path) -> str:
+    """Labels the first filters and correlates them with what FGSM targets."""
+    found = _kept(folder / f'{problem.name}_fragile.json', lambda: _fragile(problem))
+    return harness.markdown_table(('Fact', 'value'), [(k, v) for k, v in found.items()])
+
+
+def _fragile(problem: Problem) -> dict[str, str]:
+    eps = problem.setting.eps[0]
+    report = evaluation.measure_neurons(
+        problem.forward,
+        problem.variables,
+        problem.test,
+        problem.mesh,
+        config.Neurons(
+            measures=('ablation', 'targeting'),
+            layers=(problem.setting.first[0],),
+            limit=2000,
+            batch_size=BATCH_SIZE,
+        ),
+        jax.random.key(0),
+        split='test',
+        eps=eps,
+    )
+    facts = evaluation.neuron_facts(report)
+    prefix = f'neurons/{problem.setting.first[0]}/'
+    return {
+        key.removeprefix(prefix): f'{value:.3g}' if isinstance(value, float) else str(value)
+        for key, value in facts.items()
+        if key.startswith(prefix)
+    }
+
+
+# --------------------------------------------------------------------------------------- common
+
+
+def _kept(file: pathlib.Path, make: Any) -> dict[str, Any]:
+    """What a file holds, or what is made and then held there."""
+    if not file.exists():
+        file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
+
+
+_SUBJECTS = {'defended': defended, 'curves': curves, 'fragile': fragile}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('subject', choices=_SUBJECTS)
+    parser.add_argument('--weights', required=True, help='folder of the published weights')
+    parser.add_argument('--data_dir', required=True, help='directory of TFDS')
+    parser.add_argument('--output', required=True, help='folder of the results')
+    parser.add_argument('--networks', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument('--images', type=int, default=0, help='in place of those of the settings')
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Runs a subject on every network and prints its tables."""
+    arguments = parse_arguments()
+    parallel.keep_freed_memory()
+    parallel.use_cpu_devices(parallel.cpu_device_count(BATCH_SIZE))
+    if jax.default_backend() == 'cpu':
+        onednn.use_onednn()
+    folder = pathlib.Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = parallel.data_mesh()
+    tables = []
+    for name in arguments.networks:
+        problem = load(name, arguments, mesh)
+        if arguments.images:
+            changed = problem.setting._replace(
+                images=arguments.images, curve_images=arguments.images
+            )
+            problem = problem._replace(setting=changed)
+        tables.append((name, _SUBJECTS[arguments.subject](problem, folder)))
+    print(f'\n{harness.machine_line(harness.machine())}')
+    for name, text in tables:
+        print(f'\n{name}:\n\n{text}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,113 @@
+"""Checks of images and labels, and batches of them over all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import ArrayLike, Float, Int
+
+from neurosens import parallel
+from neurosens.forward import Forward, Variables
+
+
+def check(
+    x: Float[ArrayLike, 'examples ...'], y: Int[ArrayLike, ' examples']
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as arrays, if they can be used.
+
+    Args:
+      x: images with pixels in [0, 1] `[M, ...]`.
+      y: their classes `[M]`.
+
+    Returns:
+      Both on the host, labels as int32.
+
+    Raises:
+      ValueError: there are no images, they are not floating-point, not finite or outside [0, 1], or
+        labels are not integers, one for each image.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(
+            f'Images are of type {x.dtype}; they must be floating-point with pixels in [0, 1] '
+            '(divide bytes by 255).'
+        )
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f'Images have shape {x.shape}; a batch of at least one image is needed.')
+    if not np.isfinite(x).all():
+        raise ValueError('Images hold NaN or infinite pixels; leave those images out.')
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f'Pixels lie between {x.min():g} and {x.max():g}; they must be in [0, 1], with '
+            'normalisation inside the model.'
+        )
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(
+            f'Labels have shape {y.shape} and type {y.dtype}; {len(x)} integers are needed, one '
+            'for each image.'
+        )
+    return x, y.astype(np.int32)
+
+
+def count_classes(
+    forward: Forward, variables: Variables, x: Float[np.ndarray, 'examples ...']
+) -> int:
+    """Number of classes of a model, which is not run.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: images that it should take `[M, ...]`.
+
+    Returns:
+      The number of its logits.
+
+    Raises:
+      ValueError: the model does not take images of this shape and type.
+    """
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    try:
+        logits = jax.eval_shape(lambda v, x: forward(v, x)[0], variables, one)
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'Images have shape {x.shape[1:]} and type {x.dtype}, which the model does not take: '
+            f'{reason}'
+        ) from error
+    return logits.shape[-1]
+
+
+def check_labels(y: Int[np.ndarray, ' examples'], classes: int) -> None:
+    """Raises a ValueError where a label is not one of the model's classes."""
+    if y.min() < 0 or y.max() >= classes:
+        wrong = y[(y < 0) | (y >= classes)][0]
+        raise ValueError(f'Label {wrong} is not one of the {classes} classes of the model.')
+
+
+def batched(
+    function: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int, mesh: Mesh
+) -> Any:
+    """Applies a function to batches of one shape, over all devices.
+
+    Args:
+      function: from arrays `[B, ...]`, split over the mesh, to a pytree of arrays `[B, ...]`.
+      arrays: arrays `[M, ...]` that every process holds.
+      batch_size: rows at once; the last batch is filled up, so that one program serves all.
+      mesh: devices to run on.
+
+    Returns:
+      The pytree for all rows, on the host.
+    """
+    total = len(arrays[0])
+    size = parallel.round_up(min(batch_size, total), mesh)
+    parts = []
+    for start in range(0, total, size):
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        batch = parallel.shard_global(mesh, tuple(array[rows] for array in arrays))
+        parts.append(parallel.gather(function(*batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *parts)

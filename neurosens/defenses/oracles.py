@@ -1,0 +1,99 @@
+"""Bounds and controls of inverse perturbation, for evaluation only.
+
+None of these is a defence: each needs the clean twin of an attacked image, the true class, or both.
+They say how much a move of a given size could recover at best, and how much any move does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from neurosens.defenses.inverse_perturbation import (
+    DEFAULT,
+    Settings,
+    direction_example,
+    normalize,
+)
+from neurosens.forward import Forward, Variables
+
+NAMES = (
+    'identity',
+    'random',
+    'random, oracle sign',
+    'influence, oracle (released)',
+    'true logit, oracle',
+)
+
+
+@functools.partial(jax.jit, static_argnames='settings')
+def moved(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    x_adv: Float[Array, 'batch ...'],
+    y: Int[Array, ' batch'],
+    key: PRNGKeyArray,
+    *,
+    rho: Float[Array, ''] | float,
+    settings: Settings = DEFAULT,
+    index: Int[Array, ' batch'] | None = None,
+) -> dict[str, Float[Array, 'batch ...']]:
+    """Attacked images after moves of one size along different directions, jit-compiled.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: clean images with pixels in [0, 1] `[B, ...]`.
+      x_adv: the same images attacked.
+      y: true classes `[B]`.
+      key: of the random directions.
+      rho: size of the moves, root mean square per pixel.
+      settings: layers and neurons of the influence direction.
+      index: identity of each example `[B]`, so that random directions do not depend on batches; by
+        default its place in this batch.
+
+    Returns:
+      Images in [0, 1] `[B, ...]` for each of `NAMES`:
+
+      - `identity`: unmoved;
+      - `random`: along a normal direction;
+      - `random, oracle sign`: the same, or against it where that does not give the true class;
+      - `influence, oracle (released)`: the first released program of Chen et al. 2021: the
+        direction of the *clean* image's predicted class, with the sign that gives that class;
+      - `true logit, oracle`: along the gradient of the true class's logit at the attacked image:
+        about what any move of this size can do to first order.
+    """
+    if index is None:
+        index = jnp.arange(len(x))
+
+    def predict(image: Array) -> Array:
+        return forward(variables, image[None])[0][0].argmax()
+
+    def example(x: Array, x_adv: Array, y: Array, index: Array) -> dict[str, Array]:
+        def step(direction: Array) -> Array:
+            return jnp.clip(x_adv + rho * direction, 0, 1)
+
+        def either(direction: Array, wanted: Array) -> Array:
+            # The program judges before it clips.
+            right = predict(x_adv + rho * direction) == wanted
+            return step(jnp.where(right, 1, -1) * direction)
+
+        noise = normalize(jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype))
+        clean = direction_example(forward, variables, x, settings=settings)
+        logit = jax.grad(lambda image: forward(variables, image[None])[0][0][y])(x_adv)
+        images = (
+            x_adv,
+            step(noise),
+            either(noise, y),
+            either(clean.direction.astype(x.dtype), clean.logits.argmax()),
+            step(normalize(logit)),
+        )
+        return dict(zip(NAMES, images))
+
+    results: Any = jax.vmap(example)(jnp.asarray(x), jnp.asarray(x_adv), jnp.asarray(y), index)
+    return results

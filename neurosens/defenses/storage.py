@@ -1,0 +1,133 @@
+"""Parameters of defences on disk, beside the model they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from neurosens import _validate, fingerprints
+from neurosens.defenses import inverse_perturbation, pruning, rescaling
+
+DEFENSES: dict[str, ModuleType] = {
+    'inverse_perturbation': inverse_perturbation,
+    'rescaling': rescaling,
+    'pruning': pruning,
+}
+_ITEM = 'parameters'
+
+
+class DefenseError(RuntimeError):
+    """Stored parameters that cannot be used; the message says why and what to do."""
+
+
+def name_of(parameters: Any) -> str:
+    """The name, among `DEFENSES`, of the defence whose parameters these are.
+
+    Raises:
+      TypeError: they are of no defence.
+    """
+    for name, module in DEFENSES.items():
+        if isinstance(parameters, module.Parameters):
+            return name
+    raise TypeError(f'{type(parameters).__name__} are not the parameters of a defence.')
+
+
+def make_settings(name: str, options: dict[str, Any]) -> Any:
+    """Settings of a defence from plain values.
+
+    Args:
+      name: one of `DEFENSES`.
+      options: values of its settings by name; defaults for those that are missing.
+
+    Returns:
+      Its frozen settings.
+
+    Raises:
+      ValueError: the name, an option or a value is wrong.
+    """
+    if name not in DEFENSES:
+        raise ValueError(_validate.unknown('defense', name, tuple(DEFENSES)))
+    kind = DEFENSES[name].Settings
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for option, value in options.items():
+        if option not in fields:
+            raise ValueError(_validate.unknown(f'option of {name}', option, tuple(fields)))
+        default = fields[option].default
+        if isinstance(default, tuple):
+            value = tuple(value) if isinstance(value, (list, tuple)) else value
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise ValueError(
+                f'Option {option} of {name} is {value!r}; it must be of type '
+                f'{type(default).__name__}.'
+            )
+        values[option] = value
+    return kind(**values)
+
+
+def save(directory: str | pathlib.Path, parameters: Any) -> None:
+    """Writes the parameters of a defence, in place of older ones there.
+
+    Every process calls it. The directory appears only when it is whole.
+
+    Args:
+      directory: where they go, such as `WORKDIR/defense`.
+      parameters: of the `calibrate` function of a defence.
+    """
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(parameters))}
+    record = {
+        'defense': name_of(parameters),
+        'settings': dataclasses.asdict(parameters.settings),
+        'shapes': {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
+        'contents': fingerprints.of_tree(leaves),
+    }
+    ocp.save_checkpointables(
+        pathlib.Path(directory).absolute(),
+        {_ITEM: leaves},
+        overwrite=True,
+        custom_metadata=fingerprints.signed(record),
+    )
+
+
+def load(directory: str | pathlib.Path) -> Any:
+    """Reads the parameters of a defence.
+
+    Args:
+      directory: as for `save`.
+
+    Returns:
+      The parameters; `name_of` tells which defence they are of.
+
+    Raises:
+      DefenseError: there are none, or they are damaged.
+    """
+    path = pathlib.Path(directory).absolute()
+    if not path.is_dir():
+        raise DefenseError(f'There is no defense in {directory}; calibrate one first.')
+    try:
+        record = ocp.checkpointables_metadata(path).custom_metadata or {}
+        if not fingerprints.is_intact(record):
+            raise ValueError('its record is not what was written')
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind))
+            for name, (shape, kind) in record['shapes'].items()
+        }
+        leaves = ocp.load_checkpointables(path, {_ITEM: shapes})[_ITEM]
+        if fingerprints.of_tree(leaves) != record['contents']:
+            raise ValueError('its contents are not what was written')
+        settings = make_settings(record['defense'], record['settings'])
+    # What Orbax and TensorStore raise for missing, cut and unreadable files.
+    except (KeyError, ValueError, OSError, TypeError) as error:
+        raise DefenseError(
+            f'The defense in {directory} is damaged ({error}); calibrate it again.'
+        ) from error
+    structure = jax.tree.structure(DEFENSES[record['defense']].skeleton(settings))
+    return jax.tree.unflatten(structure, [leaves[str(number)] for number in range(len(leaves))])

@@ -1,0 +1,84 @@
+"""Defences calibrated as a config says, on benign images of the training split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from neurosens import config as config_lib
+from neurosens import data, defenses
+from neurosens.defenses import inverse_perturbation, pruning, rescaling
+from neurosens.evaluation import accuracy, neuron_measures
+from neurosens.forward import Forward, Variables
+
+
+def calibrate_defense(
+    forward: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    settings: config_lib.Defense,
+    key: PRNGKeyArray,
+    *,
+    batch_size: int = 128,
+) -> Any:
+    """Parameters of the defence that a config names.
+
+    Inverse perturbation takes its directions, rescaling nodal-dropout responses and pruning the
+    measure of the settings from the first `settings.images` images.
+
+    Args:
+      forward: the model.
+      variables: its variables, replicated over the mesh.
+      source: benign images, such as the training split.
+      mesh: devices to run on.
+      settings: the defence, its options, and the images it is calibrated on.
+      key: randomness of measures that are estimated.
+      batch_size: images at once over all devices.
+
+    Returns:
+      What `neurosens.defenses.save` keeps and the `apply` of the defence takes.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+      ValueError: an option is wrong, or images do not suffice.
+    """
+    chosen = defenses.make_settings(settings.name, settings.options)
+    limit = settings.images or None
+    if isinstance(chosen, inverse_perturbation.Settings):
+
+        def images_of(batch: data.Batch) -> dict[str, Any]:
+            return {'image': batch.image, 'label': batch.label}
+
+        held = accuracy.stream(source, mesh, batch_size, images_of, limit=limit)
+        x = held['image'].astype(np.float32) / np.float32(255)
+        return inverse_perturbation.calibrate(
+            forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
+        )
+    measure = 'ablation' if isinstance(chosen, rescaling.Settings) else settings.measure
+    report = neuron_measures.measure(
+        forward,
+        variables,
+        source,
+        mesh,
+        config_lib.Neurons(
+            measures=(measure,),
+            layers=(chosen.layer,),
+            unit=chosen.unit,
+            limit=settings.images,
+            batch_size=batch_size,
+        ),
+        key,
+        split='train',
+        eps=0.0,
+    )
+    (layer,) = report.layers
+    if isinstance(chosen, pruning.Settings):
+        name = {'input_gradients': 'input_gradient'}.get(measure, measure)
+        return pruning.calibrate(layer.importance()[name], settings=chosen)
+    assert layer.clean is not None
+    norms = rescaling.kernel_norms(variables, chosen.layer) if chosen.renormalize else None
+    return rescaling.calibrate(layer.clean.accuracy, settings=chosen, norms=norms)

@@ -1,0 +1,409 @@
+"""What a defence is worth: undefended against defended, with attacks that know it.
+
+An attack is made on the undefended model (`static`), on the defended one (`adaptive`), or on a
+surrogate of it that hides its gradients less (`adaptive` too, see `defenses.adaptive`); the
+defended model judges all. A defence withstands a radius only where no attack of any kind succeeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from neurosens import attacks, data, defenses, parallel
+from neurosens import config as config_lib
+from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.evaluation import accuracy, robustness
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import units
+from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
+
+STATIC, ADAPTIVE = 'static', 'adaptive'
+GROUPS = ('front', 'middle', 'tail')
+_TIMED = 7
+
+
+class DefenseOutcome(NamedTuple):
+    """One attack on a defended model.
+
+    Attributes:
+      kind: `'static'` (made on the undefended model) or `'adaptive'` (made with knowledge of the
+        defence).
+      attack: its name, with the surrogate it was made on.
+      norm: norm of the threat.
+      eps: radius in pixel units.
+      success: the defended model misclassifies the image found, bool `[M]`.
+      fooled: of a static attack, whether the undefended model classifies the clean image correctly
+        and the attacked one not, bool `[M]`; None for others.
+    """
+
+    kind: str
+    attack: str
+    norm: str
+    eps: float
+    success: Bool[np.ndarray, ' images']
+    fooled: Bool[np.ndarray, ' images'] | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as `'static/pgd-linf-0.1'`, the key of this outcome in result files."""
+        return f'{self.kind}/{self.attack}-{self.norm}-{self.eps:.3g}'
+
+
+@dataclasses.dataclass(frozen=True)
+class DefenseReport:
+    """What a defence did on M images.
+
+    Attributes:
+      defense: its name.
+      settings: of its calibration, as plain values.
+      undefended: what the model says of clean images.
+      defended: what it says of them through the defence.
+      outcomes: attacks by kind and radius.
+      controls: for each move of `oracles.NAMES`, and each size, the share of the images fooled by
+        the strongest static attack at the largest radius that it recovers.
+      control_attack: that attack.
+      shifts: how that attack changes the activations of front, middle and tail neurons: for each
+        layer, by group, the mean change of a neuron in units of the layer's mean |activation|,
+        `[M]` each.
+      passes: forward passes of the model for one image.
+      cost: time for one image relative to the undefended model, measured.
+    """
+
+    defense: str
+    settings: dict[str, Any]
+    undefended: accuracy.Predictions
+    defended: accuracy.Predictions
+    outcomes: tuple[DefenseOutcome, ...]
+    controls: Mapping[str, Mapping[float, float]]
+    control_attack: str
+    shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' images']]]
+    passes: int
+    cost: float
+
+    def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:
+        """Whether each image stays classified correctly under every attack of a radius `[M]`."""
+        robust = self.defended.correct
+        for outcome in self.outcomes:
+            if outcome.eps == eps and outcome.kind in kinds:
+                robust = robust & ~outcome.success
+        return robust
+
+
+def success_rate(
+    fooled: Bool[np.ndarray, ' images'],
+    recovered: Bool[np.ndarray, ' images'],
+    valid: Bool[np.ndarray, ' images'] | None = None,
+) -> float:
+    """Defence success rate: of the attacked images that fooled the model, the share recovered.
+
+    Args:
+      fooled: the undefended model was right about the clean image and is wrong about the attacked
+        one `[M]`.
+      recovered: the defended model is right about the attacked one `[M]`.
+      valid: whether an attacked image can be used, such as that it is finite; all by default.
+
+    Returns:
+      A share in [0, 1]; NaN where nothing fooled the model.
+    """
+    counted = np.asarray(fooled, bool) & (True if valid is None else np.asarray(valid, bool))
+    if not counted.any():
+        return float('nan')
+    return float((np.asarray(recovered, bool) & counted).sum() / counted.sum())
+
+
+def evaluate_defense(
+    forward: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    evaluation: config_lib.Evaluation,
+    settings: config_lib.Defense,
+    key: PRNGKeyArray,
+    *,
+    parameters: Any,
+    progress: Callable[[str], accuracy.Progress] = lambda name: iter,
+    ensemble_progress: attacks.Progress | None = None,
+) -> DefenseReport:
+    """Measures a defence.
+
+    Args:
+      forward: the undefended model.
+      variables: its variables, replicated over the mesh.
+      source: the data.
+      mesh: devices to run on.
+      evaluation: attacks, radii, steps and images.
+      settings: further attacks on the defended model, what else it is attacked through, and
+        whether controls are measured.
+      key: randomness of attacks.
+      parameters: of the defence, replicated over the mesh.
+      progress: from a label to a wrapper of an iterator of batches.
+      ensemble_progress: called before each batch of AutoAttack.
+
+    Returns:
+      The report.
+    """
+    defended = defenses.DEFENSES[defenses.name_of(parameters)].apply(parameters, forward)
+    surrogates = _surrogates(parameters, forward, settings)
+    limit = evaluation.limit or None
+    stream = functools.partial(accuracy.stream, source, mesh, evaluation.batch_size, limit=limit)
+    undefended, through = (
+        accuracy.predict(
+            model,
+            variables,
+            source,
+            mesh,
+            batch_size=evaluation.batch_size,
+            limit=limit,
+            progress=progress(name),
+        )
+        for name, model in (('clean', forward), ('clean, defended', defended))
+    )
+    outcomes: list[DefenseOutcome] = []
+    static = [name for name in evaluation.attacks if not name.startswith('autoattack')]
+    for name in static:
+        for eps in evaluation.eps:
+            run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
+            judge = functools.partial(_static, run, forward, defended, variables)
+            found = stream(judge, progress=progress(f'static {name} {eps:g}'))
+            fooled = undefended.correct & found['fooled']
+            success = found['broken'] | ~through.correct
+            outcomes.append(DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled))
+    report = robustness.evaluate(
+        defended,
+        variables,
+        source,
+        mesh,
+        dataclasses.replace(
+            evaluation,
+            attacks=tuple(dict.fromkeys((*evaluation.attacks, *settings.attacks))),
+            examples=0,
+        ),
+        key,
+        progress=lambda name: progress(f'defended {name}'),
+        ensemble_progress=ensemble_progress,
+    )
+    outcomes += [
+        DefenseOutcome(ADAPTIVE, o.attack, o.norm, o.eps, o.attacked.success)
+        for o in report.outcomes
+    ]
+    for name, surrogate in surrogates.items():
+        for eps in evaluation.eps:
+            run = robustness.make_attack(
+                'transfer', defended, variables, evaluation, eps, key, (surrogate, variables)
+            )
+            attacked = accuracy.attack(
+                run,
+                defended,
+                variables,
+                source,
+                mesh,
+                batch_size=evaluation.batch_size,
+                limit=limit,
+                progress=progress(f'defended, PGD on {name} {eps:g}'),
+            )
+            outcomes.append(
+                DefenseOutcome(ADAPTIVE, f'pgd_{name}', evaluation.norm, eps, attacked.success)
+            )
+    controls: dict[str, dict[float, float]] = {}
+    shifts: dict[str, dict[str, np.ndarray]] = {}
+    strongest = _strongest_static(outcomes)
+    known = isinstance(parameters, inverse_perturbation.Parameters)
+    if known and settings.controls and strongest is not None:
+        run = robustness.make_attack(
+            strongest.attack, forward, variables, evaluation, strongest.eps, key
+        )
+        controls, shifts = _controls(
+            run, forward, variables, stream, parameters.settings, key, mesh, strongest, progress
+        )
+    return DefenseReport(
+        defenses.name_of(parameters),
+        dataclasses.asdict(parameters.settings),
+        undefended,
+        through,
+        tuple(outcomes),
+        controls,
+        '' if strongest is None else strongest.name,
+        shifts,
+        inverse_perturbation.passes(parameters) if known else 1,
+        relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
+    )
+
+
+def _surrogates(
+    parameters: Any, forward: Forward, settings: config_lib.Defense
+) -> dict[str, Forward]:
+    """What the defended model is attacked through, of what the settings ask for."""
+    if not isinstance(parameters, inverse_perturbation.Parameters):
+        # Edits of activations are differentiated as they are.
+        return {}
+    return {
+        name: surrogate
+        for name, surrogate in inverse_perturbation.adaptive(parameters, forward).items()
+        if name in settings.surrogates
+        or (name.startswith('candidate_') and 'candidates' in settings.surrogates)
+    }
+
+
+@jax.jit
+def _is_right(forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
+    return forward(variables, x)[0].argmax(-1) == y
+
+
+def _static(
+    run: Callable[..., Any],
+    forward: Forward,
+    defended: Forward,
+    variables: Variables,
+    batch: data.Batch,
+) -> dict[str, Array]:
+    """An attack on the undefended model, judged by both."""
+    x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
+    return {
+        'fooled': ~_is_right(forward, variables, x_adv, batch.label),
+        'broken': ~_is_right(defended, variables, x_adv, batch.label),
+    }
+
+
+def _strongest_static(outcomes: Sequence[DefenseOutcome]) -> DefenseOutcome | None:
+    static = [outcome for outcome in outcomes if outcome.fooled is not None]
+    if not static:
+        return None
+    largest = max(outcome.eps for outcome in static)
+    return max(
+        (outcome for outcome in static if outcome.eps == largest),
+        key=lambda outcome: int(outcome.fooled.sum()) if outcome.fooled is not None else 0,
+    )
+
+
+def _controls(
+    run: Callable[..., Any],
+    forward: Forward,
+    variables: Variables,
+    stream: Callable[..., dict[str, np.ndarray]],
+    settings: inverse_perturbation.Settings,
+    key: PRNGKeyArray,
+    mesh: Mesh,
+    outcome: DefenseOutcome,
+    progress: Callable[[str], accuracy.Progress],
+) -> tuple[dict[str, dict[float, float]], dict[str, dict[str, np.ndarray]]]:
+    """What moves of each size recover, and what the attack does to front and tail."""
+    sizes = [parallel.replicate(mesh, jnp.float32(rho)) for rho in settings.rho]
+    key = parallel.replicate(mesh, key)
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        x_adv = run(x, batch.label, batch.index).x_adv
+        found = {}
+        for rho, size in zip(settings.rho, sizes):
+            moved = oracles.moved(
+                forward,
+                variables,
+                x,
+                x_adv,
+                batch.label,
+                key,
+                rho=size,
+                settings=settings,
+                index=batch.index,
+            )
+            for name, images in moved.items():
+                right = _is_right(forward, variables, images, batch.label)
+                found[f'{rho}|{name}'] = right
+        return {**found, **_shift(forward, variables, x, x_adv, settings)}
+
+    arrays = stream(step, progress=progress('controls'))
+    fooled = outcome.fooled
+    assert fooled is not None
+    controls = {
+        name: {rho: success_rate(fooled, arrays[f'{rho}|{name}']) for rho in settings.rho}
+        for name in oracles.NAMES
+    }
+    shifts = {
+        layer: {group: arrays[f'{layer}|{group}'][fooled] for group in GROUPS}
+        for layer in settings.layers
+    }
+    return controls, shifts
+
+
+@functools.partial(jax.jit, static_argnames='settings')
+def _shift(
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    x_adv: Array,
+    settings: inverse_perturbation.Settings,
+) -> dict[str, Array]:
+    """Mean change of the neurons of each group, of each image's own partition."""
+
+    def example(x: Array, x_adv: Array) -> dict[str, Array]:
+        clean = inverse_perturbation.direction_example(forward, variables, x, settings=settings)
+        attacked = forward(variables, x_adv[None], taps=settings.layers)[1]
+        found = {}
+        for layer in settings.layers:
+            before = clean.activation[layer]
+            change = units.pool(attacked[layer][0], settings.unit) - before
+            scale = jnp.maximum(jnp.abs(before).mean(), jnp.finfo(jnp.float32).tiny)
+            part = inverse_perturbation.partition(clean.influence[layer], settings)
+            label = labels(part, len(before))
+            for group, value in zip(GROUPS, (FRONT, MIDDLE, TAIL)):
+                members = label == value
+                total = jnp.where(members, change, 0).sum() / jnp.maximum(members.sum(), 1)
+                found[f'{layer}|{group}'] = total / scale
+        return found
+
+    return jax.vmap(example)(x, x_adv)
+
+
+def relative_cost(
+    forward: Forward,
+    defended: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    batch_size: int,
+) -> float:
+    """Time of a batch through the defence, relative to the undefended model.
+
+    Args:
+      forward: the undefended model.
+      defended: the model behind the defence.
+      variables: variables of both, replicated over the mesh.
+      source: the data; its first batch is timed.
+      mesh: devices to run on.
+      batch_size: images over all devices.
+
+    Returns:
+      The median ratio of alternating runs, on the primary process's clock.
+    """
+    batch = next(
+        iter(
+            source.eval_batches(
+                batch_size=parallel.round_up(batch_size, mesh),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+    )
+    placed = parallel.shard(mesh, batch)
+    x = data.to_float(placed.image)
+    ratios = []
+    for _ in range(_TIMED + 1):
+        seconds = []
+        for model in (forward, defended):
+            start = time.perf_counter()
+            jax.block_until_ready(_is_right(model, variables, x, placed.label))
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    # The first round compiles.
+    return statistics.median(ratios[1:])

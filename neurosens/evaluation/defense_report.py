@@ -1,0 +1,246 @@
+"""Reports of a defence: a table for the terminal, flat facts, CSV and plots."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from neurosens import metrics
+from neurosens.evaluation import files, plots
+from neurosens.evaluation.defended import (
+    ADAPTIVE,
+    GROUPS,
+    STATIC,
+    DefenseReport,
+    success_rate,
+)
+from neurosens.evaluation.report import aligned
+
+
+def _proportion(flags: np.ndarray) -> metrics.Interval:
+    return metrics.wilson_interval(int(flags.sum()), len(flags))
+
+
+def radii(report: DefenseReport) -> list[tuple[str, float]]:
+    """Norm and radius of every threat that was tried, smallest first."""
+    return sorted({(outcome.norm, outcome.eps) for outcome in report.outcomes})
+
+
+def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int]]:
+    """Every accuracy of the report with its 95 % Wilson interval.
+
+    Args:
+      report: of a defence.
+
+    Returns:
+      `(key, interval, number of images)` for the keys `undefended/clean_accuracy`,
+      `clean_accuracy`, `undefended/<attack>-<norm>-<eps>` (the static attacks before the defence),
+      `static/...`, `adaptive/...`, `worst/static-<norm>-<eps>` and `worst/all-<norm>-<eps>` (an
+      image counts if no attack of any kind fools the defended model).
+    """
+    images = len(report.defended.labels)
+    result = [
+        ('undefended/clean_accuracy', _proportion(report.undefended.correct), images),
+        ('clean_accuracy', _proportion(report.defended.correct), images),
+    ]
+    for outcome in report.outcomes:
+        if outcome.fooled is not None:
+            robust = report.undefended.correct & ~outcome.fooled
+            name = outcome.name.removeprefix(f'{STATIC}/')
+            result.append((f'undefended/{name}', _proportion(robust), images))
+        result.append((outcome.name, _proportion(~outcome.success), images))
+    for norm, eps in radii(report):
+        for label, kinds in (('static', (STATIC,)), ('all', (STATIC, ADAPTIVE))):
+            robust = report.worst_case(eps, kinds)
+            result.append((f'worst/{label}-{norm}-{eps:.3g}', _proportion(robust), images))
+    return result
+
+
+def rates(report: DefenseReport) -> dict[str, float]:
+    """Defence success rate against each static attack: recovered / fooled.
+
+    The denominator are the attacked images that the undefended model gets wrong, of those it gets
+    right clean.
+    """
+    return {
+        outcome.name.removeprefix(f'{STATIC}/'): success_rate(outcome.fooled, ~outcome.success)
+        for outcome in report.outcomes
+        if outcome.fooled is not None
+    }
+
+
+def defense_table(report: DefenseReport) -> str:
+    """The report as aligned text, in per cent."""
+    lines = [
+        f'{report.defense}: {report.passes} forward passes an image, '
+        f'{report.cost:.2f} x the time of the undefended model'
+    ]
+    body = []
+    for key, interval, count in defense_rows(report):
+        span = f'{interval.low * 100:6.2f} - {interval.high * 100:6.2f}'
+        body.append([key, f'{interval.value * 100:.2f}', span, f'{count:,}'])
+    lines += aligned(
+        ['defended, unless it says undefended', 'accuracy', '95 % interval', 'images'], body
+    )
+    found = rates(report)
+    if found:
+        body = [[name, _percent(rate)] for name, rate in found.items()]
+        lines += ['', *aligned(['recovered of what fooled the undefended model', '%'], body)]
+    if report.controls:
+        sizes = list(next(iter(report.controls.values())))
+        body = [
+            [name, *(_percent(by_size[size]) for size in sizes)]
+            for name, by_size in report.controls.items()
+        ]
+        header = [f'recovered of {report.control_attack} by a move of rho', *map(str, sizes)]
+        lines += ['', *aligned(header, body)]
+    if report.shifts:
+        body = [
+            [layer, *(f'{np.mean(by_group[group]):+.3f}' for group in GROUPS)]
+            for layer, by_group in report.shifts.items()
+        ]
+        header = [f'mean change under {report.control_attack}', *GROUPS]
+        lines += ['', *aligned(header, body)]
+    return '\n'.join(lines)
+
+
+def _percent(share: float) -> str:
+    return '-' if np.isnan(share) else f'{share * 100:.1f}'
+
+
+def defense_facts(report: DefenseReport) -> dict[str, Any]:
+    """The report under flat keys `defense/...`, for `results.json`."""
+    flat: dict[str, Any] = {
+        'defense/name': report.defense,
+        'defense/settings': report.settings,
+        'defense/images': len(report.defended.labels),
+        'defense/passes': report.passes,
+        'defense/relative_cost': report.cost,
+    }
+    for key, interval, _ in defense_rows(report):
+        flat[f'defense/{key}'] = interval.value
+        flat[f'defense/{key}/low'] = interval.low
+        flat[f'defense/{key}/high'] = interval.high
+    for name, rate in rates(report).items():
+        flat[f'defense/success_rate/{name}'] = None if np.isnan(rate) else rate
+    for name, by_size in report.controls.items():
+        for size, rate in by_size.items():
+            flat[f'defense/control/{name}/{size:g}'] = None if np.isnan(rate) else rate
+    for layer, by_group in report.shifts.items():
+        for group, values in by_group.items():
+            mean = float(np.mean(values)) if len(values) else None
+            flat[f'defense/shift/{layer}/{group}'] = mean
+    return flat
+
+
+def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[pathlib.Path]:
+    """Writes `defense.csv` and the plots of a defence, each only when it is whole.
+
+    Args:
+      report: of a defence.
+      directory: where they go; made if need be.
+
+    Returns:
+      The files written.
+    """
+    with files.WholeFiles(directory) as output:
+        with output.path('defense.csv').open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['measurement', 'value', 'low', 'high', 'images'])
+            for key, interval, count in defense_rows(report):
+                writer.writerow([key, *interval, count])
+            for name, rate in rates(report).items():
+                writer.writerow([f'success_rate/{name}', rate, '', '', ''])
+        plots.save(accuracy_figure(report), output.path('defense.png'))
+        if report.controls:
+            plots.save(control_figure(report), output.path('defense_controls.png'))
+        if any(len(v) for groups in report.shifts.values() for v in groups.values()):
+            plots.save(shift_figure(report), output.path('defense_shifts.png'))
+    return output.written
+
+
+def accuracy_figure(report: DefenseReport) -> Figure:
+    """Worst-case accuracy against the radius: undefended, static and adaptive attacks."""
+    figure = Figure(figsize=(5.5, 3.8), layout='constrained')
+    axes = figure.subplots()
+    eps = [radius for _, radius in radii(report)]
+
+    def undefended(radius: float) -> np.ndarray:
+        robust = report.undefended.correct
+        for outcome in report.outcomes:
+            if outcome.eps == radius and outcome.fooled is not None:
+                robust = robust & ~outcome.fooled
+        return robust
+
+    curves = [
+        ('defended, attacks that do not know it', report.defended.correct,
+         [report.worst_case(radius, (STATIC,)) for radius in eps]),
+        ('defended, all attacks', report.defended.correct,
+         [report.worst_case(radius) for radius in eps]),
+    ]  # fmt: skip
+    if any(outcome.fooled is not None for outcome in report.outcomes):
+        curves.insert(
+            0, ('undefended', report.undefended.correct, [undefended(radius) for radius in eps])
+        )
+    for (label, clean, flags), color in zip(curves, plots.COLORS):
+        intervals = np.array([_proportion(f) for f in (clean, *flags)]) * 100
+        axes.plot([0, *eps], intervals[:, 0], marker='o', markersize=4, color=color, label=label)
+        axes.fill_between(
+            [0, *eps], intervals[:, 1], intervals[:, 2], color=color, alpha=0.15, linewidth=0
+        )
+    axes.set_xlabel(f'{report.outcomes[0].norm} radius eps, pixels in [0, 1]')
+    axes.set_ylabel('accuracy (%)')
+    axes.set_ylim(0, 102)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f'{report.defense}, {len(report.defended.labels):,} images')
+    plots.style(axes)
+    return figure
+
+
+def control_figure(report: DefenseReport) -> Figure:
+    """Share of the fooling images that moves of each size recover."""
+    figure = Figure(figsize=(5.5, 3.8), layout='constrained')
+    axes = figure.subplots()
+    for (name, by_size), color in zip(report.controls.items(), plots.COLORS):
+        sizes = list(by_size)
+        axes.plot(
+            range(len(sizes)),
+            [100 * by_size[size] for size in sizes],
+            '--' if 'oracle' in name else '-',
+            marker='o',
+            markersize=4,
+            color=color,
+            label=name,
+        )
+    axes.set_xticks(range(len(sizes)), [f'{size:g}' for size in sizes])
+    axes.set_xlabel('size of the move rho, rms per pixel')
+    axes.set_ylabel('recovered (%)')
+    axes.set_ylim(-2, 102)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(report.control_attack, fontsize=9)
+    plots.style(axes)
+    return figure
+
+
+def shift_figure(report: DefenseReport) -> Figure:
+    """How the attack changes front, middle and tail neurons, over images."""
+    layers = list(report.shifts)
+    figure = Figure(figsize=(4.2 * len(layers), 3.4), layout='constrained')
+    for axes, layer in zip(np.atleast_1d(figure.subplots(1, len(layers))), layers):
+        by_group = report.shifts[layer]
+        axes.boxplot(
+            [by_group[group] for group in GROUPS],
+            tick_labels=GROUPS,
+            showfliers=False,
+            medianprops={'color': plots.COLORS[0]},
+        )
+        axes.axhline(0, color='0.5', linewidth=1)
+        axes.set_ylabel('change of a neuron / mean |activation|')
+        axes.set_title(f'{layer}, {report.control_attack}', fontsize=9)
+        plots.style(axes)
+    return figure

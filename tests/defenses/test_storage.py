@@ -1,0 +1,65 @@
+"""Defences on disk: what was saved comes back, and damage is noticed."""
+
+import jax
+import numpy as np
+import pytest
+
+from neurosens import defenses
+from neurosens.defenses import inverse_perturbation, pruning, rescaling
+
+
+def examples():
+    generator = np.random.default_rng(0)
+    settings = inverse_perturbation.Settings(
+        layers=('head:in', 'block1/act2'), front=2, tail=1, rho=(0.01, 0.02), rule='majority'
+    )
+    neurons = {layer: jax.numpy.arange(6).reshape(3, 2) for layer in settings.layers}
+    tails = {layer: jax.numpy.arange(3).reshape(3, 1) + 7 for layer in settings.layers}
+    floats = [jax.numpy.asarray(generator.random(3, np.float32)) for _ in range(2)]
+    directions = jax.numpy.asarray(generator.random((3, 1, 4, 4, 2), np.float32))
+    return [
+        inverse_perturbation.Parameters(directions, neurons, tails, *floats, settings),
+        rescaling.calibrate([0.3, 0.1, 0.2], settings=rescaling.Settings(strength=0.25)),
+        pruning.calibrate([0.3, 0.1, 0.2], settings=pruning.Settings(order='least')),
+    ]
+
+
+@pytest.mark.parametrize('parameters', examples(), ids=defenses.name_of)
+def test_what_was_saved_comes_back(tmp_path, parameters):
+    defenses.save(tmp_path / 'defense', parameters)
+    found = defenses.load(tmp_path / 'defense')
+    assert type(found) is type(parameters) and found.settings == parameters.settings
+    assert jax.tree.structure(found) == jax.tree.structure(parameters)
+    jax.tree.map(np.testing.assert_array_equal, found, parameters)
+    # A later calibration takes its place.
+    defenses.save(tmp_path / 'defense', examples()[1])
+    assert defenses.name_of(defenses.load(tmp_path / 'defense')) == 'rescaling'
+
+
+def test_damage_is_one_clear_error(tmp_path):
+    directory = tmp_path / 'defense'
+    with pytest.raises(defenses.DefenseError, match=r'There is no defense in .*calibrate one'):
+        defenses.load(directory)
+    defenses.save(directory, examples()[0])
+    largest = max((f for f in directory.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
+    whole = largest.read_bytes()
+    for damaged in (whole[: len(whole) // 2], bytes([whole[0] ^ 1]) + whole[1:], b''):
+        largest.write_bytes(damaged)
+        with pytest.raises(defenses.DefenseError, match=r'is damaged .*calibrate it again'):
+            defenses.load(directory)
+    largest.write_bytes(whole)
+    defenses.load(directory)
+
+
+def test_settings_from_plain_values_are_checked():
+    found = defenses.make_settings('inverse_perturbation', {'rho': [0.1], 'temperature': 2})
+    assert found.rho == (0.1,) and found.temperature == 2.0
+    for name, options, message in (
+        ('inverse', {}, "Unknown defense 'inverse'"),
+        ('pruning', {'counts': 2}, "Unknown option of pruning 'counts'"),
+        ('pruning', {'count': 2.5}, 'count of pruning is 2.5; it must be of type int'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            defenses.make_settings(name, options)
+    with pytest.raises(TypeError, match='not the parameters of a defence'):
+        defenses.name_of({})

@@ -1,0 +1,206 @@
+"""Evaluations of defences: rates by hand, and reports that agree with fresh computations."""
+
+import csv
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from neurosens import attacks, config, data, defenses, evaluation, parallel
+from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.forward import LinenForward
+
+EVALUATION = config.Evaluation(
+    batch_size=24, attacks=('fgsm', 'pgd'), eps=(0.05, 0.12), steps=3, queries=4, auto_steps=3
+)
+
+
+def test_the_success_rate_counts_what_fooled_the_model():
+    # Six attacked images: one holds NaN, two never fooled the model, three did, one came back.
+    fooled = np.array([True, False, False, True, True, True])
+    valid = np.array([False, True, True, True, True, True])
+    recovered = np.array([True, True, True, True, False, False])
+    assert evaluation.success_rate(fooled, recovered, valid) == pytest.approx(1 / 3)
+    assert math.isnan(evaluation.success_rate(np.zeros(3, bool), np.ones(3, bool)))
+
+
+class Templates(nn.Module):
+    """A linear classifier behind a rectified layer that has the input's own features."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(64, use_bias=False, name='hidden')(x.reshape(len(x), -1)))
+        return nn.Dense(10, name='head')(h)
+
+
+@pytest.fixture(scope='module')
+def problem():
+    """Noisy versions of ten patterns, and the classifier that takes the nearest one."""
+    generator = np.random.default_rng(0)
+    patterns = generator.random((10, 64))
+    labels = np.arange(60, dtype=np.int32) % 10
+    noisy = patterns[labels] + 0.2 * generator.normal(size=(60, 64))
+    images = np.uint8(255 * np.clip(noisy, 0, 1)).reshape(60, 8, 8, 1)
+    source = data.ArrayDataset(images, labels, data.info('digits'))
+    variables = {
+        'params': {
+            'hidden': {'kernel': np.eye(64, dtype=np.float32)},
+            'head': {
+                'kernel': np.float32(patterns.T),
+                'bias': np.float32(-(patterns**2).sum(1) / 2),
+            },
+        }
+    }
+    return LinenForward(Templates()), variables, source
+
+
+def run(problem, name, options, devices=8, batch_size=24, **changes):
+    forward, variables, source = problem
+    mesh = parallel.data_mesh(devices)
+    variables = parallel.replicate(mesh, variables)
+    settings = config.Defense(name=name, options=options, images=0, attacks=('square',), **changes)
+    key = jax.random.key(3)
+    parameters = evaluation.calibrate_defense(
+        forward, variables, source, mesh, settings, key, batch_size=16
+    )
+    report = evaluation.evaluate_defense(
+        forward,
+        variables,
+        source,
+        mesh,
+        config.Evaluation(**{**vars(EVALUATION), 'batch_size': batch_size}),
+        settings,
+        key,
+        parameters=parallel.replicate(mesh, parameters),
+    )
+    return parameters, report
+
+
+INVERSE = {'front': 2, 'tail': 2, 'rho': (0.02, 0.1)}
+
+
+@pytest.fixture(scope='module')
+def inverse(problem):
+    surrogates = ('straight_through', 'soft')
+    return run(problem, 'inverse_perturbation', INVERSE, surrogates=surrogates)
+
+
+def test_a_report_agrees_with_fresh_computations(problem, inverse):
+    forward, variables, source = problem
+    parameters, report = inverse
+    x, y = source.images / np.float32(255), source.labels
+    defended = inverse_perturbation.apply(parameters, forward)
+
+    def right(model, images):
+        return np.asarray(model(variables, images)[0]).argmax(-1) == y
+
+    np.testing.assert_array_equal(report.undefended.correct, right(forward, x))
+    np.testing.assert_array_equal(report.defended.correct, right(defended, x))
+    outcomes = {outcome.name: outcome for outcome in report.outcomes}
+    assert set(outcomes) == {
+        *(f'static/{a}-linf-{e}' for a in ('fgsm', 'pgd') for e in ('0.05', '0.12')),
+        *(
+            f'adaptive/{a}-linf-{e}'
+            for a in ('fgsm', 'pgd', 'square', 'pgd_straight_through', 'pgd_soft')
+            for e in ('0.05', '0.12')
+        ),
+    }
+    found = attacks.fgsm(
+        forward, variables, x, y, jax.random.key(3), threat=attacks.Threat('linf', 0.12)
+    )
+    static = outcomes['static/fgsm-linf-0.12']
+    np.testing.assert_array_equal(static.fooled, right(forward, x) & ~right(forward, found.x_adv))
+    np.testing.assert_array_equal(
+        static.success, ~right(defended, found.x_adv) | ~right(defended, x)
+    )
+    assert static.fooled.any() and not static.fooled.all()
+    for eps in EVALUATION.eps:
+        worst = report.worst_case(eps)
+        for outcome in report.outcomes:
+            if outcome.eps == eps:
+                assert not (worst & outcome.success).any()
+    assert report.passes == inverse_perturbation.passes(parameters) == 5
+    assert report.cost > 0
+
+
+def test_controls_bound_the_defence(problem, inverse):
+    _, report = inverse
+    assert set(report.controls) == set(oracles.NAMES)
+    recovered = {name: by_size[0.1] for name, by_size in report.controls.items()}
+    assert recovered['identity'] == 0
+    assert recovered['random'] <= recovered['random, oracle sign']
+    assert recovered['true logit, oracle'] == max(recovered.values()) > 0
+    groups = report.shifts['head:in']
+    assert set(groups) == {'front', 'middle', 'tail'}
+    # An attack on a linear model lowers what speaks for the class and raises what speaks against.
+    assert groups['front'].mean() < 0 < groups['tail'].mean()
+
+
+def test_devices_and_batches_change_nothing(problem, inverse):
+    other = run(
+        problem, 'inverse_perturbation', INVERSE, 1, 60, surrogates=('straight_through', 'soft')
+    )[1]
+    for ours, theirs in zip(inverse[1].outcomes, other.outcomes):
+        assert ours.name == theirs.name
+        np.testing.assert_array_equal(ours.success, theirs.success)
+    for name, by_size in inverse[1].controls.items():
+        assert other.controls[name] == pytest.approx(by_size)
+
+
+def test_a_report_is_shown_and_written(inverse, tmp_path):
+    _, report = inverse
+    rows = {key: interval for key, interval, _ in evaluation.defense_rows(report)}
+    assert rows['worst/all-linf-0.12'].value == report.worst_case(0.12).mean()
+    assert rows['undefended/pgd-linf-0.12'].value <= rows['undefended/clean_accuracy'].value
+    text = evaluation.defense_table(report)
+    for words in ('5 forward passes', 'adaptive/square-linf-0.05', 'random, oracle sign', 'front'):
+        assert words in text
+    facts = evaluation.defense_facts(report)
+    assert facts['defense/clean_accuracy'] == report.defended.accuracy
+    assert facts['defense/success_rate/pgd-linf-0.12'] == pytest.approx(
+        evaluation.success_rate(
+            next(o for o in report.outcomes if o.name == 'static/pgd-linf-0.12').fooled,
+            ~next(o for o in report.outcomes if o.name == 'static/pgd-linf-0.12').success,
+        )
+    )
+    written = evaluation.write_defense(report, tmp_path)
+    names = {path.name for path in written}
+    assert names == {'defense.csv', 'defense.png', 'defense_controls.png', 'defense_shifts.png'}
+    with (tmp_path / 'defense.csv').open() as file:
+        table = {line['measurement']: line['value'] for line in csv.DictReader(file)}
+    assert float(table['clean_accuracy']) == pytest.approx(report.defended.accuracy)
+    for path in written:
+        if path.suffix == '.png':
+            assert np.asarray(Image.open(path).convert('L')).std() > 5
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'changes'),
+    [
+        ('pruning', {'count': 20, 'order': 'least'}, {'measure': 'influence'}),
+        ('pruning', {'count': 3}, {'measure': 'sensitivity'}),
+        ('rescaling', {'layer': 'head:in', 'strength': 0.5}, {}),
+        ('rescaling', {'layer': 'hidden', 'renormalize': True}, {}),
+    ],
+)
+def test_other_defences_are_evaluated_alike(problem, name, options, changes):
+    forward, variables, source = problem
+    parameters, report = run(problem, name, options, **changes)
+    assert defenses.name_of(parameters) == name and report.defense == name
+    defended = defenses.DEFENSES[name].apply(parameters, forward)
+    logits, _ = defended(variables, source.images / np.float32(255))
+    right = np.asarray(logits).argmax(-1) == source.labels
+    np.testing.assert_array_equal(report.defended.correct, right)
+    assert report.controls == {} and report.shifts == {} and report.passes == 1
+    assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square'}
+    evaluation.defense_table(report)
+
+
+def test_a_class_without_calibration_images_is_named(problem):
+    forward, variables, source = problem
+    few = data.ArrayDataset(source.images[:9], source.labels[:9], source.info)
+    with pytest.raises(ValueError, match='Class 9 has 0 correctly classified'):
+        run((forward, variables, few), 'inverse_perturbation', INVERSE)
