@@ -166,7 +166,8 @@ def main(arguments: Sequence[str]) -> int:
             sections.append(evaluation.neuron_section(found, written, compare=compare))
         if defended is not None:
             facts.update(evaluation.defense_facts(defended))
-            evaluation.write_defense(defended, directory)
+            written = evaluation.write_defense(defended, directory)
+            sections.append(evaluation.defense_section(defended, written))
         evaluation.write(
             report,
             directory,

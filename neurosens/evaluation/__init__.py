@@ -22,6 +22,7 @@ from neurosens.evaluation.defense_report import (
     defense_table,
     write_defense,
 )
+from neurosens.evaluation.defense_section import defense_section
 from neurosens.evaluation.html_page import Section, check_table
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
@@ -47,6 +48,7 @@ __all__ = [
     'calibrate_defense',
     'defense_facts',
     'defense_rows',
+    'defense_section',
     'defense_table',
     'evaluate_defense',
     'relative_cost',

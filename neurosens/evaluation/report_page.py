@@ -133,7 +133,8 @@ def _span(interval: metrics.Interval) -> str:
     return f'{interval.low * 100:.2f}–{interval.high * 100:.2f}'
 
 
-def _share(interval: metrics.Interval) -> str:
+def share_text(interval: metrics.Interval) -> str:
+    """A share and its interval in per cent, such as `'95.33 (90.68–97.72)'`."""
     return f'{interval.value * 100:.2f} ({_span(interval)})'
 
 
@@ -173,10 +174,12 @@ def _accuracy(
 def _attack_table(report: RobustnessReport) -> Table:
     """A row for each attack, a column for each radius."""
     radii, attacks = _radii(report), _attacks(report)
-    robust = {(o.attack, o.eps): _share(_interval(~o.attacked.success)) for o in report.outcomes}
+    robust = {
+        (o.attack, o.eps): share_text(_interval(~o.attacked.success)) for o in report.outcomes
+    }
     rows = [[attack, *(robust.get((attack, eps), '–') for eps in radii)] for attack in attacks]
     if len(attacks) > 1:
-        worst = (_share(_interval(report.worst_case(eps))) for eps in radii)
+        worst = (share_text(_interval(report.worst_case(eps))) for eps in radii)
         rows.append(['worst of all, for each image', *worst])
     norm = report.outcomes[0].norm
     caption = (
@@ -220,7 +223,7 @@ def _classes(report: RobustnessReport, pictures: Mapping[str, bytes]) -> Section
     for label, name in enumerate(report.info.class_names):
         members = predictions.labels == label
         if members.any():
-            shares = [_share(_interval(flags[members])) for flags in survivors]
+            shares = [share_text(_interval(flags[members])) for flags in survivors]
             rows.append([name, f'{int(members.sum()):,}', *shares])
     worst = ', and under the worst attack for each image,' if radii else ''
     table = Table(

@@ -344,6 +344,36 @@ def test_the_page_says_how_to_make_it_again(written):
     assert f'(step 1234 of runs/{HOSTILE}) classifies ' in read.text
 
 
+def test_a_defence_has_every_accuracy(report, tmp_path):
+    success = report.outcomes[0].attacked.success
+    outcomes = tuple(
+        evaluation.DefenseOutcome(kind, 'pgd', 'linf', 0.1, success, fooled)
+        for kind, fooled in (('static', success), ('adaptive', None))
+    )
+    defended = evaluation.DefenseReport(
+        'inverse_perturbation', {}, report.predictions, report.predictions, outcomes,
+        {'<defence>': {0.02: 0.5, 0.05: float('nan')}}, 'pgd', {LAYER: {
+            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}, 5, 4.5,
+    )  # fmt: skip
+    file = tmp_path / 'defense.png'
+    picture(file)
+    section = evaluation.defense_section(defended, [file, tmp_path / 'defense.csv'])
+    read = check_alone(page('t', [], [section]))
+    assert ('h2', 'Defence: inverse perturbation') in read.headings
+    (accuracy,) = [rows for caption, rows in read.tables.items() if caption.startswith('Accuracy')]
+    expected = {key: interval.value for key, interval, _ in evaluation.defense_rows(defended)}
+    assert {key: text.split()[0] for key, text in accuracy[1:]} == {
+        key: f'{100 * value:.2f}' for key, value in expected.items()
+    }
+    assert ['<defence>', '50.0', '–'] in read.tables[
+        'Recovered, in %, of what pgd fooled, by moves of size rho'
+    ]
+    assert [LAYER, '+1.000', '+0.000', '–'] in [
+        row for rows in read.tables.values() for row in rows
+    ]
+    assert len(read.attributes('img')) == 1
+
+
 def test_warnings_stand_at_the_top(written, report):
     _, _, text, read = written
     assert f'autoattack-linf-0.25: {report.outcomes[-1].warnings[0]}' in read.text

@@ -293,6 +293,8 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     assert worst <= min(results[f'defense/{name}-linf-0.1'] for name in attacked)
     assert 'adaptive/pgd_soft-linf-0.1' in out and 'true logit, oracle' in out
     assert (workdir / 'report' / 'defense_shifts.png').exists()
+    page = (workdir / 'report' / 'index.html').read_text(encoding='utf-8')
+    assert 'Defence: inverse perturbation</h2>' in page and '>adaptive/pgd_soft-linf-0.1<' in page
     # The parameters on disk are those that were attacked.
     model = training.load(workdir)
     parameters = defenses.load(workdir / 'defense')

@@ -1,0 +1,96 @@
+"""What a defence is worth, as a section of the report's page."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from neurosens.evaluation.defended import GROUPS, DefenseReport
+from neurosens.evaluation.defense_report import defense_rows, rates
+from neurosens.evaluation.html_page import Block, Figure, Section, Table
+from neurosens.evaluation.report_page import share_text
+
+# For each plot its caption, and what it shows for those who cannot see it.
+_PLOTS = {
+    'defense': (
+        'Worst-case accuracy against the radius, with 95 % Wilson bands: without the defence, '
+        'under attacks that do not know it, and under all attacks.',
+        'Curves of accuracy against the radius; the table has the numbers.',
+    ),
+    'defense_controls': (
+        'Share of the fooling images that moves of each size recover, the defence beside controls.',
+        'Curves of recovered images against the size of the move; the table has the numbers.',
+    ),
+    'defense_shifts': (
+        'How the attack changes front, middle and tail neurons, over images.',
+        'Box plots of the change of neurons by group; the table has the means.',
+    ),
+}
+
+
+def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -> Section:
+    """The section on a defence of the page `index.html`.
+
+    Args:
+      report: of the defence.
+      files: what `write_defense` wrote; its plots are shown.
+
+    Returns:
+      What the defence costs, accuracies with and without it, which images it recovers, and plots.
+    """
+    title = f'Defence: {report.defense.replace("_", " ")}'
+    blocks: list[Block] = [
+        f'{report.passes} forward passes an image, {report.cost:.2f} × the time of the undefended '
+        'model. Static attacks are made on the undefended model, adaptive ones with knowledge of '
+        'the defence; an image withstands a radius only where no attack of any kind succeeds.',
+        Table(
+            'Accuracy in % of the defended model, unless it says undefended, with 95 % Wilson '
+            f'intervals; {len(report.defended.labels):,} images',
+            ['measurement', 'accuracy'],
+            [[key, share_text(interval)] for key, interval, _ in defense_rows(report)],
+        ),
+    ]
+    recovered = [[name, _percent(rate)] for name, rate in rates(report).items()]
+    if recovered:
+        blocks.append(
+            Table('Recovered of what fooled the undefended model', ['attack', '%'], recovered)
+        )
+    if report.controls:
+        sizes = list(next(iter(report.controls.values())))
+        blocks.append(
+            Table(
+                f'Recovered, in %, of what {report.control_attack} fooled, by moves of size rho',
+                ['move', *(f'rho {size:g}' for size in sizes)],
+                [
+                    [name, *(_percent(by_size[size]) for size in sizes)]
+                    for name, by_size in report.controls.items()
+                ],
+            )
+        )
+    if report.shifts:
+        blocks.append(
+            Table(
+                f'Mean change of neurons under {report.control_attack}, in units of the mean '
+                '|activation| of the layer',
+                ['layer', *GROUPS],
+                [
+                    [layer, *(_mean(by_group[group]) for group in GROUPS)]
+                    for layer, by_group in report.shifts.items()
+                ],
+            )
+        )
+    for path in files:
+        if path.suffix == '.png':
+            caption, alternative = _PLOTS.get(path.stem, (path.stem.replace('_', ' '),) * 2)
+            blocks.append(Figure(path.read_bytes(), caption, alternative))
+    return Section(title, blocks)
+
+
+def _percent(share: float) -> str:
+    return '–' if np.isnan(share) else f'{share * 100:.1f}'
+
+
+def _mean(values: np.ndarray) -> str:
+    return f'{np.mean(values):+.3f}' if len(values) else '–'
