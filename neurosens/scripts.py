@@ -186,7 +186,7 @@ def provenance(script: str, arguments: Sequence[str]) -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
-        'command': shlex.join(['python', script, *arguments]),
+        'command': ' '.join(map(_quoted, ['python', script, *arguments])),
         'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
         'python': platform.python_version(),
         **versions,
@@ -194,3 +194,10 @@ def provenance(script: str, arguments: Sequence[str]) -> dict[str, str]:
         'devices': ', '.join(f'{count} x {kind}' for kind, count in kinds.items()),
         'processes': str(jax.process_count()),
     }
+
+
+def _quoted(argument: str) -> str:
+    """An argument as a shell takes it; tuples of names in double quotes, to be legible."""
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+        return f'"{argument}"'
+    return shlex.quote(argument)

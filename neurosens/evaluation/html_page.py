@@ -125,7 +125,9 @@ def check_table(caption: str, checks: Iterable[tuple[str, str, str, str]]) -> Ta
     Returns:
       A block for a section.
     """
-    rows = [[name, Status(verdict), figures, advice] for name, verdict, figures, advice in checks]
+    rows: list[list[Cell]] = [
+        [name, Status(verdict), figures, advice] for name, verdict, figures, advice in checks
+    ]
     return Table(caption, ['check', 'result', 'figures', 'advice'], rows)
 
 
@@ -402,7 +404,9 @@ th, td {
 thead th { border-bottom: 2px solid var(--line); background: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }
 tbody tr:hover > * { background: var(--soft); }
-tbody th, td:not(.number) { min-width: 7.5rem; max-width: 30rem; overflow-wrap: break-word; }
+tbody th, td:not(.number) {
+  min-width: 7.5rem; max-width: min(30rem, 55vw); overflow-wrap: break-word;
+}
 .number { text-align: right; white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .75rem 0; max-width: 100%; min-width: 0; }
@@ -437,6 +441,7 @@ summary { cursor: pointer; font-weight: 500; color: var(--link); }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2, h3, h4, caption { break-after: avoid; }
   figure, tr, .notes, .values > div { break-inside: avoid; }
+  .figures { display: block; }
   .scroll { overflow: visible; }
   caption span { max-width: none; }
   figure img { min-width: 0 !important; }

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from neurosens import attacks, data, defenses, evaluation, metrics, neurons, training
+from neurosens import scripts as command_scripts
 
 EVALUATE = (
     '--config.evaluation.eps=(0.02,0.1)',
@@ -91,8 +92,8 @@ def test_the_page_has_every_picture_and_says_how_it_was_made(evaluated):
         assert base64.b64encode(path.read_bytes()).decode() in page, path
     assert page.count('<img ') == len(pictures)
     assert len(page) < 3e6
-    command = shlex.join(['python', 'evaluate.py', f'--workdir={workdir}', *EVALUATE])
-    assert html.escape(command) in page
+    command = html.unescape(page[page.index('<code>') + 6 : page.index('</code>')])
+    assert shlex.split(command) == ['python', 'evaluate.py', f'--workdir={workdir}', *EVALUATE]
     for key, value in results.items():
         if key != 'config':
             assert html.escape(key) in page
@@ -303,6 +304,13 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     logits, _ = jax.jit(defended)(model.variables, data.to_float(test.images[:80]))
     accuracy = (np.asarray(logits).argmax(-1) == test.labels[:80]).mean()
     assert results['defense/clean_accuracy'] == pytest.approx(accuracy)
+
+
+def test_commands_are_shown_as_a_shell_takes_them():
+    arguments = ["--a=('x','y')", '--b=$HOME/`c`', """--d="e" 'f'""", '--g=(1,2)', '', '--h=!i']
+    command = command_scripts.provenance('evaluate.py', arguments)['command']
+    assert shlex.split(command) == ['python', 'evaluate.py', *arguments]
+    assert """ "--a=('x','y')" """ in command
 
 
 MISTAKES = [
