@@ -444,6 +444,7 @@ summary { cursor: pointer; font-weight: 500; color: var(--link); }
   .figures { display: block; }
   .scroll { overflow: visible; }
   caption span { max-width: none; }
+  figure .scroll { border: 0; }
   figure img { min-width: 0 !important; }
   tbody th, td { white-space: normal !important; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
