@@ -498,8 +498,10 @@ class InverseForward:
         chosen = voters / voters.sum(1, keepdims=True)
         if self.gradient == 'exact':
             return chosen
-        soft = jax.nn.softmax(every / self.parameters.settings.temperature, -1)
-        agreement = jnp.einsum('bmk,bk->bm', soft, soft.mean(1))
+        temperature = self.parameters.settings.temperature
+        soft = jax.nn.softmax(every / temperature, -1)
+        favourite = jax.nn.softmax(soft.sum(1) / temperature, -1)
+        agreement = jnp.einsum('bmk,bk->bm', soft, favourite)
         smooth = agreement / agreement.sum(1, keepdims=True)
         if self.gradient == 'soft':
             return smooth

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from neurosens.attacks.losses import label_margin
 from neurosens.defenses.inverse_perturbation import (
     DEFAULT,
     Settings,
@@ -27,6 +28,7 @@ NAMES = (
     'random, oracle sign',
     'influence, oracle (released)',
     'true logit, oracle',
+    'true margin, oracle',
 )
 
 
@@ -65,8 +67,9 @@ def moved(
       - `random, oracle sign`: the same, or against it where that does not give the true class;
       - `influence, oracle (released)`: the first released program of Chen et al. 2021: the
         direction of the *clean* image's predicted class, with the sign that gives that class;
-      - `true logit, oracle`: along the gradient of the true class's logit at the attacked image:
-        about what any move of this size can do to first order.
+      - `true logit, oracle`: along the gradient of the true class's logit at the attacked image;
+      - `true margin, oracle`: along the gradient of that logit minus the largest other: about what
+        any move of this size can do, to first order.
     """
     if index is None:
         index = jnp.arange(len(x))
@@ -85,13 +88,20 @@ def moved(
 
         noise = normalize(jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype))
         clean = direction_example(forward, variables, x, settings=settings)
-        logit = jax.grad(lambda image: forward(variables, image[None])[0][0][y])(x_adv)
+
+        def logit(image: Array) -> Array:
+            return forward(variables, image[None])[0][0][y]
+
+        def margin(image: Array) -> Array:
+            return label_margin(forward(variables, image[None])[0][0], y)
+
         images = (
             x_adv,
             step(noise),
             either(noise, y),
             either(clean.direction.astype(x.dtype), clean.logits.argmax()),
-            step(normalize(logit)),
+            step(normalize(jax.grad(logit)(x_adv))),
+            step(normalize(jax.grad(margin)(x_adv))),
         )
         return dict(zip(NAMES, images))
 

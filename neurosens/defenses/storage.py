@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from neurosens import _validate, fingerprints
+from neurosens import _validate, fingerprints, parallel
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
 
 DEFENSES: dict[str, ModuleType] = {
@@ -97,11 +98,12 @@ def save(directory: str | pathlib.Path, parameters: Any) -> None:
     )
 
 
-def load(directory: str | pathlib.Path) -> Any:
+def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Any:
     """Reads the parameters of a defence.
 
     Args:
       directory: as for `save`.
+      mesh: devices to put them on, on each of them whole; all by default.
 
     Returns:
       The parameters; `name_of` tells which defence they are of.
@@ -116,8 +118,9 @@ def load(directory: str | pathlib.Path) -> Any:
         record = ocp.checkpointables_metadata(path).custom_metadata or {}
         if not fingerprints.is_intact(record):
             raise ValueError('its record is not what was written')
+        place = parallel.replicated(parallel.data_mesh() if mesh is None else mesh)
         shapes = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind))
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind), sharding=place)
             for name, (shape, kind) in record['shapes'].items()
         }
         leaves = ocp.load_checkpointables(path, {_ITEM: shapes})[_ITEM]

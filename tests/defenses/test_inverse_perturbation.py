@@ -106,7 +106,7 @@ def model():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.relu(nn.Dense(12, name='hidden')(x.reshape(len(x), -1)))
+            x = nn.relu(nn.Dense(12, name='hidden')(4 * x.reshape(len(x), -1) - 2))
             return 3 * nn.Dense(3, name='head')(x)
 
     forward = LinenForward(Net())
@@ -293,7 +293,19 @@ def test_soft_choices_become_hard_ones_when_cold(model, parameters):
         x = model[2][:12]
         hard, _ = apply(cold, model[0])(model[1], x)
         soft, _ = apply(cold, model[0], gradient='soft')(model[1], x)
-        np.testing.assert_allclose(soft, hard, rtol=1e-3, atol=1e-3)
+        # Where two classes have equally many votes, soft choices take both.
+        clear = np.ones(len(x), bool)
+        if rule == 'majority':
+            clear = np.array([is_clear(oracle_logits(model, cold, z)) for z in x])
+        assert clear.any()
+        np.testing.assert_allclose(soft[clear], hard[clear], rtol=1e-3, atol=1e-3)
+
+
+def is_clear(candidates):
+    """Whether one class has more votes than any other."""
+    plain, moved, _ = candidates
+    votes = np.sort(np.bincount([int(np.argmax(logits)) for logits in (plain, *moved)]))
+    return len(votes) == 1 or votes[-1] > votes[-2]
 
 
 def test_the_exact_gradient_is_the_derivative(model, parameters):
@@ -447,7 +459,7 @@ def test_oracles_move_by_rho_along_their_directions(model):
     found = oracles.moved(
         forward, variables, x[:8], inside, y[:8], jax.random.key(0), rho=0.05, settings=SMALL
     )
-    assert tuple(found) == oracles.NAMES
+    assert set(found) == set(oracles.NAMES)
     np.testing.assert_array_equal(found['identity'], inside)
     for name in oracles.NAMES[1:]:
         size = np.sqrt(np.square(found[name] - inside).mean((1, 2)))
