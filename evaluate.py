@@ -66,8 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         surrogate = _load_other('--transfer_from', values['transfer_from'], model)
         benign = None
         if config.defense.name:
-            # What is wrong with the options should not show only after long attacks.
-            defenses.make_settings(config.defense.name, config.defense.options)
+            evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
             benign = data.open(
                 config.dataset, 'train', config.data_dir or None, config.validation_size
             )

@@ -8,7 +8,7 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
-from neurosens.evaluation.calibration import calibrate_defense
+from neurosens.evaluation.calibration import calibrate_defense, check_defense
 from neurosens.evaluation.defended import (
     DefenseOutcome,
     DefenseReport,
@@ -46,6 +46,7 @@ __all__ = [
     'DefenseOutcome',
     'DefenseReport',
     'calibrate_defense',
+    'check_defense',
     'defense_facts',
     'defense_rows',
     'defense_section',

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from neurosens import config as config_lib
-from neurosens import data, defenses
+from neurosens import data, defenses, neurons
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import accuracy, neuron_measures
 from neurosens.forward import Forward, Variables
+
+
+def check_defense(
+    forward: Forward, variables: Variables, info: data.DatasetInfo, settings: config_lib.Defense
+) -> None:
+    """Finds what is wrong with a defence's settings, without running the model.
+
+    Args:
+      forward: the model.
+      variables: its variables, or their shapes.
+      info: the data set.
+      settings: the defence and its options.
+
+    Raises:
+      LayerError: a layer cannot be tapped.
+      ValueError: an option is wrong, or asks for more neurons than a layer has.
+    """
+    chosen = defenses.make_settings(settings.name, settings.options)
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+    if not isinstance(chosen, inverse_perturbation.Settings):
+        layer = neurons.describe(forward, variables, image, chosen.layer, unit=chosen.unit)
+        if isinstance(chosen, pruning.Settings) and chosen.count > layer.neurons:
+            raise ValueError(
+                f'count is {chosen.count}, but layer {chosen.layer!r} has {layer.neurons} neurons; '
+                'prune fewer.'
+            )
+        return
+    run = functools.partial(inverse_perturbation.directions, forward, settings=chosen)
+    found = jax.eval_shape(run, variables, image)
+    classes = found.logits.shape[-1]
+    if chosen.top > classes:
+        raise ValueError(f'top is {chosen.top}, but the model has {classes} classes.')
 
 
 def calibrate_defense(

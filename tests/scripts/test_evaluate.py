@@ -323,6 +323,14 @@ MISTAKES = [
         ['--config.defense.name=rescaling', "--config.defense.options={'layer': 'act9'}"],
         "Unknown layer 'act9'",
     ),
+    (
+        ['--config.defense.name=pruning', "--config.defense.options={'count': 999}"],
+        'count is 999, but layer',
+    ),
+    (
+        ['--config.defense.name=inverse_perturbation', "--config.defense.options={'top': 11}"],
+        'top is 11, but the model has 10 classes',
+    ),
     (['--config.defense.measure=size'], "Unknown defense.measure 'size'"),
     (["--config.defense.surrogates=('hard',)"], "Unknown defense.surrogates item 'hard'"),
     (['--config.model=mlp'], '--config.model is fixed by the trained model'),
