@@ -8,6 +8,14 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
+from neurosens.evaluation.masking import (
+    Diagnosis,
+    diagnose,
+    masking_facts,
+    masking_table,
+    write_masking,
+)
+from neurosens.evaluation.masking_checks import Check
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
 from neurosens.evaluation.neuron_measures import chosen_layers as neuron_layers
@@ -37,6 +45,12 @@ __all__ = [
     'NeuronReport',
     'LayerReport',
     'ThroughNeurons',
+    'Check',
+    'Diagnosis',
+    'diagnose',
+    'masking_facts',
+    'masking_table',
+    'write_masking',
     'Progress',
     'AttackOutcome',
     'Attacked',
