@@ -114,8 +114,8 @@ class Evaluation:
       queries: forward passes of 'square' and of AutoAttack's.
       examples: images in the example grid.
       masking_images: on how many first images to look for gradient masking, where there are
-        attacks: in `norm`, at the upper middle of `eps`, with PGD of `steps`, 5 `restarts` at least
-        and 500 `queries` at most; 0 turns it off.
+        attacks: in `norm`, at the upper middle of `eps`, with PGD of `steps` and `restarts` and at
+        most 500 of `queries`; 0 turns it off.
     """
 
     split: str = 'test'

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ from neurosens.evaluation.masking_models import (
 )
 from neurosens.forward import Forward, Variables
 
-# How many times the steps the longer attack has.
-_LONGER = 5
+# How many times the steps, or the restarts, stronger attacks have.
+_MORE = 5
 # The sparse steps of l1 would not get around a whole image at the largest radius.
 _WIDE_SHARE = 0.2
+# Columns of figures and advice in the table.
+_TEXT_WIDTH = 76
 # Weights of the losses of `_pgd_example`.
 _CROSS_ENTROPY, _MARGIN, _SCALED = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -154,6 +157,7 @@ class _Task:
     key: PRNGKeyArray
     threat: Threat
     steps: int
+    restarts: int
     draws: int
     mesh: Mesh | None
     batch_size: int
@@ -202,7 +206,7 @@ class _Task:
         *,
         radius: float | None = None,
         steps: int | None = None,
-        restarts: int = 1,
+        restarts: int | None = None,
         weights: tuple[float, ...] = _CROSS_ENTROPY,
         share: float = SPARSE_SHARE,
         number: int = 0,
@@ -214,7 +218,7 @@ class _Task:
         shared = {
             'steps': steps,
             'step_size': 2.5 * radius / max(steps, 1),
-            'restarts': restarts,
+            'restarts': self.restarts if restarts is None else restarts,
             'weights': weights,
             'share': share,
         }
@@ -241,7 +245,7 @@ def diagnose(
     *,
     threat: Threat,
     steps: int = 20,
-    restarts: int = 5,
+    restarts: int = 1,
     queries: int = 500,
     float64_images: int = 64,
     surrogate: tuple[Forward, Variables] | None = None,
@@ -258,11 +262,11 @@ def diagnose(
     - `monotone`: accuracy under PGD falls as the radius grows (eps / 2, eps, 2 eps and the last);
     - `chance`: at the last radius, where any image can become the same grey, no more images are
       right than the most frequent label has;
-    - `effort`: five times the steps, or `restarts`, leave no image right that fewer fool, nor fool
-      many more;
+    - `effort`: five times the steps, or the restarts, leave no image right that fewer fool;
+    - `converged`: nor do they fool more, or the attack is too weak to report;
     - `single_step`: PGD fools what FGSM fools;
     - `transfer`, `black_box`: images made for the surrogate, and Square, fool no image that no
-      attack by gradients fools (PGD with all its steps, restarts and losses);
+      attack by gradients fools (PGD of all these steps, restarts and losses);
     - `noise`: one random image of the ball fools fewer than half as many images as PGD;
     - `gradients`: the cross-entropy of the correct images has a gradient whose square is not 0 in
       float32;
@@ -278,8 +282,8 @@ def diagnose(
     `masking_checks.slack`. A diagnosis that passes is no proof: it attacks few images with short
     attacks, and cannot see an operation inside of the model's modules.
 
-    It costs about as much as 12 PGD attacks of `steps` steps and `queries` forward passes of each
-    image, and four compilations, further ones for the surrogate and for each kind of wrapper.
+    It costs about as much as 17 times this PGD and `queries` forward passes of each image, and four
+    compilations; further ones for a surrogate and for each kind of wrapper.
 
     Args:
       forward: the model.
@@ -289,7 +293,7 @@ def diagnose(
       key: randomness of all attacks.
       threat: the perturbations allowed, of finite eps above 0.
       steps: steps of PGD, whose step size is 2.5 eps / steps.
-      restarts: restarts of the attack that is compared with a single one.
+      restarts: its restarts.
       queries: of Square; 0 leaves it out.
       float64_images: on how many first images PGD is repeated in float64; 0 leaves it out.
       surrogate: another model and its variables, replicated, whose images are transferred.
@@ -331,11 +335,12 @@ def diagnose(
         key,
         threat,
         steps,
+        restarts,
         draws,
         mesh,
         batch_size if mesh is None else parallel.round_up(batch_size, mesh),
     )
-    attacks, absent, replaced = _plan(task, restarts, queries, float64_images, surrogate)
+    attacks, absent, replaced = _plan(task, queries, float64_images, surrogate)
     found = {name: attacks[name]() for name in progress(list(attacks))}
     view, again = found.pop('view'), found.pop('again')
     radii = _radii(threat, x.shape[1:])
@@ -368,7 +373,6 @@ def diagnose(
 
 def _plan(
     task: _Task,
-    restarts: int,
     queries: int,
     float64_images: int,
     surrogate: tuple[Forward, Variables] | None,
@@ -379,12 +383,12 @@ def _plan(
         'view': task.view,
         'again': task.view,
         'pgd': pgd,
-        'long': functools.partial(pgd, steps=_LONGER * task.steps),
-        'restarts': functools.partial(pgd, restarts=restarts),
+        'steps': functools.partial(pgd, steps=_MORE * task.steps),
+        'restarts': functools.partial(pgd, restarts=_MORE * task.restarts),
         'margin': functools.partial(pgd, weights=_MARGIN),
         'scaled': functools.partial(pgd, weights=_SCALED),
         # Other starts than the attack's, which would else include them.
-        'noise': functools.partial(pgd, steps=0, number=1),
+        'noise': functools.partial(pgd, steps=0, restarts=1, number=1),
     }
     limit = _grey_radius(threat, task.x.shape[1:])
     for radius in _radii(threat, task.x.shape[1:]):
@@ -493,18 +497,19 @@ def masking_table(diagnosis: Diagnosis) -> str:
       Lines without a newline at the end.
     """
     count = diagnosis.slack
-    lines = [
+    title = (
         f'gradient masking, {diagnosis.norm} {diagnosis.eps:.3g}, {diagnosis.images:,} images; '
         f'up to {count} may differ by chance'
-    ]
-    lines.append('-' * len(lines[0]))
+    )
+    lines = [title, '-' * len(title)]
     width = max(len(check.name) for check in diagnosis.checks)
+    wrap = functools.partial(textwrap.wrap, width=_TEXT_WIDTH)
     for check in diagnosis.checks:
         figures = ', '.join(f'{name} {value:.4g}' for name, value in check.figures.items())
-        text = figures if check.passed is not None else check.message
-        lines.append(f'{check.verdict:<4}   {check.name:<{width}}   {text}')
-        if check.passed is False:
-            lines.append(f'{"":<4}   {"":<{width}}   {check.message}')
+        text = [] if check.passed is None else wrap(figures)
+        text += [] if check.passed else wrap(check.message)
+        lines.append(f'{check.verdict:<4}   {check.name:<{width}}   {text[0]}')
+        lines += [' ' * (width + 10) + line for line in text[1:]]
     return '\n'.join(lines)
 
 

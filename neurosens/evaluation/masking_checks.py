@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 TINY_GRADIENT = math.sqrt(float(np.finfo(np.float32).tiny))
 # Logits of two passes over the same images differ by rounding up to this share of the largest.
 _ROUNDING = 1e-3
-_GRADIENT_ATTACKS = ('pgd', 'restarts', 'long', 'margin', 'scaled')
+_GRADIENT_ATTACKS = ('pgd', 'steps', 'restarts', 'margin', 'scaled')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,27 +159,30 @@ def _chance(evidence: Evidence) -> Check:
 
 
 def _effort(evidence: Evidence) -> Check:
-    """More steps and restarts fool at least as many images, and not many more."""
-    short, steps, restarts = (evidence.fooled[name] for name in ('pgd', 'long', 'restarts'))
-    lost = int((short & ~steps).sum()), int((short & ~restarts).sum())
-    gained = int((steps & ~short).sum()), int((restarts & ~short).sum())
-    allowed = slack(len(short))
-    helps_defender = max(lost) > allowed
+    """More steps and restarts fool at least the images that fewer fool."""
+    short = evidence.fooled['pgd']
+    lost = {name: int((short & ~evidence.fooled[name]).sum()) for name in ('steps', 'restarts')}
     return _judged(
         'effort',
-        not helps_defender and max(gained) <= allowed,
-        {
-            'lost_by_steps': lost[0],
-            'lost_by_restarts': lost[1],
-            'gained_by_steps': gained[0],
-            'gained_by_restarts': gained[1],
-        },
-        'More steps and more restarts change nothing.',
+        max(lost.values()) <= slack(len(short)),
+        {f'lost_by_{name}': count for name, count in lost.items()},
+        'More steps and more restarts help no image.',
         'More steps or restarts leave images right that fewer fool: gradients mislead at small '
-        'steps; take the worst case over step sizes, and add attacks without gradients (square).'
-        if helps_defender
-        else 'More steps or restarts fool further images: the attack has not converged; raise its '
-        'steps and restarts before you report a figure.',
+        'steps; take the worst case over step sizes, and add attacks without gradients (square).',
+    )
+
+
+def _converged(evidence: Evidence) -> Check:
+    """And not many more: or else the attack could still be made stronger."""
+    short = evidence.fooled['pgd']
+    gained = {name: int((evidence.fooled[name] & ~short).sum()) for name in ('steps', 'restarts')}
+    return _judged(
+        'converged',
+        max(gained.values()) <= slack(len(short)),
+        {f'gained_by_{name}': count for name, count in gained.items()},
+        'More steps and more restarts fool no further images.',
+        'More steps or restarts fool further images, so that accuracy under this attack is too '
+        'good: raise steps or restarts, or take apgd or autoattack, before you report a figure.',
     )
 
 
@@ -350,6 +353,7 @@ _CHECKS: tuple[Callable[[Evidence], Check], ...] = (
     _monotone,
     _chance,
     _effort,
+    _converged,
     _single_step,
     _transfer,
     _black_box,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ def straight_forward(forward: Forward, kind: str) -> tuple[Forward, int]:
             count += straight_forward(node.draw(node.key), kind)[1]
             draw = jax.tree_util.Partial(_DRAWS[kind], node.draw)
             return dataclasses.replace(node, draw=draw)
-        if not isinstance(node, _WRAPPERS):
+        if not isinstance(node, (TransformedForward, EditedForward)):
             return node
         inner, found = straight_forward(node.forward, kind)
         count += found
@@ -122,8 +121,7 @@ def _widened(node: Any) -> Any:
     dtype = getattr(node.module, 'dtype', None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         return node
-    module = cast(nn.Module, node.module.clone(dtype=jnp.float64))
-    return dataclasses.replace(node, module=module)
+    return dataclasses.replace(node, module=node.module.clone(dtype=jnp.float64))
 
 
 @jax.jit

@@ -175,7 +175,7 @@ def _diagnose(
         key,
         threat=attacks.Threat(settings.norm, radii[len(radii) // 2]),
         steps=settings.steps,
-        restarts=max(settings.restarts, _DIAGNOSIS_RESTARTS),
+        restarts=settings.restarts,
         queries=min(settings.queries, _DIAGNOSIS_QUERIES),
         surrogate=surrogate,
         batch_size=settings.batch_size,
@@ -255,8 +255,8 @@ def _autoattack(
     return AttackOutcome(name, settings.norm, eps, attacked, broken_by, result.warnings)
 
 
-# Restarts and queries that a diagnosis of masking needs at least, and can do with.
-_DIAGNOSIS_RESTARTS, _DIAGNOSIS_QUERIES = 5, 500
+# Queries that a diagnosis of masking can do with.
+_DIAGNOSIS_QUERIES = 500
 # Attacks that look for the smallest perturbation.
 _MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 

@@ -5,6 +5,7 @@ gradients lie: they differ in arrays alone, and share compiled programs.
 """
 
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -47,7 +48,7 @@ def problem():
     templates = generator.choice([0.25, 0.5, 0.75], (CLASSES, SIDE * SIDE))
     y = np.arange(IMAGES) % CLASSES
     other = (y + generator.integers(1, CLASSES, IMAGES)) % CLASSES
-    share = np.linspace(0, 0.45, IMAGES)[:, None]
+    share = np.linspace(0.2, 0.45, IMAGES)[:, None]
     swapped = generator.random((IMAGES, SIDE * SIDE)) < share
     x = np.where(swapped, templates[other], templates[y])
     return x.reshape(IMAGES, SIDE, SIDE, 1).astype(np.float32), y.astype(np.int32), templates
@@ -84,7 +85,7 @@ def diagnose(problem):
     x, y, templates = problem
 
     def run(forward, *, scale=10.0, eps=EPS, norm='linf', images=IMAGES, **options):
-        options = {'queries': 200, 'steps': 10, 'restarts': 3, **options}
+        options = {'queries': 200, 'steps': 10, **options}
         threat = Threat(norm, eps)
         variables = classifier(templates, scale)
         return evaluation.diagnose(
@@ -101,6 +102,7 @@ def honest(diagnose, problem):
 
 
 def warnings(diagnosis):
+    print(evaluation.masking_table(diagnosis))
     return {check.name for check in diagnosis.checks if check.passed is False}
 
 
@@ -111,30 +113,43 @@ def figures(diagnosis, name):
 
 def test_an_honest_model_passes_every_check(honest):
     assert all(check.passed for check in honest.checks), evaluation.masking_table(honest)
-    assert honest.passed and len(honest.checks) == 12
+    assert honest.passed and len(honest.checks) == 13
     # And the attacks had something to show.
     assert 10 < figures(honest, 'single_step')['pgd'] < 35
 
 
 def test_saturated_logits_hide_gradients_from_cross_entropy(diagnose):
     found = diagnose(model(), scale=400.0)
-    assert warnings(found) >= {'gradients', 'losses', 'precision'}
+    assert warnings(found) >= {'gradients', 'losses', 'chance'}
     assert figures(found, 'gradients')['zero'] > 10
     # The margin does not saturate, so that gradients still beat random search.
     assert not warnings(found) & {'black_box', 'straight_through', 'randomness'}
 
 
+def test_gradients_that_float32_rounds_off_are_found_in_float64(diagnose):
+    found = diagnose(model(), scale=40.0)
+    assert 'precision' in warnings(found)
+    assert figures(found, 'precision')['images'] == IMAGES
+
+
 def test_dead_gradients_are_found_by_all_that_needs_none(diagnose, problem):
     found = diagnose(model(slopes=0), surrogate=(model(), classifier(problem[2])))
     assert warnings(found) >= {'gradients', 'black_box', 'transfer', 'straight_through', 'chance'}
-    assert figures(found, 'gradients')['zero'] == IMAGES
+    gradients = figures(found, 'gradients')
+    assert gradients['zero'] == gradients['tiny'] == gradients['correct'] > 20
     assert figures(found, 'straight_through')['transforms'] == 1
     assert not warnings(found) & {'losses', 'precision', 'randomness'}
 
 
 def test_quantised_inputs_hide_gradients(diagnose):
     found = diagnose(model(slopes=0, values=0), eps=0.2)
-    assert warnings(found) >= {'gradients', 'black_box', 'straight_through', 'noise'}
+    assert warnings(found) >= {'gradients', 'black_box', 'straight_through', 'chance'}
+
+
+def test_noise_that_does_as_much_as_the_attack_is_found(diagnose):
+    found = diagnose(model(slopes=0, values=8.0))
+    assert 'noise' in warnings(found)
+    assert figures(found, 'noise')['noise'] > 5
 
 
 def test_gradients_on_the_images_alone_mislead_many_steps(diagnose):
@@ -149,32 +164,49 @@ def test_accuracy_that_rises_with_the_radius_is_found(diagnose):
 
 
 def test_small_steps_that_are_trapped_are_found(diagnose):
-    found = diagnose(model(slopes=[1.0] * 2 + [-1.0] * 4 + [1.0] * 4), steps=2)
+    # Only pixels near the edge of the ball count, and before it stands a gradient that turns back.
+    far = model(slopes=[1.0] * 5 + [-1.0] * 2 + [1.0] * 3, values=[0.0] * 7 + [1.0] * 3)
+    found = diagnose(far, steps=2, eps=0.12)
     assert 'effort' in warnings(found)
     assert figures(found, 'effort')['lost_by_steps'] > slack(IMAGES)
 
 
+def noisy(x, key):
+    return x + 0.3 * jax.random.normal(key, x.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoisyForward:
+    """What a random model draws."""
+
+    key: jax.Array
+
+    def __call__(self, variables, x, edits={}, taps=()):  # noqa: B006
+        return LinenForward(Linear())(variables, noisy(x, self.key), edits, taps)
+
+
+class NoisyLinear(Linear):
+    """A model that draws while it is traced, which nothing declares."""
+
+    def __call__(self, x):
+        return super().__call__(noisy(x, jax.random.key(next(NUMBERS))))
+
+
+NUMBERS = itertools.count()
+
+
 @pytest.mark.parametrize('declared', [True, False])
 def test_randomness_is_found_declared_or_not(diagnose, declared):
-    base, numbers = LinenForward(Linear()), itertools.count()
-
-    def draw(key):
-        return with_input_transform(base, lambda x: x + 0.3 * jax.random.normal(key, x.shape))
-
-    def noisy(x):
-        return x + 0.3 * jax.random.normal(jax.random.key(next(numbers)), x.shape)
-
-    forward = random_forward(draw, KEY) if declared else with_input_transform(base, noisy)
+    forward = random_forward(NoisyForward, KEY) if declared else LinenForward(NoisyLinear())
     found = diagnose(forward, queries=0, float64_images=0)
     assert 'randomness' in warnings(found)
     assert figures(found, 'randomness')['changed_logits'] == IMAGES
     assert figures(found, 'randomness')['changed_class'] > 0
 
 
-def test_the_same_is_found_on_any_devices_and_batches(honest, diagnose, problem):
+def test_the_same_is_found_on_any_devices_and_batches(honest, diagnose):
     mesh = parallel.data_mesh()
-    forward, variables = model(), classifier(problem[2])
-    surrogate = parallel.replicate(mesh, (forward, variables))
     seen = []
 
     def progress(names):
@@ -182,13 +214,18 @@ def test_the_same_is_found_on_any_devices_and_batches(honest, diagnose, problem)
             seen.append(name)
             yield name
 
-    found = diagnose(forward, surrogate=surrogate, mesh=mesh, batch_size=13, progress=progress)
-    facts, alone = (evaluation.masking_facts(each) for each in (found, honest))
-    assert facts.keys() == alone.keys()
-    for name, value in alone.items():
-        assert facts[name] == (pytest.approx(value, rel=1e-4) if value else value), name
-    assert {'view', 'long', 'square', 'transfer', 'float64'} <= set(seen)
-    assert not jax.config.jax_enable_x64
+    few = {'queries': 0, 'float64_images': 0}
+    found = diagnose(model(), mesh=mesh, batch_size=13, progress=progress, **few)
+    for check, alone in zip(found.checks, honest.checks):
+        if check.passed is not None:
+            assert check.passed == alone.passed
+            assert check.figures == pytest.approx(alone.figures, rel=1e-4), check.name
+    assert {check.name for check in found.checks if check.passed is None} == {
+        'black_box',
+        'precision',
+        'transfer',
+    }
+    assert {'view', 'steps', 'noise', 'straight_transforms'} <= set(seen)
 
 
 # ----------------------------------------------------------------------------------- the rules
@@ -204,8 +241,8 @@ def flags(count):
 @pytest.fixture
 def sound():
     """What attacks do to an honest model: 60 of 100 images are fooled."""
-    names = ('pgd', 'long', 'restarts', 'margin', 'scaled', 'fgsm', 'square', 'transfer', 'float64')
-    fooled = {name: flags(60) for name in (*names, 'straight_transforms')}
+    names = ('pgd', 'steps', 'restarts', 'margin', 'scaled', 'fgsm', 'square', 'transfer')
+    fooled = {name: flags(60) for name in (*names, 'float64', 'straight_transforms')}
     return masking_checks.Evidence(
         labels=np.arange(N) % 10,
         correct=np.full(N, True),
@@ -236,7 +273,8 @@ def judged(evidence):
 BROKEN = {
     'monotone': lambda e, n: e._replace(by_radius={**e.by_radius, 0.1: flags(30 - n)}),
     'chance': lambda e, n: e._replace(by_radius={**e.by_radius, 0.5: flags(90 - n)}),
-    'effort': lambda e, n: fooling(e, long=60 + n),
+    'effort': lambda e, n: fooling(e, steps=60 - n),
+    'converged': lambda e, n: fooling(e, restarts=60 + n),
     'single_step': lambda e, n: fooling(e, fgsm=60 + n),
     'transfer': lambda e, n: fooling(e, transfer=60 + n),
     'black_box': lambda e, n: fooling(e, square=60 + n),
@@ -257,16 +295,6 @@ def test_as_many_images_as_chance_allows_are_no_warning(sound, name):
 
 def test_the_slack_is_a_count_that_grows_slower_than_the_images():
     assert [slack(n) for n in (1, 30, 100, 200, 1000, 10_000)] == [1, 1, 3, 4, 16, 120]
-
-
-def test_more_effort_may_neither_lose_images_nor_find_many_more(sound):
-    lost, found = (
-        next(check for check in masking_checks.judge(e) if check.name == 'effort')
-        for e in (fooling(sound, long=50, restarts=50), fooling(sound, restarts=70))
-    )
-    assert lost.figures['lost_by_steps'] == lost.figures['lost_by_restarts'] == 10
-    assert found.figures['gained_by_restarts'] == 10 and found.figures['lost_by_restarts'] == 0
-    assert 'not converged' in found.message and 'mislead' in lost.message
 
 
 def test_a_random_model_passes_once_its_gradients_are_averaged(sound):
