@@ -2,7 +2,7 @@
 
 Carlini et al. 2019 (https://arxiv.org/abs/1902.06705) and Athalye et al. 2018
 (https://arxiv.org/abs/1802.00420) list the signs. Every check counts images that a weaker attack
-fools and a stronger one does not, or the like; `slack` says how many may be chance.
+fools and a stronger one does not, or the like; `slack` and `exceeds` say what may be chance.
 """
 
 from __future__ import annotations
@@ -95,6 +95,23 @@ def slack(images: int) -> int:
     """
     expected = 0.01 * images
     return max(1, math.floor(expected + 2 * math.sqrt(expected)))
+
+
+def exceeds(gained: int, lost: int, images: int) -> bool:
+    """Whether one of two attacks of equal effort is the stronger one, by more than chance.
+
+    If neither is, an image that only one of them fools is as often one of the first as of the
+    second, and the difference of the counts has the variance of their sum (McNemar 1947).
+
+    Args:
+      gained: how many images only the first fools.
+      lost: how many only the second fools.
+      images: number of images.
+
+    Returns:
+      Whether the difference is above `slack` and above two standard deviations.
+    """
+    return gained - lost > max(slack(images), 2 * math.sqrt(gained + lost))
 
 
 def judge(evidence: Evidence) -> tuple[Check, ...]:
@@ -270,17 +287,18 @@ def _gradients(evidence: Evidence) -> Check:
 
 
 def _losses(evidence: Evidence) -> Check:
-    plain = evidence.fooled['pgd'] | evidence.fooled['restarts']
-    margin, scaled = (evidence.fooled[name] & ~plain for name in ('margin', 'scaled'))
+    plain, others = evidence.fooled['pgd'], ('margin', 'scaled')
+    gained = {name: int((evidence.fooled[name] & ~plain).sum()) for name in others}
+    lost = {name: int((plain & ~evidence.fooled[name]).sum()) for name in others}
     return _judged(
         'losses',
-        int((margin | scaled).sum()) <= slack(len(plain)),
+        not any(exceeds(gained[name], lost[name], len(plain)) for name in others),
         {
             'cross_entropy': plain.sum(),
-            'only_margin': margin.sum(),
-            'only_scaled_cross_entropy': scaled.sum(),
+            **{f'only_{name}': count for name, count in gained.items()},
+            **{f'not_{name}': count for name, count in lost.items()},
         },
-        'Other losses find nothing more.',
+        'Other losses find no more.',
         'A loss that does not saturate fools images that cross-entropy does not: attack with '
         "loss='margin', 'dlr' or 'scaled_cross_entropy' (apgd_dlr, autoattack).",
     )
@@ -290,18 +308,18 @@ def _precision(evidence: Evidence) -> Check:
     if 'float64' not in evidence.fooled:
         return Check('precision', None, {}, evidence.absent['float64'])
     double = evidence.fooled['float64']
-    single = (evidence.fooled['pgd'] | evidence.fooled['restarts'])[: len(double)]
-    gained = int((double & ~single).sum())
+    single = evidence.fooled['pgd'][: len(double)]
+    gained, lost = int((double & ~single).sum()), int((single & ~double).sum())
     return _judged(
         'precision',
-        gained <= slack(len(double)),
+        not exceeds(gained, lost, len(double)),
         {
-            'float64': double.sum(),
+            'images': len(double),
             'float32': single.sum(),
             'only_float64': gained,
-            'images': len(double),
+            'not_float64': lost,
         },
-        'Gradients in float64 find nothing more.',
+        'Gradients in float64 find no more.',
         'Gradients computed in float64 fool images that those of the model do not: rounding hides '
         'them; attack in float64 (jax.enable_x64) or with loss scaled_cross_entropy or margin.',
     )

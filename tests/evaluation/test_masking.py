@@ -289,12 +289,25 @@ BROKEN = {
 @pytest.mark.parametrize('name', BROKEN)
 def test_as_many_images_as_chance_allows_are_no_warning(sound, name):
     assert not judged(sound)
-    assert judged(BROKEN[name](sound, slack(N))) == set()
-    assert judged(BROKEN[name](sound, slack(N) + 1)) == {name}
+    # Two standard deviations of what only one of two equal attacks fools are more than the slack.
+    most = 4 if name in ('losses', 'precision') else slack(N)
+    assert judged(BROKEN[name](sound, most)) == set()
+    assert judged(BROKEN[name](sound, most + 1)) == {name}
 
 
 def test_the_slack_is_a_count_that_grows_slower_than_the_images():
     assert [slack(n) for n in (1, 30, 100, 200, 1000, 10_000)] == [1, 1, 3, 4, 16, 120]
+
+
+def test_equal_attacks_may_differ_both_ways(sound):
+    assert not masking_checks.exceeds(20, 12, N) and masking_checks.exceeds(21, 9, N)
+    differing = fooling(sound)
+    swapped = np.roll(flags(60), 15)
+    differing.fooled['margin'] = differing.fooled['float64'] = swapped
+    # What gradients in float64 find counts for them alone, what another loss finds for gradients.
+    assert judged(differing) == set()
+    differing.fooled['scaled'] = flags(60) | swapped
+    assert judged(differing) == {'losses'}
 
 
 def test_a_random_model_passes_once_its_gradients_are_averaged(sound):
