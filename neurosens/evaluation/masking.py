@@ -295,7 +295,7 @@ def diagnose(
       y: labels `[N]`.
       key: randomness of all attacks.
       threat: the perturbations allowed, of finite eps above 0.
-      steps: steps of PGD, whose step size is 2.5 eps / steps.
+      steps: steps of PGD, whose step size is 2.5 eps / steps; for l1 each moves 10 pixels or more.
       restarts: its restarts.
       queries: of Square; 0 leaves it out.
       float64_images: on how many first images PGD is repeated in float64; 0 leaves it out.
