@@ -1,7 +1,8 @@
 """Evaluates a trained model: `python evaluate.py --workdir=DIR --config.evaluation.key=value`.
 
-Reports accuracy on clean images and under attack, and what single neurons do, on screen and in
-DIR/report. The settings are those of the training, where the command line does not change them.
+Reports accuracy on clean images and under attack, signs that the attacks were misled, and what
+single neurons do, on screen and in DIR/report. The settings are those of the training, where the
+command line does not change them.
 With `--compare=DIR` the neurons of a second model are shown beside those of the first; with
 `--transfer_from=DIR` images that fool a second model attack the first.
 """
@@ -177,9 +178,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         # What long attacks had noted, to go on after an interruption, is now in the report.
         shutil.rmtree(notes, ignore_errors=True)
-        print(
-            f'\nWritten: index.html, results.json, results.csv, plots and neurons/ in {directory}'
-        )
+        print(f'\nWritten: index.html, results.json, CSV files, plots and neurons/ in {directory}')
     return 0
 
 

@@ -113,6 +113,9 @@ class Evaluation:
       auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.
       queries: forward passes of 'square' and of AutoAttack's.
       examples: images in the example grid.
+      masking_images: on how many first images to look for gradient masking, where there are
+        attacks: in `norm`, at the upper middle of `eps`, with PGD of `steps` and `restarts` and at
+        most 500 of `queries`; 0 turns it off.
     """
 
     split: str = 'test'
@@ -128,6 +131,7 @@ class Evaluation:
     auto_steps: int = 100
     queries: int = 5000
     examples: int = 8
+    masking_images: int = 128
 
 
 MEASURES = (
@@ -465,6 +469,7 @@ def _check_ranges(config: Config) -> None:
     check('evaluation.auto_steps', evaluation.auto_steps, low=1)
     check('evaluation.queries', evaluation.queries, low=1)
     check('evaluation.examples', evaluation.examples, low=0)
+    check('evaluation.masking_images', evaluation.masking_images, low=0)
     for eps in evaluation.eps:
         check('evaluation.eps item', eps, low=0)
     monitor = config.monitor

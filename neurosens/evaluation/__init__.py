@@ -24,6 +24,14 @@ from neurosens.evaluation.defense_report import (
 )
 from neurosens.evaluation.defense_section import defense_section
 from neurosens.evaluation.html_page import Section, check_table
+from neurosens.evaluation.masking import (
+    Diagnosis,
+    diagnose,
+    masking_facts,
+    masking_table,
+    write_masking,
+)
+from neurosens.evaluation.masking_checks import Check
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
 from neurosens.evaluation.neuron_measures import chosen_layers as neuron_layers
@@ -67,6 +75,12 @@ __all__ = [
     'NeuronReport',
     'LayerReport',
     'ThroughNeurons',
+    'Check',
+    'Diagnosis',
+    'diagnose',
+    'masking_facts',
+    'masking_table',
+    'write_masking',
     'Progress',
     'AttackOutcome',
     'Attacked',

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from neurosens import attacks, data, defenses, parallel
 from neurosens import config as config_lib
 from neurosens.defenses import inverse_perturbation, oracles
-from neurosens.evaluation import accuracy, robustness
+from neurosens.evaluation import accuracy, masking, robustness
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
 from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
@@ -78,6 +78,7 @@ class DefenseReport:
         `[M]` each.
       passes: forward passes of the model for one image.
       cost: time for one image relative to the undefended model, measured.
+      diagnosis: of gradient masking by the defence; None where it was not asked for.
     """
 
     defense: str
@@ -90,6 +91,7 @@ class DefenseReport:
     shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' images']]]
     passes: int
     cost: float
+    diagnosis: masking.Diagnosis | None = None
 
     def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:
         """Whether each image stays classified correctly under every attack of a radius `[M]`."""
@@ -192,6 +194,8 @@ def evaluate_defense(
         key,
         progress=lambda name: progress(f'defended {name}'),
         ensemble_progress=ensemble_progress,
+        # Images made for the undefended model are another check of the gradients.
+        surrogate=(forward, variables),
     )
     outcomes += [
         DefenseOutcome(ADAPTIVE, o.attack, o.norm, o.eps, o.attacked.success)
@@ -237,6 +241,7 @@ def evaluate_defense(
         shifts,
         inverse_perturbation.passes(parameters) if known else 1,
         relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
+        report.diagnosis,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from neurosens import metrics
-from neurosens.evaluation import files, plots
+from neurosens.evaluation import files, masking, plots
 from neurosens.evaluation.defended import (
     ADAPTIVE,
     GROUPS,
@@ -105,6 +105,8 @@ def defense_table(report: DefenseReport) -> str:
         ]
         header = [f'mean change under {report.control_attack}', *GROUPS]
         lines += ['', *aligned(header, body)]
+    if report.diagnosis is not None:
+        lines += ['', 'the defended model:', masking.masking_table(report.diagnosis)]
     return '\n'.join(lines)
 
 
@@ -134,11 +136,14 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         for group, values in by_group.items():
             mean = float(np.mean(values)) if len(values) else None
             flat[f'defense/shift/{layer}/{group}'] = mean
+    if report.diagnosis is not None:
+        found = masking.masking_facts(report.diagnosis)
+        flat.update({f'defense/{key}': value for key, value in found.items()})
     return flat
 
 
 def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Writes `defense.csv` and the plots of a defence, each only when it is whole.
+    """Writes `defense.csv`, `defense_masking.csv` and the plots, each only when it is whole.
 
     Args:
       report: of a defence.
@@ -155,6 +160,8 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
                 writer.writerow([key, *interval, count])
             for name, rate in rates(report).items():
                 writer.writerow([f'success_rate/{name}', rate, '', '', ''])
+        if report.diagnosis is not None:
+            masking.write_masking(report.diagnosis, output.path('defense_masking.csv'))
         plots.save(accuracy_figure(report), output.path('defense.png'))
         if report.controls:
             plots.save(control_figure(report), output.path('defense_controls.png'))

@@ -10,7 +10,7 @@ import numpy as np
 from neurosens.evaluation.defended import GROUPS, DefenseReport
 from neurosens.evaluation.defense_report import defense_rows, rates
 from neurosens.evaluation.html_page import Block, Figure, Section, Table
-from neurosens.evaluation.report_page import share_text
+from neurosens.evaluation.report_page import masking_section, share_text
 
 # For each plot its caption, and what it shows for those who cannot see it.
 _PLOTS = {
@@ -85,6 +85,8 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         if path.suffix == '.png':
             caption, alternative = _PLOTS.get(path.stem, (path.stem.replace('_', ' '),) * 2)
             blocks.append(Figure(path.read_bytes(), caption, alternative))
+    if report.diagnosis is not None:
+        blocks.append(masking_section('Signs of gradient masking by the defence', report.diagnosis))
     return Section(title, blocks)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from neurosens import metrics
-from neurosens.evaluation import files, html_page, plots, report_page, training_plots
+from neurosens.evaluation import (
+    files,
+    html_page,
+    masking,
+    plots,
+    report_page,
+    training_plots,
+)
 from neurosens.evaluation.robustness import RobustnessReport
 
 
@@ -50,7 +57,7 @@ def rows(report: RobustnessReport) -> list[tuple[str, metrics.Interval, int]]:
 
 
 def table(report: RobustnessReport) -> str:
-    """The report as aligned text, accuracies in per cent."""
+    """The report as aligned text, accuracies in per cent, and what was found of masking."""
     everything = rows(report)
     main = [row for row in everything if not row[0].startswith('class_accuracy/')]
     classes = [row for row in everything if row[0].startswith('class_accuracy/')]
@@ -63,6 +70,8 @@ def table(report: RobustnessReport) -> str:
     lines += ['', *aligned(['class', *columns], [_cells(row) for row in classes])]
     for outcome in report.outcomes:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
+    if report.diagnosis is not None:
+        lines += ['', masking.masking_table(report.diagnosis)]
     return '\n'.join(lines)
 
 
@@ -103,7 +112,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss`, and for
-      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval.
+      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval; then what was
+      found of masking, as of `masking.masking_facts`.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
@@ -114,6 +124,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
         flat[key] = interval.value
         flat[f'{key}/low'] = interval.low
         flat[f'{key}/high'] = interval.high
+    if report.diagnosis is not None:
+        flat.update(masking.masking_facts(report.diagnosis))
     return flat
 
 
@@ -128,8 +140,8 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes `results.json`, `results.csv`, the plots, and `index.html`, which shows all of them.
 
-    For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image. Each file
-    appears only when it is whole.
+    For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image, and
+    `masking.csv` what was found of gradient masking. Each file appears only when it is whole.
 
     Args:
       report: an evaluation.
@@ -160,6 +172,8 @@ def write(
                     writer.writerow(['image', 'label', 'broken_by'])
                     labels = report.predictions.labels.tolist()
                     writer.writerows(zip(range(len(labels)), labels, outcome.broken_by))
+        if report.diagnosis is not None:
+            masking.write_masking(report.diagnosis, output.path('masking.csv'))
         pictures = {}
         for name, figure in _figures(report, training_log):
             path = output.path(name)
@@ -171,7 +185,7 @@ def write(
         # The last one, so that the page never shows what is not beside it yet.
         output.path('index.html').write_text(page, encoding='utf-8')
     # Examples of an earlier evaluation with other attacks would pass for this one's.
-    for pattern in ('examples-*.png', 'autoattack*.csv'):
+    for pattern in ('examples-*.png', 'autoattack*.csv', 'masking.csv'):
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
     return output.written

@@ -21,8 +21,10 @@ from neurosens.evaluation.html_page import (
     Section,
     Table,
     Values,
+    check_table,
     page,
 )
+from neurosens.evaluation.masking import Diagnosis
 from neurosens.evaluation.robustness import AttackOutcome, RobustnessReport
 
 # Longer tables are folded away below the plot that shows the same.
@@ -56,11 +58,49 @@ def report_page(
     lead: list[Block] = [_summary(report, results), _most_important(report)]
     if warnings:
         lead.append(Notes('Robustness may be overestimated', warnings))
-    parts = [_accuracy(report, results, pictures), *sections]
+    parts = [_accuracy(report, results, pictures)]
+    if report.diagnosis is not None:
+        parts.append(masking_section('Signs of gradient masking', report.diagnosis))
+    parts += sections
     if 'training.png' in pictures:
         parts.append(_training(pictures['training.png']))
     parts.append(_origin(results, provenance or {}))
     return page(title, lead, parts)
+
+
+def masking_section(title: str, diagnosis: Diagnosis) -> Section:
+    """What a diagnosis of gradient masking found, as a section of the page.
+
+    Args:
+      title: of the section.
+      diagnosis: what was found.
+
+    Returns:
+      One row for each check.
+    """
+    return Section(
+        title,
+        [
+            'Attacks that mislead themselves make a model look robust. Each check compares attacks '
+            f'on {diagnosis.images:,} images; up to {diagnosis.slack} of them may go the wrong way '
+            'by chance.',
+            check_table(
+                f'Checks at {diagnosis.norm} eps {diagnosis.eps:.3g}',
+                [
+                    (
+                        check.name.replace('_', ' '),
+                        check.verdict,
+                        ', '.join(
+                            f'{name.replace("_", " ")} {value:.4g}'
+                            for name, value in check.figures.items()
+                        ),
+                        check.message,
+                    )
+                    for check in diagnosis.checks
+                ],
+            ),
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------ summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from neurosens import attacks, data
 from neurosens import config as config_lib
-from neurosens.evaluation import accuracy
+from neurosens.evaluation import accuracy, masking
 from neurosens.forward import Forward, Variables
 
 
@@ -55,12 +55,14 @@ class RobustnessReport:
       split: its split.
       predictions: per-image results on clean images.
       outcomes: per attack and radius.
+      diagnosis: of gradient masking; None where it was not asked for.
     """
 
     info: data.DatasetInfo
     split: str
     predictions: accuracy.Predictions
     outcomes: tuple[AttackOutcome, ...]
+    diagnosis: masking.Diagnosis | None = None
 
     def worst_case(self, eps: float) -> Bool[np.ndarray, ' examples']:
         """Whether each image stays classified correctly under every attack of radius `eps`."""
@@ -84,7 +86,7 @@ def evaluate(
     directory: pathlib.Path | None = None,
     surrogate: tuple[Forward, Variables] | None = None,
 ) -> RobustnessReport:
-    """Measures clean accuracy and accuracy under attack.
+    """Measures clean accuracy and accuracy under attack, and looks for gradient masking.
 
     Args:
       forward: the model.
@@ -98,7 +100,7 @@ def evaluate(
       ensemble_progress: called before each batch of AutoAttack, see `attacks.autoattack`.
       directory: where AutoAttack notes finished work, to go on after an interruption.
       surrogate: another model and its variables, replicated: adds the attack `transfer`, which
-        finds its images by PGD on that model.
+        finds its images by PGD on that model, and a check of masking.
 
     Returns:
       The report.
@@ -142,7 +144,49 @@ def evaluate(
                 if smallest
                 else [AttackOutcome(name, settings.norm, eps, attacked)]
             )
-    return RobustnessReport(source.info, settings.split, predictions, tuple(outcomes))
+    diagnosis = None
+    radii = sorted(eps for eps in settings.eps if eps)
+    if settings.masking_images and outcomes and radii:
+        diagnosis = _diagnose(
+            forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
+        )
+    return RobustnessReport(source.info, settings.split, predictions, tuple(outcomes), diagnosis)
+
+
+def _diagnose(
+    forward: Forward,
+    variables: Variables,
+    source: data.Source,
+    mesh: Mesh,
+    settings: config_lib.Evaluation,
+    key: PRNGKeyArray,
+    radii: Sequence[float],
+    surrogate: tuple[Forward, Variables] | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> masking.Diagnosis:
+    """Signs of gradient masking on the first images, which every process holds."""
+    limit = min(settings.masking_images, settings.limit or settings.masking_images)
+    held = accuracy.stream(source, mesh, settings.batch_size, _held, limit=limit)
+    return masking.diagnose(
+        forward,
+        variables,
+        held['image'].astype(np.float32) / np.float32(255),
+        held['label'],
+        key,
+        threat=attacks.Threat(settings.norm, radii[len(radii) // 2]),
+        steps=settings.steps,
+        restarts=settings.restarts,
+        queries=min(settings.queries, _DIAGNOSIS_QUERIES),
+        surrogate=surrogate,
+        batch_size=settings.batch_size,
+        mesh=mesh,
+        index=held['index'],
+        progress=progress,
+    )
+
+
+def _held(batch: data.Batch) -> dict[str, Array]:
+    return {'image': batch.image, 'label': batch.label, 'index': batch.index}
 
 
 def _at_each_radius(
@@ -181,13 +225,7 @@ def _autoattack(
     progress: attacks.Progress | None,
 ) -> AttackOutcome:
     """AutoAttack over the data set, all of whose images every process holds."""
-
-    def images_of(batch: data.Batch) -> dict[str, Array]:
-        return {'image': batch.image, 'index': batch.index}
-
-    held = accuracy.stream(
-        source, mesh, settings.batch_size, images_of, limit=settings.limit or None
-    )
+    held = accuracy.stream(source, mesh, settings.batch_size, _held, limit=settings.limit or None)
     version = name.partition('_')[2] or 'standard'
     result = attacks.autoattack(
         forward,
@@ -217,6 +255,8 @@ def _autoattack(
     return AttackOutcome(name, settings.norm, eps, attacked, broken_by, result.warnings)
 
 
+# Queries that a diagnosis of masking can do with.
+_DIAGNOSIS_QUERIES = 500
 # Attacks that look for the smallest perturbation.
 _MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 

@@ -14,7 +14,13 @@ from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.forward import LinenForward
 
 EVALUATION = config.Evaluation(
-    batch_size=24, attacks=('fgsm', 'pgd'), eps=(0.05, 0.12), steps=3, queries=4, auto_steps=3
+    batch_size=24,
+    attacks=('fgsm', 'pgd'),
+    eps=(0.05, 0.12),
+    steps=3,
+    queries=4,
+    auto_steps=3,
+    masking_images=0,
 )
 
 
@@ -104,7 +110,7 @@ def test_a_report_agrees_with_fresh_computations(problem, inverse):
         *(f'static/{a}-linf-{e}' for a in ('fgsm', 'pgd') for e in ('0.05', '0.12')),
         *(
             f'adaptive/{a}-linf-{e}'
-            for a in ('fgsm', 'pgd', 'square', 'pgd_straight_through', 'pgd_soft')
+            for a in ('fgsm', 'pgd', 'square', 'transfer', 'pgd_straight_through', 'pgd_soft')
             for e in ('0.05', '0.12')
         ),
     }
@@ -195,7 +201,7 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     right = np.asarray(logits).argmax(-1) == source.labels
     np.testing.assert_array_equal(report.defended.correct, right)
     assert report.controls == {} and report.shifts == {} and report.passes == 1
-    assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square'}
+    assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square', 'transfer'}
     evaluation.defense_table(report)
 
 

@@ -101,6 +101,19 @@ def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_pat
     assert evaluation.table(whole).endswith('autoattack-linf-0.1: Square broke 2 images.')
 
 
+def test_a_diagnosis_of_masking_stands_in_every_report(report, tmp_path):
+    check = evaluation.Check('black_box', False, {'only_square': 9.0}, 'Random search fools more.')
+    diagnosis = evaluation.Diagnosis((check,), 128, 'linf', 0.1)
+    whole = dataclasses.replace(report, diagnosis=diagnosis)
+    written = {path.name for path in evaluation.write(whole, tmp_path, {})}
+    assert 'masking.csv' in written
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['masking/black_box'] is False and not results['masking/passed']
+    assert evaluation.table(whole).endswith(evaluation.masking_table(diagnosis))
+    evaluation.write(report, tmp_path, {})
+    assert not (tmp_path / 'masking.csv').exists(), 'that of an earlier evaluation is gone'
+
+
 @pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 def test_the_curve_shows_every_attack_there_is_in_every_norm(report, norm):
     first = report.outcomes[0]

@@ -19,6 +19,8 @@ EVALUATE = (
     '--config.evaluation.eps=(0.02,0.1)',
     '--config.evaluation.steps=5',
     '--config.evaluation.limit=200',
+    '--config.evaluation.queries=50',
+    '--config.evaluation.masking_images=40',
     '--config.neurons.limit=60',
 )
 
@@ -116,8 +118,30 @@ def test_results_do_not_depend_on_devices_and_batches(evaluated, scripts):
             # Sums of other batches round differently, and so do ranks of nearly equal neurons.
             tolerance = 1e-6 if key == 'clean_loss' else 0.05
             assert value == pytest.approx(results[key], abs=tolerance), key
+        elif key.startswith('masking/') and isinstance(value, float):
+            assert value == pytest.approx(results[key], rel=1e-3), key
         elif key != 'config' and not key.endswith('_rule'):
             assert value == results[key], key
+
+
+def test_signs_of_masking_are_reported(evaluated):
+    workdir, out, results = evaluated
+    with (workdir / 'report' / 'masking.csv').open() as file:
+        lines = list(csv.DictReader(file))
+    # The upper middle of the radii, on the first images.
+    assert (results['masking/images'], results['masking/eps']) == (40, 0.1)
+    assert 'gradient masking, linf 0.1, 40 images' in out
+    for line in lines:
+        passed = results[f'masking/{line["check"]}']
+        assert line['verdict'] == {True: 'pass', False: 'warn', None: 'n/a'}[passed]
+        assert f'{line["verdict"]:<4}   {line["check"]}' in out
+        if line['figure']:
+            assert results[f'masking/{line["check"]}/{line["figure"]}'] == float(line['value'])
+    not_run = {line['check'] for line in lines if line['verdict'] == 'n/a'}
+    assert not_run == {'transfer', 'straight_through'}
+    fooled = results['masking/single_step/pgd']
+    assert fooled + results['masking/monotone/correct_at_0.1'] == 40
+    assert results['masking/randomness'] and results['masking/gradients']
 
 
 # ------------------------------------------------------------------------------------ neurons
@@ -182,6 +206,7 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
         '--config.evaluation.queries=10',
         '--config.evaluation.limit=40',
         '--config.evaluation.batch_size=16',
+        '--config.evaluation.masking_images=0',
         '--config.neurons.measures=()',
     )
     report = workdir / 'report'
@@ -202,6 +227,7 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     assert accuracy['autoattack'] < clean
     assert 'autoattack-l2-0.8' in out
     assert not (report / 'unfinished').exists()
+    assert not (report / 'masking.csv').exists() and 'masking' not in out
 
 
 def test_two_models_are_compared(trained, scripts, tmp_path):
@@ -216,6 +242,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     )
     few += ("--config.neurons.measures=('attack',)", "--config.neurons.layers=('act2',)")
     few += ('--config.neurons.attack_steps=4', '--config.neurons.attack_neurons=3')
+    few += ('--config.evaluation.queries=50',)
     others = (f'--compare={other}', f'--transfer_from={other}')
     out, _ = scripts.run('evaluate.py', f'--workdir={workdir}', *others, *few)
     directory = workdir / 'report' / 'neurons'
@@ -246,6 +273,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
         surrogate_variables=model.variables,
     )
     assert results['robust_accuracy/transfer-linf-0.1'] == np.mean(~moved.success)
+    assert results['masking/images'] == 30 and results['masking/transfer'] is not None
     arrays = dict(np.load(directory / 'act2.npz'))
     assert arrays['attack_neurons'].shape == arrays['attack_success'].shape == (30, 3)
     predictions = np.asarray(target.forward(target.variables, x)[0]).argmax(-1)
@@ -285,9 +313,12 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
         '--config.evaluation.steps=4',
         '--config.evaluation.queries=10',
         '--config.evaluation.limit=80',
+        '--config.evaluation.masking_images=32',
         '--config.neurons.measures=()',
     )
     results = json.loads((workdir / 'report' / 'results.json').read_text())
+    assert results['defense/masking/images'] == 32
+    assert (workdir / 'report' / 'defense_masking.csv').exists()
     assert results['defense/name'] == 'inverse_perturbation' and results['defense/passes'] == 5
     worst = results['defense/worst/all-linf-0.1']
     attacked = ('static/pgd', 'adaptive/pgd', 'adaptive/pgd_soft', 'adaptive/square')
@@ -339,6 +370,7 @@ MISTAKES = [
     (['--config.evaluation.norm=l3'], "Unknown evaluation.norm 'l3'; valid names are linf, l2"),
     (['--config.evaluation.attacks=cw'], "Unknown evaluation.attacks item 'cw'"),
     (['--config.evaluation.eps=(-1.0,)'], 'evaluation.eps item is -1.0'),
+    (['--config.evaluation.masking_images=-1'], 'evaluation.masking_images is -1; it must be at'),
     (["--config.neurons.measures=('size',)"], "Unknown neurons.measures item 'size'"),
     (["--config.neurons.layers=('act7',)"], "Unknown layer 'act7'"),
     (
