@@ -2,7 +2,7 @@
 
 from neurosens.training import logs
 from neurosens.training.checkpoints import CheckpointError
-from neurosens.training.loading import TrainedModel, load, make_model
+from neurosens.training.loading import TrainedModel, load, load_weights, make_model
 from neurosens.training.loop import Experiment, Interrupted, TrainingStopped, prepare, train
 from neurosens.training.objectives import (
     OBJECTIVES,
@@ -44,6 +44,7 @@ __all__ = [
     'evaluated_variables',
     'init_state',
     'load',
+    'load_weights',
     'logs',
     'make_gradient_shares',
     'make_model',
