@@ -451,10 +451,10 @@ def _check_ranges(config: Config) -> None:
     check('steps', config.steps, low=0)
     check('batch_size', config.batch_size, low=1)
     check('seed', config.seed, low=0, high=2**32 - 1)
-    for value in config.mean:
-        check('mean item', value)
-    for value in config.std:
-        check('std item', value, low=0, low_open=True)
+    for mean in config.mean:
+        check('mean item', mean)
+    for std in config.std:
+        check('std item', std, low=0, low_open=True)
     check('log_every', config.log_every, low=1)
     check('evaluate_every', config.evaluate_every, low=0, low_open=True)
     check('checkpoint_every', config.checkpoint_every, low=0)

@@ -98,9 +98,9 @@ def from_torch(
       state: tensors or arrays by name, as of `network.state_dict()`.
       model: a name of `neurosens.models.names()`; 'sequential' for a plain stack of convolutions
         and linear layers, which is built from the state dict (see `infer` for its options); or a
-        Linen module of `nn.Conv`, `nn.Dense` and `nn.BatchNorm`. Layers of the named residual and
-        dense networks and VGGs are found by the names that PyTorch projects use; all others go by
-        their order among layers of their kind.
+        Linen module of `nn.Conv`, `nn.Dense` and `nn.BatchNorm`, which then normalises by itself.
+        Layers of the named residual and dense networks and VGGs are found by the names that PyTorch
+        projects use; all others go by their order among layers of their kind.
       num_classes: number of logits; by default that of the state dict.
       mean: mean of each channel, which is subtracted inside the model; by default that in the state
         dict, where it has one, else 0.
@@ -241,12 +241,8 @@ def _convert(
             _normalization(cleaned, module.mean, module.std)
     else:
         mean, std = _normalization(cleaned, mean, std)
-        module = _create(
-            model,
-            cleaned.arrays,
-            num_classes,
-            {'mean': mean, 'std': std, 'dtype': dtype, **options},
-        )
+        settings = {'mean': mean, 'std': std, 'dtype': dtype, **options}
+        module = _create(model, cleaned.arrays, num_classes, settings)
     arrays = naming.without_unused(module, cleaned.arrays)
     found = _fitting(
         module,
@@ -295,9 +291,7 @@ def _create(
             f'The file has no linear layer, whose outputs a {model} would have as logits; name the '
             'model it is of.'
         )
-    return models.create(
-        model, num_classes=rows[-1] if num_classes is None else num_classes, **options
-    )
+    return models.create(model, num_classes=num_classes or rows[-1], **options)
 
 
 def _normalization(

@@ -211,6 +211,13 @@ def test_names_and_shapes_of_large_networks(name):
         assert sum(int(np.prod(theirs[entry])) for entry in counted) == parameters
 
 
+def test_recomputed_blocks_have_the_same_names():
+    for name in ('cifar_resnet20', 'densenet121'):
+        plain, remat = (models.create(name, num_classes=10, remat=remat) for remat in (False, True))
+        shape = (32, 32, 3)
+        assert interop.torch_shapes(remat, shape) == interop.torch_shapes(plain, shape)
+
+
 # ------------------------------------------------------------------------------- other modules
 
 

@@ -82,6 +82,11 @@ MISTAKES = [
     (['--config.weights=FILE', '--config=configs/mnist.py'], '--config has no effect on weights'),
     (['--config.model=mlp'], '--config.model is fixed by the trained model; only data_dir'),
     (['--config.weights=FILE', '--config.model=vgg99'], "Unknown model 'vgg99'"),
+    (['--config.weights=FILE', '--config.weights_key=ema'], "has no state dict at 'ema'; it has"),
+    (
+        ['--config.weights=FILE', '--config.std=(0.0,)'],
+        'std item is 0.0; it must be greater than 0',
+    ),
     (['--config.weights=FILE', '--config.model=cnn'], "does not fit CNN: missing 'conv1.weight'"),
     (
         ['--config.weights=FILE', '--config.model=sequential', '--checkpoint=7'],
