@@ -32,6 +32,21 @@ from neurosens import (
 )
 from neurosens import config as config_lib
 
+# Settings that may be changed for a trained model, and those that say what a file of weights is.
+CHANGES = ('data_dir', 'cpu_devices', 'evaluation', 'neurons', 'defense')
+OF_WEIGHTS = (
+    'weights',
+    'weights_key',
+    'model',
+    'model_options',
+    'dataset',
+    'mean',
+    'std',
+    'dtype',
+    'seed',
+    'validation_size',
+)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the script.
@@ -47,13 +62,20 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     with scripts.user_errors():
-        scripts.check_changes(
-            arguments, allowed=('data_dir', 'cpu_devices', 'evaluation', 'neurons', 'defense')
-        )
+        from_weights = scripts.sets(arguments, 'weights')
+        if from_weights:
+            scripts.check_changes(arguments, (*CHANGES, *OF_WEIGHTS), 'has no effect on weights')
+        else:
+            scripts.check_changes(arguments, CHANGES)
         changes, values = command_line.override(config_lib.Config(), arguments, _flags())
+        workdir = _workdir(values, changes, from_weights)
         scripts.start_jax(values, changes.cpu_devices)
-        workdir = pathlib.Path(values['workdir'])
-        model = training.load(workdir, values['checkpoint'])
+        if from_weights:
+            model = training.load_weights(changes)
+            origin = f'weights {changes.weights}'
+        else:
+            model = training.load(workdir, values['checkpoint'])
+            origin = f'step {model.step} of {workdir}'
         config, _ = command_line.override(model.config, arguments, _flags())
         settings = config.evaluation
         source = data.open(
@@ -78,9 +100,8 @@ def main(arguments: Sequence[str]) -> int:
 
     mesh = parallel.data_mesh()
     key = evaluation.fixed_key(config.seed)
-    label = f'{config.model} on {config.dataset} {settings.split}, step {model.step} of {workdir}'
     if parallel.is_primary():
-        print(label)
+        print(f'{config.model} on {config.dataset} {settings.split}, {origin}')
     bars = functools.partial(_bar, values['progress'])
     notes = workdir / 'report' / 'unfinished'
     with _ensemble_bar(values['progress']) as ensemble_progress:
@@ -143,6 +164,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if parallel.is_primary():
         facts = {'workdir': str(workdir), 'step': model.step, 'config': config_lib.to_dict(config)}
+        if from_weights:
+            del facts['step']
         if surrogate is not None:
             facts['transfer_from'] = values['transfer_from']
         directory = workdir / 'report'
@@ -180,6 +203,26 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(notes, ignore_errors=True)
         print(f'\nWritten: index.html, results.json, CSV files, plots and neurons/ in {directory}')
     return 0
+
+
+def _workdir(values: dict, config: config_lib.Config, from_weights: bool) -> pathlib.Path:
+    """Where the report goes, and whence the model comes unless it is a file of weights."""
+    if not from_weights:
+        return pathlib.Path(values['workdir'] or 'runs/digits')
+    if not config.weights:
+        raise ValueError('--config.weights is empty; name a file, or leave it out.')
+    workdir = pathlib.Path(values['workdir'] or f'runs/{pathlib.Path(config.weights).stem}')
+    if (workdir / 'checkpoints').exists():
+        raise ValueError(
+            f'--workdir={workdir} holds a training, whose report that of the weights would '
+            'replace; name another directory.'
+        )
+    if values['checkpoint'] != 'best':
+        raise ValueError(
+            f'--checkpoint={values["checkpoint"]} chooses among those of a training, but '
+            '--config.weights names a file; leave one out.'
+        )
+    return workdir
 
 
 def _bar(shown: bool, name: str) -> evaluation.Progress:
@@ -242,7 +285,11 @@ def _top_images(
 def _flags() -> flags.FlagValues:
     own_flags = flags.FlagValues()
     flags.DEFINE_string(
-        'workdir', 'runs/digits', 'Work directory of a training.', flag_values=own_flags
+        'workdir',
+        '',
+        'Work directory of a training, runs/digits by default; with --config.weights=FILE where '
+        'the report goes, runs/NAME of the file by default.',
+        flag_values=own_flags,
     )
     flags.DEFINE_string(
         'checkpoint', 'best', "'best', 'latest' or a step number.", flag_values=own_flags

@@ -1,12 +1,17 @@
 """Published networks and their weights, in PyTorch and in Linen, for comparisons on real images.
 
 The files are those of the projects named below, in one folder, each under the name given here.
+
+    python -m benchmarks.published --weights DIR --data_dir DIR
+
+compares accuracies and logits of both sides on all test images.
 """
 
 from __future__ import annotations
 
+import argparse
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,12 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.torch_models import CIFARResNet20, LeNet5Wide, ResNet2B
-from neurosens import data, models
+from benchmarks import harness
+from benchmarks.torch_models import CNNA, CIFARResNet20, LeNet5Wide, MLP5x100, ResNet2B
+from neurosens import data, interop
 from neurosens.forward import LinenForward
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+_CNN_A = {
+    'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
+    'std': (63.0 / 255, 62.1 / 255, 66.7 / 255),
+}
+_BATCH = 250
 
 
 class Published(NamedTuple):
@@ -91,78 +102,53 @@ def _finish(
     network: torch.nn.Module, module: nn.Module, variables: dict[str, Any], data_set: str
 ) -> Published:
     network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return Published(network, LinenForward(module, {'train': False}), variables, data_set)
+    arrays = jax.tree.map(np.asarray, variables)
+    return Published(network, LinenForward(module, {'train': False}), arrays, data_set)
 
 
-def _state(path: pathlib.Path) -> Mapping[str, torch.Tensor]:
-    return torch.load(path, weights_only=True, map_location='cpu')
-
-
-def _kernel(weight: torch.Tensor) -> np.ndarray:
-    """A convolution's or linear layer's weight in Flax's order."""
-    value = weight.numpy()
-    return np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
-
-
-def _after_flatten(weight: torch.Tensor, channels: int, side: int) -> np.ndarray:
-    """The kernel of a layer whose input PyTorch flattens channels first, and Flax last."""
-    value = weight.numpy().reshape(-1, channels, side, side)
-    return np.ascontiguousarray(value.transpose(2, 3, 1, 0).reshape(channels * side**2, -1))
+def _fill(network: torch.nn.Module, state: interop.StateDict) -> torch.nn.Module:
+    """Gives a network the weights of a file; both list their layers in the order of their use."""
+    names = [name for name in network.state_dict() if not name.endswith('num_batches_tracked')]
+    values = [
+        torch.from_numpy(value)
+        for name, value in state.items()
+        if not name.endswith('num_batches_tracked')
+    ]
+    network.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    return network
 
 
 def _lenet5(file: str) -> Callable[[pathlib.Path], Published]:
     """LeNet-5 of advertorch."""
 
     def load(weights: pathlib.Path) -> Published:
-        state = _state(weights / file)
-        network = LeNet5Wide()
-        network.load_state_dict(state)
-        names = {'conv1': 'conv1', 'conv2': 'conv2', 'linear1': 'dense3', 'linear2': 'head'}
-        params = {
-            ours: {
-                'kernel': _kernel(state[f'{theirs}.weight']),
-                'bias': state[f'{theirs}.bias'].numpy(),
-            }
-            for theirs, ours in names.items()
-        }
-        params['dense3']['kernel'] = _after_flatten(state['linear1.weight'], 64, 7)
-        module = models.create('lenet5_wide', num_classes=10)
-        return _finish(network, module, {'params': params}, 'mnist')
+        state = interop.read_state_dict(weights / file)
+        converted = interop.from_torch(state, 'lenet5_wide')
+        return _finish(_fill(LeNet5Wide(), state), *converted, 'mnist')
 
     return load
 
 
+def _mlp5x100(weights: pathlib.Path) -> Published:
+    """The network 5 x 100 of ERAN."""
+    state = interop.read_state_dict(weights / 'mnist_mlp5x100_standard.pth')
+    converted = interop.from_torch(state, 'sequential')
+    return _finish(_fill(MLP5x100(), state), *converted, 'mnist')
+
+
+def _cnn_a(weights: pathlib.Path) -> Published:
+    """CNN-A of alpha-beta-CROWN, adversarially trained."""
+    state = interop.read_state_dict(weights / 'cifar10_cnn_a_pgd_linf2.pth')
+    options = {'strides': 2, 'padding': 1, 'pool': 'none', **_CNN_A}
+    converted = interop.from_torch(state, 'sequential', **options)
+    return _finish(_fill(CNNA(**_CNN_A), state), *converted, 'cifar10')
+
+
 def _resnet20(weights: pathlib.Path) -> Published:
     """ResNet-20 of akamaster/pytorch_resnet_cifar10."""
-    state = _state(weights / 'cifar10_resnet20_standard.th')['state_dict']
-    renamed = {}
-    for name, value in state.items():
-        parts = name.removeprefix('module.').replace('bn', 'norm').split('.')
-        if parts[0].startswith('layer'):
-            stage, block = parts[0].removeprefix('layer'), int(parts[1]) + 1
-            parts = ['blocks', f'stage{stage}_block{block}', *parts[2:]]
-        elif parts[0] == 'linear':
-            parts[0] = 'head'
-        renamed['.'.join(parts)] = value
-    network = CIFARResNet20(10, **_IMAGENET)
-    network.load_state_dict(renamed)
-    variables: dict[str, Any] = {'params': {}, 'batch_stats': {}}
-    statistics = {'running_mean': 'mean', 'running_var': 'var'}
-    for name, value in renamed.items():
-        *path, kind = name.removeprefix('blocks.').split('.')
-        if kind == 'num_batches_tracked':
-            continue
-        collection = 'batch_stats' if kind in statistics else 'params'
-        if kind == 'weight':
-            ours, array = ('kernel', _kernel(value)) if value.ndim > 1 else ('scale', value.numpy())
-        else:
-            ours, array = statistics.get(kind, kind), value.numpy()
-        leaf = variables[collection]
-        for part in path:
-            leaf = leaf.setdefault(part, {})
-        leaf[ours] = array
-    module = models.create('cifar_resnet20', num_classes=10, **_IMAGENET)
-    return _finish(network, module, variables, 'cifar10')
+    state = interop.read_state_dict(weights / 'cifar10_resnet20_standard.th')
+    converted = interop.from_torch(state, 'cifar_resnet20', **_IMAGENET)
+    return _finish(_fill(CIFARResNet20(10, **_IMAGENET), state), *converted, 'cifar10')
 
 
 class _LinenResNet2B(nn.Module):
@@ -188,20 +174,9 @@ class _LinenResNet2B(nn.Module):
 
 def _resnet2b(weights: pathlib.Path) -> Published:
     """ResNet-2B of alpha-beta-CROWN, adversarially trained."""
-    state = _state(weights / 'cifar10_resnet2b_pgd_linf2.pth')
-    state = state.get('state_dict', state)
-    network = ResNet2B(_MEAN, _STD)
-    # Both list their layers in the order in which they are used.
-    names = [name for name in network.state_dict() if name.endswith(('weight', 'bias'))]
-    renamed = dict(zip(names, state.values(), strict=True))
-    network.load_state_dict(renamed)
-    params: dict[str, Any] = {}
-    for name, value in renamed.items():
-        layer, kind = name.rsplit('.', 1)
-        array = _kernel(value) if kind == 'weight' else value.numpy()
-        params.setdefault(layer, {})['kernel' if kind == 'weight' else kind] = array
-    params['dense']['kernel'] = _after_flatten(renamed['dense.weight'], 16, 8)
-    return _finish(network, _LinenResNet2B(), {'params': params}, 'cifar10')
+    state = interop.read_state_dict(weights / 'cifar10_resnet2b_pgd_linf2.pth')
+    converted = interop.from_torch(state, _LinenResNet2B())
+    return _finish(_fill(ResNet2B(_MEAN, _STD), state), *converted, 'cifar10')
 
 
 _LOADERS: dict[str, Callable[[pathlib.Path], Published]] = {
@@ -209,5 +184,50 @@ _LOADERS: dict[str, Callable[[pathlib.Path], Published]] = {
     'lenet5_robust': _lenet5('mnist_lenet5_pgd_linf03.pt'),
     'resnet20': _resnet20,
     'resnet2b': _resnet2b,
+    'cnn_a': _cnn_a,
+    'mlp5x100': _mlp5x100,
 }
 NAMES = tuple(_LOADERS)
+
+
+def accuracies(weights: str, data_dir: str, count: int) -> str:
+    """Compares both sides of every network on test images.
+
+    Args:
+        weights: folder of the files.
+        data_dir: directory of TFDS.
+        count: how many images.
+
+    Returns:
+        A Markdown table: accuracies, share of equal predictions, and the largest difference of
+        logits as a share of the largest logit.
+    """
+    rows = []
+    for name in NAMES:
+        pair = load(name, weights)
+        x, y = images(pair.data_set, data_dir, count)
+        run = jax.jit(pair.forward)
+        parts = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
+        ours = np.concatenate([run(pair.variables, x[part])[0] for part in parts])
+        theirs = np.concatenate([pair.network(torch_images(x[part])).numpy() for part in parts])
+        predictions = ours.argmax(1), theirs.argmax(1)
+        shares = [np.mean(predicted == y) for predicted in predictions]
+        shares.append(np.mean(predictions[0] == predictions[1]))
+        difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        rows.append((name, *(f'{100 * share:.2f}' for share in shares), f'{difference:.1e}'))
+    header = ('Network', 'ours', 'PyTorch', 'same predictions', 'difference of logits')
+    return harness.markdown_table(header, rows)
+
+
+def main() -> None:
+    """Prints the accuracies."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--weights', required=True, help='folder of the files')
+    parser.add_argument('--data_dir', required=True, help='directory of TFDS')
+    parser.add_argument('--images', type=int, default=10_000, help='how many test images')
+    arguments = parser.parse_args()
+    print(accuracies(arguments.weights, arguments.data_dir, arguments.images))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,15 +1,17 @@
-"""Networks in PyTorch, and the conversion of the weights of `cifar_resnet20`."""
+"""Networks in PyTorch, with layers named as ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
-import flax
-import numpy as np
+import flax.linen as linen
 import torch
 from torch import nn
 from torch.nn import functional
+
+from neurosens import interop
 
 
 def padded_shortcut(x: torch.Tensor, features: int, stride: int) -> torch.Tensor:
@@ -60,14 +62,18 @@ class CIFARResNet20(nn.Module):
         self.register_buffer('std', torch.tensor(std)[:, None, None], persistent=False)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(16)
-        blocks, inputs = {}, 16
+        inputs = 16
         for i, features in enumerate((16, 32, 64), start=1):
             for j in range(1, 4):
                 stride = 2 if i > 1 and j == 1 else 1
-                blocks[f'stage{i}_block{j}'] = BasicBlock(inputs, features, stride)
+                self.add_module(f'stage{i}_block{j}', BasicBlock(inputs, features, stride))
                 inputs = features
-        self.blocks = nn.ModuleDict(blocks)
         self.head = nn.Linear(64, num_classes)
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks by name, in order."""
+        return {name: m for name, m in self.named_children() if isinstance(m, BasicBlock)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns logits `[B, K]` of images `[B, 3, H, W]`."""
@@ -122,20 +128,57 @@ class ResNet2B(nn.Module):
         return self.head(self.dense(x.flatten(1)).relu())
 
 
-def state_dict_from_variables(variables: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Converts Linen variables of `cifar_resnet20` to a state dict of `CIFARResNet20`."""
-    return {name: torch.from_numpy(value.copy()) for name, value in _converted(variables)}
+class CNNA(nn.Module):
+    """CNN-A of the verification literature; normalises inside."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent=False)
+        self.conv1 = nn.Conv2d(3, 16, 4, 2, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 4, 2, padding=1)
+        self.dense = nn.Linear(2048, 100)
+        self.head = nn.Linear(100, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[B, 10]` of images `[B, 3, 32, 32]`."""
+        x = self.conv2(self.conv1((x - self.mean) / self.std).relu()).relu()
+        return self.head(self.dense(x.flatten(1)).relu())
 
 
-def _converted(variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    names = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
-    for collection in ('params', 'batch_stats'):
-        flat = flax.traverse_util.flatten_dict(variables[collection])
-        for (*layer, kind), array in flat.items():
-            value = np.asarray(array)
-            if value.ndim == 4:
-                value = value.transpose(3, 2, 0, 1)
-            elif value.ndim == 2:
-                value = value.T
-            prefix = ['blocks'] if layer[0].startswith('stage') else []
-            yield '.'.join([*prefix, *layer, names.get(kind, kind)]), value
+class MLP5x100(nn.Module):
+    """Five hidden layers of 100 for images of 28 x 28 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (784, 100, 100, 100, 100, 100)
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+        self.head = nn.Linear(100, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[B, 10]` of images `[B, 1, 28, 28]`."""
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+def load_variables(
+    network: nn.Module, module: linen.Module, variables: Mapping[str, Any]
+) -> nn.Module:
+    """Gives a network the variables of a Linen module with layers of the same names.
+
+    Args:
+        network: in PyTorch.
+        module: in Flax.
+        variables: of the module.
+
+    Returns:
+        The network.
+    """
+    state = network.state_dict()
+    network.load_state_dict(interop.to_torch(module, variables, like=state, tensors=True))
+    return network

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.utils import fusion
 
 from benchmarks import harness, neuron_problems
-from benchmarks.torch_models import CIFARResNet20, state_dict_from_variables
+from benchmarks.torch_models import CIFARResNet20, load_variables
 from neurosens import data, parallel
 
 Key = TypeVar('Key', bound=Hashable)
@@ -312,10 +312,8 @@ def resnet20(seed: int, *, channels_last: bool, frozen: bool) -> CIFARResNet20:
     """
     info = data.info('cifar10')
     network = CIFARResNet20(info.num_classes, info.mean, info.std)
-    state = state_dict_from_variables(neuron_problems.resnet20_variables(seed))
-    missing = network.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys
-    assert all(name.endswith('num_batches_tracked') for name in missing.missing_keys)
+    variables = neuron_problems.resnet20_variables(seed)
+    load_variables(network, neuron_problems.resnet20(), variables)
     return network.eval().requires_grad_(not frozen).to(memory_format=_layout(channels_last))
 
 
@@ -633,8 +631,11 @@ def small_cnn(seed: int, *, channels_last: bool) -> SmallCNN:
         channels_last: keep weights in channels-last memory.
     """
     network = SmallCNN()
-    variables = {'batch_stats': {}, **neuron_problems.small_cnn_variables(seed)}
-    network.load_state_dict(state_dict_from_variables(variables))
+    variables = neuron_problems.small_cnn_variables(seed)
+    load_variables(network, neuron_problems.small_cnn(), variables)
+    # The network flattens as Flax does.
+    kernel = np.ascontiguousarray(variables['params']['dense3']['kernel'].T)
+    network.dense3.load_state_dict({'weight': torch.from_numpy(kernel)}, strict=False)
     return network.eval().requires_grad_(False).to(memory_format=_layout(channels_last))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import harness, training_step
-from benchmarks.torch_models import CIFARResNet20, state_dict_from_variables
+from benchmarks.torch_models import CIFARResNet20, load_variables
 from neurosens import config, data, parallel
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import objectives, step
@@ -60,9 +60,7 @@ def make_network() -> CIFARResNet20:
     info = data.info('cifar10')
     network = CIFARResNet20(info.num_classes, info.mean, info.std)
     state, *_ = training_step.initial_state()
-    missing = network.load_state_dict(state_dict_from_variables(state.variables), strict=False)
-    assert not missing.unexpected_keys
-    assert all(name.endswith('num_batches_tracked') for name in missing.missing_keys)
+    load_variables(network, training_step.make_module(), state.variables)
     return network.train()
 
 
@@ -214,7 +212,7 @@ def _logits_difference(module: nn.Module, variables: Variables, images: np.ndarr
     variables = jax.tree.unflatten(structure, moved)
     ours, _ = LinenForward(module, {'train': False})(variables, data.to_float(jnp.asarray(images)))
     network = make_network()
-    network.load_state_dict(state_dict_from_variables(variables), strict=False)
+    load_variables(network, module, variables)
     with torch.no_grad():
         theirs = network.eval()(plain(torch.from_numpy(images)).float() / 255)
     return float(np.abs(np.asarray(ours) - theirs.numpy()).max())

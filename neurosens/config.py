@@ -268,6 +268,13 @@ class Config:
       augmentation: 'none', 'pad_crop', 'pad_crop_flip' or 'random_resized_crop_flip'.
       model: a name of `neurosens.models.names()`.
       model_options: options of that model, as in `neurosens.models.options(name)`.
+      mean: mean of each channel, which the model subtracts from images; empty means that of the
+        data set, or, for `weights`, that in the file or else 0.
+      std: standard deviation of each channel, which it divides them by, likewise; for `weights`,
+        else 1.
+      weights: file of a network that was trained in PyTorch, which `evaluate.py` then evaluates in
+        place of a training's; `model` may then also be 'sequential' (see `neurosens.interop`).
+      weights_key: where in that file the state dict lies, where it holds several.
       dtype: computation type, 'float32' or 'bfloat16'; parameters are always float32.
       objective: what is minimised, a name of `neurosens.training.OBJECTIVES`.
       objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.
@@ -276,7 +283,9 @@ class Config:
         linearly). `'shared'` names layers that it takes from the objective's pass over the clean
         images, in training mode, in place of a pass of its own in evaluation mode.
       initial_weights: work directory of a trained model of the same kind to start from, with a
-        fresh optimizer; empty for random weights. Its best checkpoint is taken.
+        fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
+        network of the same kind that was trained in PyTorch, by images of the same `mean` and
+        `std`.
       epochs: passes over the training set.
       steps: training steps (batches); if not 0, it replaces `epochs`.
       batch_size: images per step, over all devices.
@@ -303,6 +312,10 @@ class Config:
     augmentation: str = 'none'
     model: str = 'cnn'
     model_options: dict = dataclasses.field(default_factory=dict)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    weights: str = ''
+    weights_key: str = ''
     dtype: str = 'float32'
     objective: str = 'standard'
     objective_options: dict = dataclasses.field(default_factory=dict)
@@ -442,6 +455,10 @@ def _check_ranges(config: Config) -> None:
     check('steps', config.steps, low=0)
     check('batch_size', config.batch_size, low=1)
     check('seed', config.seed, low=0, high=2**32 - 1)
+    for mean in config.mean:
+        check('mean item', mean)
+    for std in config.std:
+        check('std item', std, low=0, low_open=True)
     check('log_every', config.log_every, low=1)
     check('evaluate_every', config.evaluate_every, low=0, low_open=True)
     check('checkpoint_every', config.checkpoint_every, low=0)

@@ -84,12 +84,22 @@ def _end(sentence: str, status: int) -> None:
     raise SystemExit(status)
 
 
-def check_changes(arguments: Sequence[str], allowed: Sequence[str]) -> None:
+def sets(arguments: Sequence[str], key: str) -> bool:
+    """Whether the command line sets a config key."""
+    return any(re.match(rf'--?config\.{key}(=|$)', argument) for argument in arguments)
+
+
+def check_changes(
+    arguments: Sequence[str],
+    allowed: Sequence[str],
+    reason: str = 'is fixed by the trained model',
+) -> None:
     """Refuses overrides of settings that the checkpoint fixes.
 
     Args:
       arguments: command-line arguments.
       allowed: keys, or groups of keys, that may be changed.
+      reason: why no others.
 
     Raises:
       ValueError: another key is overridden, or another config file is named.
@@ -98,8 +108,7 @@ def check_changes(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         match = re.match(r'--?(?:no)?config(?:\.([^=]+))?(?:=|$)', argument)
         if match and (match.group(1) or '').split('.')[0] not in allowed:
             raise ValueError(
-                f'{argument.split("=")[0]} is fixed by the trained model; only '
-                f'{", ".join(allowed)} can be changed here.'
+                f'{argument.split("=")[0]} {reason}; only {", ".join(allowed)} can be changed here.'
             )
 
 

@@ -1,10 +1,11 @@
 """The published LeNet-5 of MNIST in PyTorch and in Linen, both in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from neurosens import data, models
+from neurosens import data, interop
 from neurosens.forward import LinenForward
 
 
@@ -31,22 +32,12 @@ def load(data_root, count):
       `(network, forward, variables, x, y)`, as NumPy arrays.
     """
     path = data_root / 'weights' / 'mnist_lenet5_standard.pt'
-    state = torch.load(path, weights_only=True, map_location='cpu')
+    state = interop.read_state_dict(path)
     network = LeNet()
-    network.load_state_dict(state)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     network.double().eval()
-    weights = {name: value.double().numpy() for name, value in state.items()}
-    # PyTorch flattens channels first.
-    hidden = weights['linear1.weight'].reshape(200, 64, 7, 7).transpose(2, 3, 1, 0)
-    params = {
-        name: {
-            'kernel': weights[f'{name}.weight'].transpose(2, 3, 1, 0),
-            'bias': weights[f'{name}.bias'],
-        }
-        for name in ('conv1', 'conv2')
-    }
-    params['dense3'] = {'kernel': hidden.reshape(3136, 200), 'bias': weights['linear1.bias']}
-    params['head'] = {'kernel': weights['linear2.weight'].T, 'bias': weights['linear2.bias']}
+    module, variables = interop.from_torch(state, 'lenet5_wide', dtype=jnp.float64)
+    variables = jax.tree.map(np.float64, variables)
     source = data.open('mnist', 'test', str(data_root / 'tfds'), 0)
     batch = next(
         iter(
@@ -57,6 +48,5 @@ def load(data_root, count):
     with torch.no_grad():
         predicted = network(torch.from_numpy(images.transpose(0, 3, 1, 2))).argmax(1).numpy()
     rows = np.flatnonzero(predicted == batch.label)[:count]
-    module = models.create('lenet5_wide', num_classes=10, dtype=jnp.float64)
     forward = LinenForward(module, {'train': False})
-    return network, forward, {'params': params}, images[rows], np.asarray(batch.label)[rows]
+    return network, forward, variables, images[rows], np.asarray(batch.label)[rows]

@@ -3,7 +3,7 @@
 from neurosens.training import logs
 from neurosens.training.checkpoints import CheckpointError
 from neurosens.training.experiment import Experiment, prepare
-from neurosens.training.loading import TrainedModel, load, make_model
+from neurosens.training.loading import TrainedModel, load, load_weights, make_model
 from neurosens.training.loop import Interrupted, TrainingStopped, train
 from neurosens.training.objectives import (
     OBJECTIVES,
@@ -45,6 +45,7 @@ __all__ = [
     'evaluated_variables',
     'init_state',
     'load',
+    'load_weights',
     'logs',
     'make_gradient_shares',
     'make_model',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from neurosens import _validate, data, parallel
+from neurosens import _validate, data, interop, parallel
 from neurosens import config as config_lib
 from neurosens.forward import LinenForward
 from neurosens.training import checkpoints, monitor, objectives, optimizers
@@ -90,6 +91,11 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
       CheckpointError: the initial weights cannot be read.
     """
     config_lib.validate(config)
+    if config.weights:
+        raise config_lib.ConfigError(
+            f'weights is {config.weights!r}, but only evaluate.py takes a file of weights; leave '
+            'it out.'
+        )
     mesh = parallel.data_mesh() if mesh is None else mesh
     if config.batch_size % mesh.size:
         raise config_lib.ConfigError(
@@ -162,7 +168,12 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
 
 
 def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None:
-    """Refuses a work directory whose model has other arrays than the one to be trained."""
+    """Refuses a work directory or file whose model has other arrays than the one to be trained."""
+    if pathlib.Path(config.initial_weights).is_file():
+        interop.load_torch(
+            config.initial_weights, module, image_shape=data.info(config.dataset).image_shape
+        )
+        return
     _, saved = checkpoints.read_config(config.initial_weights, 'best')
     shapes = [
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.info(name).image_shape)))
@@ -220,13 +231,21 @@ def initial_state(experiment: Experiment) -> TrainState:
 
     Raises:
       CheckpointError: they cannot be read.
+      WeightsError: they are a file that cannot be read or does not fit.
     """
-    state = _initializer(experiment)(experiment.key(0))
-    if not experiment.config.initial_weights:
+    state, config = _initializer(experiment)(experiment.key(0)), experiment.config
+    if not config.initial_weights:
         return state
-    model = load(experiment.config.initial_weights, mesh=experiment.mesh)
-    average = None if state.average is None else jax.tree.map(jnp.copy, model.variables['params'])
-    return state._replace(variables=model.variables, average=average)
+    if pathlib.Path(config.initial_weights).is_file():
+        shape = data.info(config.dataset).image_shape
+        _, variables = interop.load_torch(
+            config.initial_weights, experiment.module, image_shape=shape
+        )
+        variables = parallel.replicate(experiment.mesh, variables)
+    else:
+        variables = load(config.initial_weights, mesh=experiment.mesh).variables
+    average = None if state.average is None else jax.tree.map(jnp.copy, variables['params'])
+    return state._replace(variables=variables, average=average)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

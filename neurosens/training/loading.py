@@ -1,4 +1,4 @@
-"""Trained models out of work directories."""
+"""Trained models out of work directories and files of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from neurosens import config as config_lib
-from neurosens import data, models, parallel
+from neurosens import data, interop, models, parallel
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import checkpoints
 
@@ -24,7 +24,7 @@ class TrainedModel(NamedTuple):
       variables: its variables, replicated over the mesh; the averaged parameters where training
         kept an average.
       config: the config it was trained with.
-      step: the training step it was saved at.
+      step: the training step it was saved at; 0 for a file of weights, which does not say.
     """
 
     forward: LinenForward
@@ -34,7 +34,7 @@ class TrainedModel(NamedTuple):
 
 
 def make_model(config: config_lib.Config) -> nn.Module:
-    """The model of a config, with the input normalisation of its data set inside.
+    """The model of a config, with the input normalisation of it or of its data set inside.
 
     Args:
       config: the settings.
@@ -49,8 +49,8 @@ def make_model(config: config_lib.Config) -> nn.Module:
     return models.create(
         config.model,
         num_classes=info.num_classes,
-        mean=info.mean,
-        std=info.std,
+        mean=config.mean or info.mean,
+        std=config.std or info.std,
         dtype=jnp.dtype(config.dtype),
         **config.model_options,
     )
@@ -92,3 +92,36 @@ def load(
     if averaged:
         variables = {**variables, 'params': items['average']}
     return TrainedModel(LinenForward(module, {'train': False}), variables, config, step)
+
+
+def load_weights(config: config_lib.Config, mesh: Mesh | None = None) -> TrainedModel:
+    """Loads a network that was trained elsewhere, from the file that a config names.
+
+    Args:
+      config: `weights` and `weights_key` say where they are; `model`, `model_options`, `dataset`,
+        `mean`, `std` and `dtype` of what.
+      mesh: devices to put the variables on; all by default.
+
+    Returns:
+      The model, ready to call: `model.forward(model.variables, x)`.
+
+    Raises:
+      WeightsError: the file cannot be read, or does not fit.
+      FileNotFoundError: there is no such file.
+      ValueError: the data set or an option of the model is unknown or wrong.
+    """
+    info = data.info(config.dataset)
+    module, variables = interop.load_torch(
+        config.weights,
+        config.model,
+        key=config.weights_key or None,
+        num_classes=info.num_classes,
+        mean=config.mean or None,
+        std=config.std or None,
+        dtype=jnp.dtype(config.dtype),
+        image_shape=info.image_shape,
+        **config.model_options,
+    )
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    variables = parallel.replicate(mesh, variables)
+    return TrainedModel(LinenForward(module, {'train': False}), variables, config, 0)

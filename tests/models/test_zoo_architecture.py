@@ -50,6 +50,7 @@ PARAMETERS = [
     ('vgg11', IMAGENET, 1000, {'classifier': 'imagenet'}, 132_868_840),
     ('vgg16', IMAGENET, 1000, {'classifier': 'imagenet'}, 138_365_992),
     ('vgg19', IMAGENET, 1000, {'classifier': 'imagenet'}, 143_678_248),
+    ('vgg19', IMAGENET, 1000, {'classifier': 'imagenet', 'norm': 'none'}, 143_667_240),
     ('densenet121', CIFAR, 10, {}, 6_956_298),
     ('densenet121', IMAGENET, 1000, {'stem': 'imagenet'}, 7_978_856),
     ('densenet169', IMAGENET, 1000, {'stem': 'imagenet'}, 14_149_480),

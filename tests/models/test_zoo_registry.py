@@ -41,7 +41,10 @@ def test_names_are_unique_and_all_can_be_created():
         ('preact_resnet18', {'activation': 'relu', 'remat': False}),
         ('wide_resnet', {'activation': 'relu', 'depth': 28, 'width': 10, 'remat': False}),
         ('wide_resnet28_10', {'activation': 'relu', 'remat': False}),
-        ('vgg16', {'activation': 'relu', 'classifier': 'cifar', 'dropout': 0.0}),
+        (
+            'vgg16',
+            {'activation': 'relu', 'classifier': 'cifar', 'dropout': 0.0, 'norm': 'batch'},
+        ),
         (
             'densenet121',
             {'activation': 'relu', 'growth_rate': 32, 'stem': 'cifar', 'remat': False},
@@ -197,6 +200,7 @@ def test_equal_models_share_a_compilation():
         ),
         ('wide_resnet', {'width': 0}, 'width is 0, but it must be an integer of at least 1.'),
         ('vgg16', {'classifier': 'x'}, "classifier is 'x', but it must be one of cifar, imagenet."),
+        ('vgg16', {'norm': 'x'}, "norm is 'x', but it must be one of batch, none."),
         (
             'vgg16',
             {'classifier': 'imagenet', 'dropout': 1.0},

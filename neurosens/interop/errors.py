@@ -1,0 +1,5 @@
+"""What goes wrong with weights of other libraries."""
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message is one sentence that says why and what to do."""

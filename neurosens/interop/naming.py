@@ -1,0 +1,124 @@
+"""What PyTorch projects call the layers of the networks of the zoo.
+
+A naming is a function from the layers of one model, by their path, to PyTorch's names of them. A
+network of the zoo may have several; where weights are read, the one that most names agree with is
+taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+
+from neurosens import models
+
+Naming: TypeAlias = Callable[[nn.Module, str], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Residual:
+    """The names in which residual networks differ."""
+
+    block: str = 'layer{stage}.{block}'
+    norm: str = 'bn'
+    shortcut_conv: str = 'shortcut.0'
+    shortcut_norm: str = 'shortcut.1'
+    final_norm: str = 'bn'
+    head: str = 'linear'
+
+    def __call__(self, module: nn.Module, layer: str) -> str:
+        del module
+        if layer in ('head', 'final_norm'):
+            return getattr(self, layer)
+        *block, name = layer.split('/')
+        if name in ('shortcut_conv', 'shortcut_norm'):
+            name = getattr(self, name)
+        name = name.replace('norm', self.norm)
+        return f'{_block(self.block, block[0])}.{name}' if block else name
+
+
+def _block(pattern: str, name: str) -> str:
+    """PyTorch's name of `stage<i>_block<j>`; it counts blocks from zero."""
+    stage, block = map(int, re.findall(r'\d+', name))
+    return pattern.format(stage=stage, block=block - 1, layer=block)
+
+
+def _vgg(module: nn.Module, layer: str) -> str:
+    """Those of torchvision; networks for CIFAR have one linear layer behind its convolutions."""
+    assert isinstance(module, models.VGG)
+    if layer == 'head':
+        return 'classifier.6' if module.classifier == 'imagenet' else 'classifier'
+    kind, position = re.fullmatch(r'([a-z]+)(.*)', layer).groups()  # type: ignore[union-attr]
+    if kind == 'dense':
+        return {'6': 'classifier.0', '7': 'classifier.3'}[position]
+    stage, number = map(int, position.split('_'))
+    per_convolution = 3 if module.norm == 'batch' else 2
+    before = sum(module.stage_sizes[: stage - 1]) * per_convolution + (stage - 1)
+    return f'features.{before + (number - 1) * per_convolution + (kind == "norm")}'
+
+
+def _densenet(module: nn.Module, layer: str) -> str:
+    """Those of torchvision."""
+    assert isinstance(module, models.DenseNet)
+    if layer == 'head':
+        return 'classifier'
+    if layer == 'final_norm':
+        return f'features.norm{len(module.stage_sizes) + 1}'
+    *block, name = layer.split('/')
+    if not block:
+        return f'features.{name.replace("1", "0")}'
+    if block[0].startswith('transition'):
+        return f'features.{block[0]}.{name.removesuffix("1")}'
+    return f'{_block("features.denseblock{stage}.denselayer{layer}", block[0])}.{name}'
+
+
+def _lenet5(module: nn.Module, layer: str) -> str:
+    """Those of PyTorch's tutorial."""
+    del module
+    return {'dense3': 'fc1', 'dense4': 'fc2', 'head': 'fc3'}.get(layer, layer)
+
+
+def own(module: nn.Module | None, layer: str) -> str:
+    """Our own names with dots."""
+    del module
+    return layer.replace('/', '.')
+
+
+_CIFAR = _Residual()
+_TORCHVISION = _Residual(shortcut_conv='downsample.0', shortcut_norm='downsample.1', head='fc')
+_WIDE = _Residual(
+    block='block{stage}.layer.{block}', shortcut_conv='convShortcut', final_norm='bn1', head='fc'
+)
+
+_NAMINGS: Mapping[type[nn.Module], tuple[Naming, ...]] = {
+    models.CIFARResNet: (_CIFAR, _TORCHVISION),
+    models.ResNet: (_TORCHVISION, _CIFAR),
+    models.PreActResNet: (_CIFAR, _TORCHVISION),
+    models.WideResNet: (_WIDE,),
+    models.VGG: (_vgg,),
+    models.DenseNet: (_densenet,),
+    models.LeNet5: (_lenet5,),
+}
+
+# The first block of some wide ResNets stands in their files twice, and is used once.
+_UNUSED: Mapping[type[nn.Module], str] = {models.WideResNet: 'sub_block1.'}
+
+
+def namings(module: nn.Module) -> tuple[Naming, ...]:
+    """Every naming of a module, the usual one first and our own names last."""
+    return (*_NAMINGS.get(type(module), ()), own)
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether PyTorch has no usual names for a module, so that its layers go by their order."""
+    return type(module) not in _NAMINGS or isinstance(module, models.LeNet5)
+
+
+def without_unused(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the entries that this network's PyTorch code never uses."""
+    unused = _UNUSED.get(type(module))
+    return {name: a for name, a in arrays.items() if not (unused and name.startswith(unused))}

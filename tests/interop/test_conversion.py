@@ -1,0 +1,380 @@
+"""Converted networks compute what they computed in PyTorch, and go back bit for bit."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from neurosens import interop, models
+
+torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
+
+import torch_networks as networks  # noqa: E402
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+
+
+def prefixed(state, prefix):
+    return {f'{prefix}{name}': value for name, value in state.items()}
+
+
+CIFAR = {'stage_sizes': (1, 1), 'num_classes': 5}
+
+
+class Family:
+    """A network of a project, with our module of the same size."""
+
+    def __init__(
+        self, network, module, image=(8, 8, 3), wrap=lambda network: network, prefix='', large=False
+    ):
+        self.network, self.module, self.image = network, module, image
+        self.wrap, self.prefix, self.large = wrap, prefix, large
+
+
+FAMILIES = {
+    'torchvision ResNet-18': Family(
+        lambda: networks.ResNet(
+            networks.Basic, (1, 1), 5, stem='imagenet', shortcut='downsample', head='fc'
+        ),
+        lambda: models.ResNet(stem='imagenet', block='basic', **CIFAR),
+        image=(32, 32, 3),
+    ),
+    'torchvision ResNet-50': Family(
+        lambda: networks.ResNet(
+            networks.Bottleneck, (1, 1), 5, stem='imagenet', shortcut='downsample', head='fc'
+        ),
+        lambda: models.ResNet(stem='imagenet', block='bottleneck', **CIFAR),
+        image=(32, 32, 3),
+    ),
+    'akamaster': Family(
+        lambda: networks.ResNet(networks.Basic, (1, 1, 1), 5, (16, 32, 64), shortcut='pad'),
+        lambda: models.CIFARResNet(num_classes=5, depth=8),
+        prefix='module.',
+    ),
+    'robustness, CIFAR': Family(
+        lambda: networks.ResNet(networks.Bottleneck, (1, 1), 5),
+        lambda: models.ResNet(block='bottleneck', mean=MEAN, std=STD, **CIFAR),
+        wrap=lambda network: networks.AttackerModel(network, MEAN, STD),
+        prefix='module.',
+    ),
+    'wide ResNet of TRADES': Family(
+        lambda: networks.WideResNet(10, 2, 5),
+        lambda: models.WideResNet(num_classes=5, depth=10, width=2),
+        prefix='module.',
+    ),
+    'RobustBench with normalisation': Family(
+        lambda: networks.WideResNet(10, 1, 5),
+        lambda: models.WideResNet(num_classes=5, depth=10, width=1, mean=MEAN, std=STD),
+        wrap=lambda network: networks.Normalized(network, MEAN, STD),
+    ),
+    'pre-activation ResNet': Family(
+        lambda: networks.PreActResNet((1, 1), 5), lambda: models.PreActResNet(**CIFAR)
+    ),
+    'VGG': Family(
+        lambda: networks.VGG((1, 2), 5, norm=False),
+        lambda: models.VGG(num_classes=5, stage_sizes=(1, 2), norm='none'),
+    ),
+    'VGG with batch normalisation': Family(
+        lambda: networks.VGG((1, 2), 5),
+        lambda: models.VGG(num_classes=5, stage_sizes=(1, 2)),
+        prefix='_orig_mod.module.',
+    ),
+    'torchvision VGG': Family(
+        lambda: networks.VGG((1,), 5, classifier='imagenet'),
+        lambda: models.VGG(num_classes=5, stage_sizes=(1,), classifier='imagenet'),
+        image=(14, 14, 3),
+        large=True,
+    ),
+    'torchvision DenseNet': Family(
+        lambda: networks.DenseNet((1, 2), 4, 5),
+        lambda: models.DenseNet(
+            num_classes=5, stage_sizes=(1, 2), growth_rate=4, stem='imagenet'
+        ),
+        image=(32, 32, 3),
+    ),
+    'LeNet-5': Family(
+        networks.LeNet5, lambda: models.LeNet5(num_classes=10), image=(28, 28, 1)
+    ),
+    'CNN': Family(
+        networks.SmallCNN,
+        lambda: models.CNN(num_classes=5, features=(4, 6), hidden=(8,), pool='avg', norm='batch'),
+        image=(16, 16, 3),
+    ),
+    'MLP': Family(
+        lambda: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(192, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5)
+        ),
+        lambda: models.MLP(num_classes=5, hidden=(7,)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_logits_are_those_of_pytorch_and_the_way_back_is_exact(
+    name, images, logits_of, assert_same
+):
+    family = FAMILIES[name]
+    network = networks.randomize(family.wrap(family.network()))
+    state = prefixed(network.state_dict(), family.prefix)
+    module, variables = interop.from_torch(state, family.module())
+    x = images(3, *family.image)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
+    assert jax.tree.structure(variables) == jax.tree.structure(shapes)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
+
+    if family.large:
+        return
+    # Other weights of the same names become ours again, duplicates and all.
+    other = prefixed(
+        networks.randomize(family.wrap(family.network()), 1).state_dict(), family.prefix
+    )
+    back = interop.to_torch(module, variables, like=other)
+    assert list(back) == list(state)
+    for entry, value in state.items():
+        # What the network never uses stays as it is.
+        expected = other if 'sub_block1' in entry else state
+        np.testing.assert_array_equal(back[entry], expected[entry].numpy(), entry)
+        assert back[entry].dtype == value.numpy().dtype
+
+    # By their usual names, and read again.
+    named = interop.to_torch(module, variables, image_shape=family.image)
+    _, again = interop.from_torch(named, module)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_usual_names_load_into_the_network_itself():
+    network = networks.randomize(networks.LeNet5())
+    module, variables = interop.from_torch(network.state_dict(), 'lenet5')
+    assert module == models.create('lenet5', num_classes=10)
+    fresh = networks.LeNet5()
+    fresh.load_state_dict(interop.to_torch(module, variables, tensors=True))
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name])
+
+
+def test_variables_share_no_memory_with_the_network():
+    network = networks.randomize(networks.LeNet5())
+    _, variables = interop.from_torch(network.state_dict(), 'lenet5')
+    before = np.array(variables['params']['head']['bias'])
+    with torch.no_grad():
+        network.fc3.bias.zero_()
+    np.testing.assert_array_equal(variables['params']['head']['bias'], before)
+
+
+# ------------------------------------------------------------------------------ large networks
+
+LARGE = {
+    'resnet18': (
+        lambda: networks.ResNet(
+            networks.Basic, (2, 2, 2, 2), 1000, stem='imagenet', shortcut='downsample', head='fc'
+        ),
+        {'stem': 'imagenet'},
+        11_689_512,
+    ),
+    'resnet50': (
+        lambda: networks.ResNet(
+            networks.Bottleneck, (3, 4, 6, 3), 1000, stem='imagenet', shortcut='downsample',
+            head='fc',
+        ),
+        {'stem': 'imagenet'},
+        25_557_032,
+    ),
+    'vgg19': (
+        lambda: networks.VGG((2, 2, 4, 4, 4), 1000, classifier='imagenet'),
+        {'classifier': 'imagenet'},
+        143_678_248,
+    ),
+    'densenet169': (
+        lambda: networks.DenseNet((6, 12, 32, 32), 32, 1000),
+        {'stem': 'imagenet'},
+        14_149_480,
+    ),
+    'wide_resnet28_10': (lambda: networks.WideResNet(28, 10, 1000), {}, None),
+    'preact_resnet18': (lambda: networks.PreActResNet((2, 2, 2, 2), 1000), {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', LARGE)
+def test_names_and_shapes_of_large_networks(name):
+    make, options, parameters = LARGE[name]
+    with torch.device('meta'):
+        state = make().state_dict()
+    theirs = {
+        entry: tuple(value.shape) for entry, value in state.items() if 'sub_block1' not in entry
+    }
+    module = models.create(name, num_classes=1000, **options)
+    assert interop.torch_shapes(module) == theirs
+    if parameters:
+        counted = (n for n in theirs if n.endswith(('weight', 'bias')))
+        assert sum(int(np.prod(theirs[entry])) for entry in counted) == parameters
+
+
+def test_recomputed_blocks_have_the_same_names():
+    for name in ('cifar_resnet20', 'densenet121'):
+        plain, remat = (models.create(name, num_classes=10, remat=remat) for remat in (False, True))
+        shape = (32, 32, 3)
+        assert interop.torch_shapes(remat, shape) == interop.torch_shapes(plain, shape)
+
+
+# ------------------------------------------------------------------------------- other modules
+
+
+class Residual(nn.Module):
+    """The network of `torch_networks.ResNet2B`, of a user."""
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(name, features, size=3, stride=1):
+            return nn.Conv(features, (size, size), stride, padding=size // 2, name=name)
+
+        x = nn.relu(conv('first', 8, stride=2)(x))
+        y = nn.relu(conv('a1', 16, stride=2)(x))
+        x = nn.relu(conv('a2', 16)(y) + conv('a_shortcut', 16, 1, 2)(x))
+        x = nn.relu(x + conv('b2', 16)(nn.relu(conv('b1', 16)(x))))
+        x = nn.relu(nn.Dense(100, name='dense')(x.reshape(len(x), -1)))
+        return nn.Dense(10, name='head')(x)
+
+
+def test_a_module_of_a_user_goes_by_the_order_of_its_layers(images, logits_of, assert_same):
+    network = networks.randomize(networks.ResNet2B())
+    x = images(2, 32, 32, 3)
+    module, variables = interop.from_torch(network.state_dict(), Residual())
+    # Order does not tell kernels of one shape; here it is that of the calls on both sides.
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+
+
+def test_names_say_what_order_does_not(images, logits_of, assert_same):
+    network = networks.randomize(networks.ResNet2B())
+    state = dict(reversed(network.state_dict().items()))
+    names = {
+        'first': 'conv1', 'a1': 'block1_conv1', 'a2': 'block1_conv2',
+        'a_shortcut': 'block1_shortcut', 'b1': 'block2_conv1', 'b2': 'block2_conv2',
+        'dense': 'dense', 'head': 'head',
+    }  # fmt: skip
+    module, variables = interop.from_torch(state, Residual(), names=names)
+    x = images(2, 32, 32, 3)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+    with pytest.raises(interop.WeightsError, match="Unknown layer in names 'dens'"):
+        interop.from_torch(state, Residual(), names={'dens': 'dense'})
+
+
+def test_a_layer_that_cannot_be_converted_is_named():
+    class Grouped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.GroupNorm(1)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+    state = {'conv.weight': np.ones((4, 3, 3, 3))}
+    with pytest.raises(interop.WeightsError, match="the array 'params/GroupNorm_0/"):
+        interop.from_torch(state, Grouped())
+
+
+# -------------------------------------------------------------------------------- normalisation
+
+
+def test_numbers_of_the_normalisation_come_from_the_file(images, logits_of, assert_same):
+    network = networks.randomize(
+        networks.AttackerModel(
+            networks.ResNet(networks.Basic, (2, 2, 2, 2), 3), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        )
+    )
+    module, _ = interop.from_torch(network.state_dict(), 'resnet18')
+    np.testing.assert_allclose(module.mean, (0.5, 0.4, 0.3), rtol=1e-6)
+    np.testing.assert_allclose(module.std, (0.2, 0.3, 0.4), rtol=1e-6)
+    same, _ = interop.from_torch(network.state_dict(), 'resnet18', mean=(0.5, 0.4, 0.3))
+    assert same.mean == (0.5, 0.4, 0.3) and same.std == module.std
+    with pytest.raises(
+        interop.WeightsError, match=r'std is \(0\.5,\), but the network in the file'
+    ):
+        interop.from_torch(network.state_dict(), 'resnet18', std=(0.5,))
+    with pytest.raises(interop.WeightsError, match=r'mean is \(0\.0,\), but the network'):
+        interop.from_torch(network.state_dict(), models.create('resnet18', num_classes=3))
+
+
+def test_given_numbers_are_applied_inside(images, logits_of, assert_same):
+    network = networks.randomize(networks.LeNet5())
+    module, variables = interop.from_torch(network.state_dict(), 'lenet5', mean=(0.1,), std=(0.3,))
+    x = images(2, 28, 28, 1)
+    assert_same(logits_of(module, x, variables), logits_of(network, (x - 0.1) / np.float32(0.3)))
+
+
+def test_every_zoo_normalisation_has_the_epsilon_of_pytorch():
+    found = []
+
+    def visit(call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm):
+            found.append((context.module.epsilon, 1 - context.module.momentum))
+        return call(*args, **kwargs)
+
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    for name in ('cifar_resnet20', 'vgg11'):
+        module = models.create(name, num_classes=10)
+        with nn.intercept_methods(visit):
+            jax.eval_shape(module.init, jax.random.key(0), x)
+    assert len(found) == 27
+    reference = torch.nn.BatchNorm2d(1)
+    for epsilon, momentum in found:
+        assert epsilon == reference.eps and momentum == pytest.approx(reference.momentum)
+
+
+# --------------------------------------------------------------------------------- what is wrong
+
+
+def test_everything_that_does_not_fit_is_named_at_once():
+    state = dict(networks.randomize(networks.LeNet5()).state_dict())
+    del state['fc2.bias']
+    state['conv2.weight'] = torch.full_like(state['conv2.weight'], torch.inf)
+    state['conv1.bias'] = torch.zeros(6, dtype=torch.int8)
+    state['fc3.weight'] = torch.zeros(10, 80)
+    state['fc1.scale'] = torch.zeros(3)
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(prefixed(state, 'module.'), 'lenet5')
+    assert str(caught.value) == (
+        "The state dict does not fit LeNet5: missing 'fc2.bias'; unexpected 'module.fc1.scale'; "
+        "'module.fc3.weight' has shape (10, 80) in place of (10, 84); not of floating-point type "
+        "'module.conv1.bias' (int8); not finite 'module.conv2.weight'; give the model and the "
+        'options that it was trained with.'
+    )
+
+
+def test_numbers_too_large_for_float32_are_not_finite():
+    state = networks.randomize(networks.LeNet5()).double().state_dict()
+    state['fc1.bias'][0] = 1e300
+    with pytest.raises(interop.WeightsError, match=r"not finite 'fc1\.bias'"):
+        interop.from_torch(state, 'lenet5')
+
+
+MISTAKES = [
+    ({'model': 'lenet'}, "^Unknown model 'lenet'; the closest names are lenet5"),
+    ({'model': 'lenet5', 'pol': 'max'}, "^Unknown lenet5 option 'pol'"),
+    ({'model': 'lenet5', 'num_classes': 9}, r"'fc3.weight' has shape \(10, 84\) in place of \(9, "),
+    ({'model': 'lenet5', 'image_shape': (32, 32, 1)}, r'\(120, 400\) in place of \(120, 576\)'),
+    ({'model': 'lenet5', 'image_shape': (28, 28, 3)}, r'\(6, 1, 5, 5\) in place of \(6, 3'),
+    ({'model': models.LeNet5(10), 'num_classes': 9}, 'the model is a module; give it to LeNet5'),
+    ({'model': 'vgg11'}, "missing 'features.0.weight', 'features.0.bias', 'features.1.weight'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), MISTAKES)
+def test_a_mistake_is_one_sentence(arguments, sentence):
+    state = networks.randomize(networks.LeNet5()).state_dict()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        interop.from_torch(state, **arguments)
+    assert '\n' not in str(caught.value) and str(caught.value).endswith('.')
+
+
+def test_duplicates_that_differ_are_refused():
+    network = networks.AttackerModel(networks.LeNet5(), (0.5,), (0.2,))
+    state = dict(network.state_dict())
+    state['attacker.model.fc3.bias'] = state['attacker.model.fc3.bias'] + 1
+    with pytest.raises(interop.WeightsError, match='stand for one array but differ'):
+        interop.from_torch(state, 'lenet5')
+
+
+def test_variables_of_another_module_are_refused():
+    module, variables = interop.from_torch(networks.LeNet5().state_dict(), 'lenet5')
+    del variables['params']['dense4']['bias']
+    with pytest.raises(interop.WeightsError, match="'params/dense4/bias' differ in name or shape"):
+        interop.to_torch(module, variables)

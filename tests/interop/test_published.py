@@ -1,0 +1,200 @@
+"""Published weights give the published accuracies, and PyTorch's logits, gradients and Deltas.
+
+All networks on all images: `python -m benchmarks.published --weights DIR --data_dir DIR`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurosens import data, interop, neurons, regularizers
+from neurosens.forward import LinenForward
+
+torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
+
+import torch_networks as networks  # noqa: E402
+from test_conversion import Residual  # noqa: E402
+
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+CIFAR10 = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2471, 0.2435, 0.2616)}
+CNN_A = {
+    'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
+    'std': (63.0 / 255, 62.1 / 255, 66.7 / 255),
+}
+
+
+def cnn_a():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 4, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 4, 2, 1),
+        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2048, 100), torch.nn.ReLU(),
+        torch.nn.Linear(100, 10),
+    )  # fmt: skip
+
+
+def mlp():
+    layers = [torch.nn.Flatten(), torch.nn.Linear(784, 100)]
+    for _ in range(4):
+        layers += [torch.nn.ReLU(), torch.nn.Linear(100, 100)]
+    return torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(100, 10))
+
+
+def resnet20():
+    return networks.ResNet(networks.Basic, (3, 3, 3), 10, (16, 32, 64), shortcut='pad')
+
+
+class NormalizedResidual(Residual):
+    def __call__(self, x):
+        return super().__call__((x - jnp.float32(CIFAR10['mean'])) / jnp.float32(CIFAR10['std']))
+
+
+# File -> network of PyTorch, how it is loaded, its normalisation, data set, images, accuracy in %.
+PUBLISHED = {
+    'mnist_lenet5_standard.pt': (
+        networks.LeNet5Wide, {'model': 'lenet5_wide'}, None, 'mnist', 10_000, 98.89,
+    ),
+    'mnist_lenet5_pgd_linf03.pt': (
+        networks.LeNet5Wide, {'model': 'sequential', 'strides': 1, 'padding': 1, 'pool': 'max'},
+        None, 'mnist', 10_000, 98.64,
+    ),
+    'mnist_mlp5x100_standard.pth': (
+        mlp, {'model': 'mlp', 'hidden': (100,) * 5}, None, 'mnist', 10_000, 96.29,
+    ),
+    'cifar10_cnn_a_pgd_linf2.pth': (
+        cnn_a, {'model': 'sequential', 'strides': 2, 'padding': 1, 'pool': 'none', **CNN_A},
+        CNN_A, 'cifar10', 10_000, 65.65,
+    ),
+    'cifar10_resnet2b_pgd_linf2.pth': (
+        networks.ResNet2B, {'model': NormalizedResidual()}, CIFAR10, 'cifar10', 10_000, 69.25,
+    ),
+    # All of them take a minute.
+    'cifar10_resnet20_standard.th': (
+        resnet20, {'model': 'cifar_resnet20', **IMAGENET}, IMAGENET, 'cifar10', 1_000, None,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def load(root, file):
+    """`(network, module, variables)`; the network is filled by the order of the layers."""
+    make, options, numbers, *_ = PUBLISHED[file]
+    state = interop.read_state_dict(root / 'weights' / file)
+    network = make()
+    names = [name for name in network.state_dict() if not name.endswith('num_batches_tracked')]
+    values = (torch.from_numpy(value) for name, value in state.items() if 'num_batches' not in name)
+    network.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    if numbers:
+        network = networks.Normalized(network, **numbers)
+    module, variables = interop.load_torch(root / 'weights' / file, **options)
+    return network.eval().requires_grad_(False), module, variables
+
+
+@functools.cache
+def read_images(root, data_set, count):
+    source = data.open(data_set, 'test', str(root / 'tfds'), 0)
+    batch = next(iter(source.eval_batches(batch_size=count)))
+    return np.float32(batch.image) / 255, np.asarray(batch.label)
+
+
+@pytest.mark.parametrize('file', PUBLISHED)
+def test_predictions_are_those_of_pytorch_and_as_accurate_as_published(
+    file, data_root, logits_of, assert_same
+):
+    network, module, variables = load(data_root, file)
+    *_, data_set, count, accuracy = PUBLISHED[file]
+    x, y = read_images(data_root, data_set, count)
+    run = jax.jit(module.apply)
+    parts = (slice(start, start + 1000) for start in range(0, count, 1000))
+    ours = np.concatenate([run(variables, x[part]) for part in parts])
+    theirs = logits_of(network, x[:1000])
+    assert_same(ours[:1000], theirs)
+    assert np.mean(ours[:1000].argmax(1) == theirs.argmax(1)) >= 0.999
+    if accuracy is not None:
+        assert 100 * np.mean(ours.argmax(1) == y) == pytest.approx(accuracy, abs=0.005)
+
+
+@pytest.mark.parametrize('file', PUBLISHED)
+def test_the_way_back_is_exact(file, data_root):
+    _, module, variables = load(data_root, file)
+    state = interop.read_state_dict(data_root / 'weights' / file)
+    back = interop.to_torch(module, variables, like=state)
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+@pytest.fixture(params=['mnist_lenet5_standard.pt', 'cifar10_resnet20_standard.th'])
+def in_double_precision(request, data_root):
+    """`(network, forward, variables, images, labels)`."""
+    network, module, variables = load(data_root, request.param)
+    x, y = read_images(data_root, PUBLISHED[request.param][3], 1_000)
+    with jax.enable_x64(True):
+        yield (
+            make_double(network),
+            LinenForward(module.clone(dtype=jnp.dtype('float64'))),
+            jax.tree.map(np.float64, variables),
+            np.float64(x[:3]),
+            y[:3],
+        )
+    network.float()
+
+
+def make_double(network):
+    return network.double()
+
+
+def torch_gradients(network, x, values):
+    """d values / d images, in our order; `values` is a function of logits."""
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
+    (gradient,) = torch.autograd.grad(values(network(images)), images)
+    return gradient.numpy().transpose(0, 2, 3, 1)
+
+
+def test_input_gradients(in_double_precision):
+    network, forward, variables, x, y = in_double_precision
+
+    def loss(x):
+        log_probabilities = jax.nn.log_softmax(forward(variables, x)[0])
+        return -log_probabilities[jnp.arange(len(y)), y].sum()
+
+    theirs = torch_gradients(
+        network,
+        x,
+        lambda z: torch.nn.functional.cross_entropy(z, torch.tensor(y).long(), reduction='sum'),
+    )
+    ours = jax.jit(jax.grad(loss))(x)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('in_double_precision', ['mnist_lenet5_standard.pt'], indirect=True)
+def test_the_jacobian_penalty(in_double_precision):
+    network, forward, variables, x, y = in_double_precision
+    penalty, _ = jax.jit(regularizers.jacobian(projections=-1))(
+        forward, variables, x, y, jax.random.key(0)
+    )
+    rows = [torch_gradients(network, x, lambda z, c=c: z[:, c].sum()) for c in range(10)]
+    assert float(penalty) == pytest.approx(np.sum(np.square(rows)) / len(x) / 2, rel=1e-9)
+
+
+def test_sensitivity(in_double_precision):
+    network, forward, variables, x, _ = in_double_precision
+    caught = []
+    head = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    logits = network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    hook.remove()
+    features, weights = caught[0].numpy(), head.weight.numpy()
+    delta, flips_to = neurons.sensitivity(forward, variables, x, layer='head:in')
+    for n, z in enumerate(logits):
+        own = z.argmax()
+        others = np.delete(np.arange(10), own)
+        moves = (z[own] - z[others])[:, None] / (weights[others] - weights[own])
+        # Behind a ReLU a neuron cannot fall below 0.
+        moves[moves < -features[n]] = np.inf
+        best = np.abs(moves).argmin(0)
+        expected = moves[best, np.arange(len(best))]
+        np.testing.assert_allclose(delta[n], expected, rtol=1e-9)
+        reached = np.isfinite(expected)
+        np.testing.assert_array_equal(flips_to[n][reached], others[best][reached])

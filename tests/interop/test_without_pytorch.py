@@ -1,0 +1,112 @@
+"""What needs no PyTorch to check: layouts against NumPy, names as written, files."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from neurosens import interop, models
+
+NAMES = {
+    'cifar_resnet20': ({}, ['conv1', 'bn1', 'layer1.0.conv1', 'layer3.2.bn2', 'linear']),
+    'resnet18': ({}, ['layer2.0.downsample.0', 'layer2.0.downsample.1', 'fc']),
+    'preact_resnet18': ({}, ['layer2.0.shortcut.0', 'layer4.1.bn2', 'bn', 'linear']),
+    'wide_resnet': (
+        {'depth': 10, 'width': 2},
+        ['block1.layer.0.convShortcut', 'block3.layer.0.bn1', 'bn1', 'fc'],
+    ),
+    'vgg11': ({'norm': 'none'}, ['features.0', 'features.3', 'features.18', 'classifier']),
+    'densenet121': (
+        {'stem': 'imagenet', 'growth_rate': 4},
+        ['features.norm0', 'features.denseblock4.denselayer16.conv2', 'features.transition3.norm',
+         'features.norm5', 'classifier'],
+    ),
+    'lenet5': ({}, ['conv1', 'conv2', 'fc1', 'fc2', 'fc3']),
+    'cnn': ({'norm': 'batch'}, ['conv1', 'norm2', 'dense3', 'head']),
+    'mlp': ({}, ['dense1', 'dense2', 'head']),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_variables_come_back_bit_for_bit_under_the_usual_names(name, tmp_path):
+    options, layers = NAMES[name]
+    module = models.create(name, num_classes=10, **options)
+    x = jax.ShapeDtypeStruct((1, 28, 28, 1) if name == 'lenet5' else (1, 32, 32, 3), np.float32)
+    generator = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: generator.normal(size=leaf.shape).astype(np.float32),
+        jax.eval_shape(module.init, jax.random.key(0), x),
+    )
+    state = interop.to_torch(module, variables)
+    assert {f'{layer}.weight' for layer in layers} <= state.keys()
+    shapes = interop.torch_shapes(module, x.shape[1:])
+    assert {entry: array.shape for entry, array in state.items()} == shapes
+    # Through a file, under the prefix of a wrapper.
+    path = tmp_path / 'weights.safetensors'
+    safetensors.numpy.save_file({f'module.{entry}': a for entry, a in state.items()}, path)
+    loaded, again = interop.load_torch(path, name, **options)
+    assert loaded == module
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_inputs_behind_a_flatten_change_their_order(images):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(5, 3 * 4 * 6))
+    state = {
+        '0.weight': np.eye(3)[:, :, None, None],
+        '2.weight': weight,
+    }
+    module, variables = interop.from_torch(
+        state, 'sequential', strides=1, padding=0, pool='none', image_shape=(4, 6, 3)
+    )
+    x = images(2, 4, 6, 3)
+    flattened = x.transpose(0, 3, 1, 2).reshape(2, -1)
+    np.testing.assert_allclose(module.apply(variables, x), flattened @ weight.T, rtol=1e-4)
+
+
+def test_convolutions_are_those_of_numpy(images):
+    generator = np.random.default_rng(0)
+    kernel = generator.normal(size=(2, 3, 3, 2))
+    state = {'0.weight': kernel, '1.weight': np.eye(12)}
+    module, variables = interop.from_torch(
+        state, 'sequential', strides=(2,), padding=(1,), pool='none', activation='identity',
+        image_shape=(4, 4, 3),
+    )  # fmt: skip
+    x = images(1, 4, 4, 3)
+    padded = np.pad(x[0].transpose(2, 0, 1), ((0, 0), (1, 1), (1, 1)))
+    # A kernel of 3 x 2 leaves 2 x 3 positions, of 6 x 6 padded ones.
+    expected = np.array(
+        [
+            [
+                [(padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 2] * one).sum() for j in range(3)]
+                for i in range(2)
+            ]
+            for one in kernel
+        ]
+    )
+    np.testing.assert_allclose(module.apply(variables, x)[0], expected.ravel(), rtol=1e-4)
+
+
+def test_a_file_of_pytorch_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    path = tmp_path / 'weights.pt'
+    path.write_bytes(b'')
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.load_torch(path, 'lenet5')
+    assert str(caught.value) == (
+        f"Reading '{path}' needs PyTorch, which is not installed: pip install torch, or convert "
+        'the file to .safetensors where it is.'
+    )
+
+
+def test_what_is_missing_is_named():
+    state = {'fc1.weight': np.full((2, 4), np.nan), 'fc1.bias': np.zeros(3)}
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(state, 'mlp', hidden=(2,))
+    assert str(caught.value) == (
+        "The state dict does not fit MLP: missing 'head.weight', 'head.bias'; 'fc1.bias' has shape "
+        "(3,) in place of (2,); not finite 'fc1.weight'; give the model and the options that it "
+        'was trained with.'
+    )

@@ -1,0 +1,149 @@
+"""evaluate.py evaluates weights of PyTorch, without any training."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import evaluate
+from neurosens import config as config_lib
+from neurosens import data, interop, training
+from neurosens.forward import LinenForward
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A file of a network for digits: one hidden layer of random features, fitted behind them."""
+    train = data.load('digits', 'train')
+    generator = np.random.default_rng(0)
+    hidden = generator.normal(0, 0.2, (48, 64)).astype(np.float32)
+    x = (np.float32(train.images).reshape(-1, 64) / 255 - 0.25) / 0.5
+    features = np.concatenate([np.maximum(x @ hidden.T, 0), np.ones((len(x), 1))], 1)
+    head = np.linalg.lstsq(features, np.eye(10)[train.labels], rcond=None)[0].T
+    state = {
+        '0.weight': hidden,
+        '0.bias': np.zeros(48),
+        '2.weight': np.ascontiguousarray(8 * head[:, :-1]),
+        '2.bias': np.ascontiguousarray(8 * head[:, -1]),
+    }
+    path = tmp_path_factory.mktemp('weights') / 'features.safetensors'
+    safetensors.numpy.save_file({name: np.float32(value) for name, value in state.items()}, path)
+    return path
+
+
+FEW = (
+    '--noprogress',
+    # JAX runs already here, so the number of CPU devices is left alone.
+    '--config.cpu_devices=8',
+    '--config.evaluation.limit=64',
+    '--config.evaluation.attacks=(\'fgsm\',)',
+    '--config.evaluation.eps=(0.1,)',
+    "--config.neurons.measures=('sensitivity',)",
+    "--config.neurons.layers=('head:in',)",
+    '--config.neurons.limit=16',
+)  # fmt: skip
+NUMBERS = ('--config.mean=(0.25,)', '--config.std=(0.5,)')
+
+
+def test_a_file_of_weights_is_evaluated(weights, tmp_path, capsys):
+    workdir = tmp_path / 'report_of_weights'
+    arguments = [f'--config.weights={weights}', '--config.model=sequential', *NUMBERS]
+    assert evaluate.main([f'--workdir={workdir}', *arguments, *FEW]) == 0
+    out = capsys.readouterr().out
+    assert f'sequential on digits test, weights {weights}' in out
+    results = json.loads((workdir / 'report' / 'results.json').read_text())
+    module, variables = interop.load_torch(weights, 'mlp', hidden=(48,), mean=(0.25,), std=(0.5,))
+    test = data.load('digits', 'test')
+    logits = module.apply(variables, data.to_float(test.images[:64]))
+    accuracy = float((logits.argmax(-1) == test.labels[:64]).mean())
+    assert results['clean_accuracy'] == pytest.approx(accuracy) and accuracy > 0.8
+    assert results['robust_accuracy/fgsm-linf-0.1'] < accuracy
+    assert results['config']['weights'] == str(weights) and 'step' not in results
+    assert (workdir / 'report' / 'neurons' / 'head-in.npz').exists()
+
+
+def test_the_library_loads_what_the_script_does(weights):
+    config = config_lib.Config(
+        model='mlp', model_options={'hidden': (48,)}, weights=str(weights), mean=(0.25,), std=(0.5,)
+    )
+    loaded = training.load_weights(config)
+    module, variables = interop.load_torch(weights, 'mlp', hidden=(48,), mean=(0.25,), std=(0.5,))
+    assert loaded.forward == LinenForward(module, {'train': False})
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+
+
+MISTAKES = [
+    (['--config.weights='], '--config.weights is empty; name a file'),
+    (['--config.weights=missing.pt'], "There is no file of weights 'missing.pt'"),
+    (['--config.weights=FILE', '--config.epochs=3.0'], '--config.epochs has no effect on weights'),
+    (['--config.weights=FILE', '--config=configs/mnist.py'], '--config has no effect on weights'),
+    (['--config.model=mlp'], '--config.model is fixed by the trained model; only data_dir'),
+    (['--config.weights=FILE', '--config.model=vgg99'], "Unknown model 'vgg99'"),
+    (['--config.weights=FILE', '--config.weights_key=ema'], "has no state dict at 'ema'; it has"),
+    (
+        ['--config.weights=FILE', '--config.std=(0.0,)'],
+        'std item is 0.0; it must be greater than 0',
+    ),
+    (['--config.weights=FILE', '--config.model=cnn'], "does not fit CNN: missing 'conv1.weight'"),
+    (
+        ['--config.weights=FILE', '--config.model=sequential', '--checkpoint=7'],
+        '--checkpoint=7 cho',
+    ),
+    (
+        ['--config.weights=FILE', '--config.model=sequential', '--config.dataset=mnist'],
+        "'0.weight' has shape (48, 64) in place of (48, 784)",
+    ),
+    (
+        ['--config.weights=FILE', '--config.model=sequential', '--config.mean=(0.1, 0.2)'],
+        'mean',
+    ),
+]
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), MISTAKES)
+def test_a_mistake_is_one_sentence(weights, tmp_path, arguments, sentence, capsys):
+    arguments = [argument.replace('FILE', str(weights)) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([f'--workdir={tmp_path}', *FEW, *arguments])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.startswith('error: ') and err.count('\n') == 1
+
+
+def test_the_report_of_a_training_is_not_replaced(weights, tmp_path, capsys):
+    (tmp_path / 'checkpoints').mkdir()
+    arguments = [f'--workdir={tmp_path}', f'--config.weights={weights}', '--config.model=mlp']
+    with pytest.raises(SystemExit):
+        evaluate.main([*arguments, *FEW])
+    assert 'holds a training, whose report that of the weights would replace' in (
+        capsys.readouterr().err
+    )
+
+
+def test_training_takes_no_file_of_weights():
+    config = config_lib.Config(weights='weights.pt')
+    with pytest.raises(config_lib.ConfigError, match=r'only evaluate\.py takes a file of weights'):
+        training.prepare(config)
+
+
+def test_the_numbers_of_a_config_replace_those_of_its_data_set():
+    module = training.make_model(config_lib.Config(mean=(0.5,), std=(0.25,)))
+    assert module.mean == (0.5,) and module.std == (0.25,)
+    assert training.make_model(config_lib.Config()).mean == data.info('digits').mean
+
+
+def test_training_starts_from_a_file(weights):
+    config = config_lib.Config(
+        model='mlp', model_options={'hidden': (48,)}, initial_weights=str(weights), mean=(0.25,),
+        std=(0.5,),
+    )  # fmt: skip
+    state = training.loop.initial_state(training.prepare(config))
+    _, variables = interop.load_torch(weights, 'mlp', hidden=(48,))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
+    other = dataclasses.replace(config, model_options={'hidden': (40,)})
+    with pytest.raises(interop.WeightsError, match=r"'0\.weight' has shape \(48, 64\) in place of"):
+        training.prepare(other)
