@@ -2,7 +2,8 @@
 
 Reports accuracy on clean images and under attack, signs that the attacks were misled, and what
 single neurons do, on screen and in DIR/report. The settings are those of the training, where the
-command line does not change them.
+command line does not change them. With `--config.defense.name=NAME` a defence is calibrated and
+attacked; with `--config.weights=FILE` a network of PyTorch takes the place of the training.
 With `--compare=DIR` the neurons of a second model are shown beside those of the first; with
 `--transfer_from=DIR` images that fool a second model attack the first.
 """
@@ -15,9 +16,12 @@ import functools
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 from neurosens import (
@@ -62,147 +66,227 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     with scripts.user_errors():
-        from_weights = scripts.sets(arguments, 'weights')
-        if from_weights:
-            scripts.check_changes(arguments, (*CHANGES, *OF_WEIGHTS), 'has no effect on weights')
-        else:
-            scripts.check_changes(arguments, CHANGES)
-        changes, values = command_line.override(config_lib.Config(), arguments, _flags())
-        workdir = _workdir(values, changes, from_weights)
-        scripts.start_jax(values, changes.cpu_devices)
-        if from_weights:
-            model = training.load_weights(changes)
-            origin = f'weights {changes.weights}'
-        else:
-            model = training.load(workdir, values['checkpoint'])
-            origin = f'step {model.step} of {workdir}'
-        config, _ = command_line.override(model.config, arguments, _flags())
-        settings = config.evaluation
-        source = data.open(
-            config.dataset, settings.split, config.data_dir or None, config.validation_size
-        )
-        other = _load_other('--compare', values['compare'], model)
-        if other is not None and not config.neurons.measures:
-            raise ValueError(
-                '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
-            )
-        surrogate = _load_other('--transfer_from', values['transfer_from'], model)
-        benign = None
-        if config.defense.name:
-            evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
-            benign = data.open(
-                config.dataset, 'train', config.data_dir or None, config.validation_size
-            )
-        # What is wrong with a layer should not show only after long attacks.
-        for each in filter(None, (model, other)):
-            if config.neurons.measures:
-                evaluation.neuron_layers(each.forward, each.variables, source.info, config.neurons)
-
+        job = _open(arguments)
     mesh = parallel.data_mesh()
-    key = evaluation.fixed_key(config.seed)
+    key = evaluation.fixed_key(job.config.seed)
     if parallel.is_primary():
-        print(f'{config.model} on {config.dataset} {settings.split}, {origin}')
-    bars = functools.partial(_bar, values['progress'])
-    notes = workdir / 'report' / 'unfinished'
-    with _ensemble_bar(values['progress']) as ensemble_progress:
-        report = evaluation.evaluate(
-            model.forward,
-            model.variables,
-            source,
-            mesh,
-            settings,
-            key,
-            progress=bars,
-            ensemble_progress=ensemble_progress,
-            directory=notes,
-            surrogate=None if surrogate is None else (surrogate.forward, surrogate.variables),
-        )
+        print(f'{job.config.model} on {job.config.dataset} {job.split}, {job.origin}')
+    report = _attack(job, mesh, key)
+    defended = _defend(job, mesh, key) if job.benign is not None else None
+    found, compared = _measure(job, mesh, key)
     if parallel.is_primary():
-        print(evaluation.table(report))
-
-    defended = None
-    if benign is not None:
-        with scripts.user_errors():
-            parameters = evaluation.calibrate_defense(
-                model.forward, model.variables, benign, mesh, config.defense, key
-            )
-        defenses.save(workdir / 'defense', parameters)
-        with _ensemble_bar(values['progress']) as ensemble_progress:
-            defended = evaluation.evaluate_defense(
-                model.forward,
-                model.variables,
-                source,
-                mesh,
-                settings,
-                config.defense,
-                key,
-                parameters=parallel.replicate(mesh, parameters),
-                progress=bars,
-                ensemble_progress=ensemble_progress,
-            )
-        if parallel.is_primary():
-            print(f'\n{evaluation.defense_table(defended)}')
-
-    found = compared = None
-    if config.neurons.measures:
-        measure = functools.partial(
-            evaluation.measure_neurons,
-            source=source,
-            mesh=mesh,
-            key=parallel.replicate(mesh, key),
-            split=settings.split,
-            eps=config.neurons.eps or max(settings.eps, default=0.0),
-        )
-        found = measure(model.forward, model.variables, settings=config.neurons, progress=bars)
-        if other is not None:
-            compared = measure(
-                other.forward,
-                other.variables,
-                settings=_comparison(config.neurons),
-                progress=lambda name: bars(f'compared {name}'),
-            )
-
-    if parallel.is_primary():
-        facts = {'workdir': str(workdir), 'step': model.step, 'config': config_lib.to_dict(config)}
-        if from_weights:
-            del facts['step']
-        if surrogate is not None:
-            facts['transfer_from'] = values['transfer_from']
-        directory = workdir / 'report'
-        sections = []
-        if found is not None:
-            print(f'\n{evaluation.neuron_table(found)}')
-            facts.update(evaluation.neuron_facts(found))
-            compare = None
-            if compared is not None:
-                facts.update(evaluation.neuron_facts(compared, 'compared'))
-                facts['compared/workdir'] = values['compare']
-                compare = (values['compare'], compared)
-            written = evaluation.write_neurons(
-                found,
-                directory,
-                images=_top_images(found, source, config.neurons),
-                top=config.neurons.top,
-                compare=compare,
-                name=str(workdir),
-            )
-            sections.append(evaluation.neuron_section(found, written, compare=compare))
-        if defended is not None:
-            facts.update(evaluation.defense_facts(defended))
-            written = evaluation.write_defense(defended, directory)
-            sections.append(evaluation.defense_section(defended, written))
+        sections, facts = _write_sections(job, found, compared, defended)
         evaluation.write(
             report,
-            directory,
+            job.directory,
             facts,
-            training.logs.read(workdir),
+            training.logs.read(job.workdir),
             sections=sections,
             provenance=scripts.provenance('evaluate.py', arguments),
         )
         # What long attacks had noted, to go on after an interruption, is now in the report.
-        shutil.rmtree(notes, ignore_errors=True)
-        print(f'\nWritten: index.html, results.json, CSV files, plots and neurons/ in {directory}')
+        shutil.rmtree(job.notes, ignore_errors=True)
+        print(
+            f'\nWritten: index.html, results.json, CSV files, plots and neurons/ in {job.directory}'
+        )
     return 0
+
+
+class Job(NamedTuple):
+    """What a command asks for, found to be possible.
+
+    Attributes:
+      config: the settings.
+      values: values of the flags.
+      workdir: work directory of the training, or where the report of a file of weights goes.
+      model: what is evaluated.
+      origin: where it comes from, in words.
+      source: the images.
+      other: the model whose neurons are shown beside, or None.
+      surrogate: the model that transferred images are made on, or None.
+      benign: images that a defence is calibrated on, or None without a defence.
+    """
+
+    config: config_lib.Config
+    values: Mapping[str, Any]
+    workdir: pathlib.Path
+    model: training.TrainedModel
+    origin: str
+    source: data.Source
+    other: training.TrainedModel | None
+    surrogate: training.TrainedModel | None
+    benign: data.Source | None
+
+    @property
+    def split(self) -> str:
+        """The split that is evaluated."""
+        return self.config.evaluation.split
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Where the report goes."""
+        return self.workdir / 'report'
+
+    @property
+    def notes(self) -> pathlib.Path:
+        """Where long attacks note what they have done."""
+        return self.directory / 'unfinished'
+
+    def bars(self, name: str) -> evaluation.Progress:
+        """A progress bar over batches, on the first process."""
+        shown = self.values['progress'] and parallel.is_primary()
+        return functools.partial(tqdm, desc=name, unit='batch', leave=False, disable=not shown)
+
+
+def _open(arguments: Sequence[str]) -> Job:
+    """Reads the command, starts JAX and opens models and data; all mistakes show here."""
+    from_weights = scripts.sets(arguments, 'weights')
+    if from_weights:
+        scripts.check_changes(arguments, (*CHANGES, *OF_WEIGHTS), 'has no effect on weights')
+    else:
+        scripts.check_changes(arguments, CHANGES)
+    changes, values = command_line.override(config_lib.Config(), arguments, _flags())
+    workdir = _workdir(values, changes, from_weights)
+    scripts.start_jax(values, changes.cpu_devices)
+    if from_weights:
+        model = training.load_weights(changes)
+        origin = f'weights {changes.weights}'
+    else:
+        model = training.load(workdir, values['checkpoint'])
+        origin = f'step {model.step} of {workdir}'
+    config, _ = command_line.override(model.config, arguments, _flags())
+
+    def images(split: str) -> data.Source:
+        return data.open(config.dataset, split, config.data_dir or None, config.validation_size)
+
+    source = images(config.evaluation.split)
+    other = _load_other('--compare', values['compare'], model)
+    if other is not None and not config.neurons.measures:
+        raise ValueError(
+            '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
+        )
+    surrogate = _load_other('--transfer_from', values['transfer_from'], model)
+    # What is wrong with a layer should not show only after long attacks.
+    benign = None
+    if config.defense.name:
+        evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
+        benign = images('train')
+    for each in filter(None, (model, other)):
+        if config.neurons.measures:
+            evaluation.neuron_layers(each.forward, each.variables, source.info, config.neurons)
+    return Job(config, values, workdir, model, origin, source, other, surrogate, benign)
+
+
+def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessReport:
+    """Accuracy on clean and attacked images."""
+    with _ensemble_bar(job.values['progress']) as ensemble_progress:
+        report = evaluation.evaluate(
+            job.model.forward,
+            job.model.variables,
+            job.source,
+            mesh,
+            job.config.evaluation,
+            key,
+            progress=job.bars,
+            ensemble_progress=ensemble_progress,
+            directory=job.notes,
+            surrogate=job.surrogate and (job.surrogate.forward, job.surrogate.variables),
+        )
+    if parallel.is_primary():
+        print(evaluation.table(report))
+    return report
+
+
+def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport:
+    """Calibrates the defence of the settings, keeps it, and attacks what it defends."""
+    assert job.benign is not None
+    with scripts.user_errors():
+        parameters = evaluation.calibrate_defense(
+            job.model.forward, job.model.variables, job.benign, mesh, job.config.defense, key
+        )
+    defenses.save(job.workdir / 'defense', parameters)
+    with _ensemble_bar(job.values['progress']) as ensemble_progress:
+        defended = evaluation.evaluate_defense(
+            job.model.forward,
+            job.model.variables,
+            job.source,
+            mesh,
+            job.config.evaluation,
+            job.config.defense,
+            key,
+            parameters=parallel.replicate(mesh, parameters),
+            progress=job.bars,
+            ensemble_progress=ensemble_progress,
+        )
+    if parallel.is_primary():
+        print(f'\n{evaluation.defense_table(defended)}')
+    return defended
+
+
+def _measure(
+    job: Job, mesh: Mesh, key: PRNGKeyArray
+) -> tuple[evaluation.NeuronReport | None, evaluation.NeuronReport | None]:
+    """What single neurons do, and what those of the model compared with do."""
+    settings = job.config.neurons
+    if not settings.measures:
+        return None, None
+    measure = functools.partial(
+        evaluation.measure_neurons,
+        source=job.source,
+        mesh=mesh,
+        key=parallel.replicate(mesh, key),
+        split=job.split,
+        eps=settings.eps or max(job.config.evaluation.eps, default=0.0),
+    )
+    found = measure(job.model.forward, job.model.variables, settings=settings, progress=job.bars)
+    if parallel.is_primary():
+        print(f'\n{evaluation.neuron_table(found)}')
+    if job.other is None:
+        return found, None
+    compared = measure(
+        job.other.forward,
+        job.other.variables,
+        settings=_comparison(settings),
+        progress=lambda name: job.bars(f'compared {name}'),
+    )
+    return found, compared
+
+
+def _write_sections(
+    job: Job,
+    found: evaluation.NeuronReport | None,
+    compared: evaluation.NeuronReport | None,
+    defended: evaluation.DefenseReport | None,
+) -> tuple[list[evaluation.Section], dict[str, Any]]:
+    """Files on neurons and defence, their sections of the page, and what is said of the whole."""
+    facts: dict[str, Any] = {'workdir': str(job.workdir)}
+    if not job.config.weights:
+        facts['step'] = job.model.step
+    facts['config'] = config_lib.to_dict(job.config)
+    if job.surrogate is not None:
+        facts['transfer_from'] = job.values['transfer_from']
+    sections = []
+    if found is not None:
+        facts.update(evaluation.neuron_facts(found))
+        compare = None
+        if compared is not None:
+            facts.update(evaluation.neuron_facts(compared, 'compared'))
+            facts['compared/workdir'] = job.values['compare']
+            compare = (job.values['compare'], compared)
+        written = evaluation.write_neurons(
+            found,
+            job.directory,
+            images=_top_images(found, job.source, job.config.neurons),
+            top=job.config.neurons.top,
+            compare=compare,
+            name=str(job.workdir),
+        )
+        sections.append(evaluation.neuron_section(found, written, compare=compare))
+    if defended is not None:
+        facts.update(evaluation.defense_facts(defended))
+        written = evaluation.write_defense(defended, job.directory)
+        sections.append(evaluation.defense_section(defended, written))
+    return sections, facts
 
 
 def _workdir(values: dict, config: config_lib.Config, from_weights: bool) -> pathlib.Path:
@@ -223,13 +307,6 @@ def _workdir(values: dict, config: config_lib.Config, from_weights: bool) -> pat
             '--config.weights names a file; leave one out.'
         )
     return workdir
-
-
-def _bar(shown: bool, name: str) -> evaluation.Progress:
-    """A progress bar over batches, on the first process."""
-    return functools.partial(
-        tqdm, desc=name, unit='batch', leave=False, disable=not (shown and parallel.is_primary())
-    )
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class Setting(NamedTuple):
 _MNIST = Setting(
     (0.1, 0.3),
     500,
-    1000,
+    500,
     'act2',
     ('act1', 'conv1'),
     (0.01, 0.03, 0.1, 0.3),
@@ -71,7 +71,7 @@ SETTINGS = {
     'resnet20': Setting(
         (0.5 / 255, 2 / 255),
         128,
-        256,
+        128,
         'head:in',
         ('act1', 'conv1'),
         (0.001, 0.003, 0.01, 0.03),
