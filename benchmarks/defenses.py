@@ -58,8 +58,8 @@ class Setting(NamedTuple):
 
 _MNIST = Setting(
     (0.1, 0.3),
-    500,
-    500,
+    256,
+    512,
     'act2',
     ('act1', 'conv1'),
     (0.01, 0.03, 0.1, 0.3),
@@ -70,7 +70,7 @@ SETTINGS = {
     'lenet5_robust': _MNIST,
     'resnet20': Setting(
         (0.5 / 255, 2 / 255),
-        128,
+        64,
         128,
         'head:in',
         ('act1', 'conv1'),
@@ -198,9 +198,10 @@ def _defended(
             limit=problem.setting.images,
             attacks=('fgsm', 'pgd'),
             eps=problem.setting.eps,
-            steps=40,
-            auto_steps=50,
-            queries=500,
+            steps=20,
+            auto_steps=20,
+            queries=200,
+            masking_images=64,
         ),
         settings,
         jax.random.key(0),
@@ -287,6 +288,7 @@ def _accuracies(problem: Problem, model: Any) -> dict[str, float]:
             eps=problem.setting.eps[:1],
             steps=20,
             auto_steps=20,
+            masking_images=0,
         ),
         jax.random.key(0),
     )
