@@ -12,7 +12,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -250,6 +250,32 @@ def gather(tree: T) -> T:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def in_batches(
+    function: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int, mesh: Mesh | None
+) -> Any:
+    """Applies a function to batches of arrays that every process holds.
+
+    Args:
+      function: from arrays `[B, ...]`, split over the mesh, to a pytree of arrays `[B, ...]`.
+      arrays: arrays `[M, ...]` of M rows, at least 1, equal on every process.
+      batch_size: rows at once, rounded up to a multiple of the devices; the last batch is filled up
+        with the last row, so that one program serves all.
+      mesh: devices to split batches over; None leaves them whole, on one.
+
+    Returns:
+      The pytree for all rows, on the host.
+    """
+    total = len(arrays[0])
+    size = min(batch_size, total)
+    size = size if mesh is None else round_up(size, mesh)
+    parts = []
+    for start in range(0, total, size):
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        batch = tuple(array[rows] for array in arrays)
+        parts.append(gather(function(*(batch if mesh is None else shard_global(mesh, batch)))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *parts)
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:

@@ -1,17 +1,12 @@
-"""Checks of images and labels, and batches of them over all devices."""
+"""Checks of images and labels that a defence is calibrated on."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import ArrayLike, Float, Int
 
-from neurosens import parallel
 from neurosens.forward import Forward, Variables
 
 
@@ -87,27 +82,3 @@ def check_labels(y: Int[np.ndarray, ' examples'], classes: int) -> None:
     if y.min() < 0 or y.max() >= classes:
         wrong = y[(y < 0) | (y >= classes)][0]
         raise ValueError(f'Label {wrong} is not one of the {classes} classes of the model.')
-
-
-def batched(
-    function: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int, mesh: Mesh
-) -> Any:
-    """Applies a function to batches of one shape, over all devices.
-
-    Args:
-      function: from arrays `[B, ...]`, split over the mesh, to a pytree of arrays `[B, ...]`.
-      arrays: arrays `[M, ...]` that every process holds.
-      batch_size: rows at once; the last batch is filled up, so that one program serves all.
-      mesh: devices to run on.
-
-    Returns:
-      The pytree for all rows, on the host.
-    """
-    total = len(arrays[0])
-    size = parallel.round_up(min(batch_size, total), mesh)
-    parts = []
-    for start in range(0, total, size):
-        rows = np.minimum(np.arange(start, start + size), total - 1)
-        batch = parallel.shard_global(mesh, tuple(array[rows] for array in arrays))
-        parts.append(parallel.gather(function(*batch)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *parts)

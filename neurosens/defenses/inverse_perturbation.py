@@ -286,7 +286,7 @@ def calibrate(
     images.check_labels(y, classes)
     mesh = parallel.data_mesh() if mesh is None else mesh
     run = functools.partial(directions, forward, variables, settings=settings)
-    found = images.batched(run, (x, y), batch_size, mesh)
+    found = parallel.in_batches(run, (x, y), batch_size, mesh)
     correct = found.logits.argmax(-1) == y
     members = [np.flatnonzero(correct & (y == label)) for label in range(classes)]
     for label, rows in enumerate(members):

@@ -171,16 +171,13 @@ def predict_images(
     Returns:
       The predicted classes, int32 `[N]`.
     """
-    size = parallel.round_up(batch_size, mesh)
-    found = []
-    for start in range(0, len(images), size):
-        # Filled up, so that one program serves all batches.
-        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
-        whole = data.Batch(images[rows], labels[rows], rows < start + size, rows)
-        batch = parallel.shard_global(mesh, whole)
-        judged = parallel.gather(_predict_batch(forward, variables, batch))['predictions']
-        found.append(judged[: len(images) - start])
-    return np.concatenate(found)
+
+    def judge(x: Array, y: Array) -> Array:
+        everything = jnp.ones(y.shape, bool)
+        batch = data.Batch(x, y, everything, jnp.zeros_like(y))
+        return _predict_batch(forward, variables, batch)['predictions']
+
+    return parallel.in_batches(judge, (images, labels), batch_size, mesh)
 
 
 class Attacked(NamedTuple):

@@ -13,7 +13,7 @@ import functools
 import math
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +166,7 @@ class _Task:
     def run(
         self,
         attack: Callable[..., Any],
-        names: Iterable[str],
+        names: Sequence[str],
         *,
         number: int = 0,
         **arguments: Any,
@@ -175,18 +175,13 @@ class _Task:
         key = jax.random.fold_in(self.key, number)
         if self.mesh is not None:
             key = parallel.replicate(self.mesh, key)
-        parts = []
-        for start in range(0, len(self.x), self.batch_size):
-            # Filled up, so that one program serves all batches.
-            rows = np.minimum(np.arange(start, start + self.batch_size), len(self.x) - 1)
-            batch = self.x[rows], self.y[rows], self.index[rows]
-            if self.mesh is not None:
-                batch = parallel.shard_global(self.mesh, batch)
+
+        def named(*batch: Array) -> dict[str, Array]:
             x, y, index = batch
             result = attack(self.forward, self.variables, x, y, key, index=index, **arguments)
-            found = parallel.gather({name: getattr(result, name) for name in names})
-            parts.append({name: values[: len(self.x) - start] for name, values in found.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            return {name: getattr(result, name) for name in names}
+
+        return parallel.in_batches(named, (self.x, self.y, self.index), self.batch_size, self.mesh)
 
     def view(self) -> dict[str, np.ndarray]:
         """What the model shows of each image; the fields of `_View`."""
@@ -211,7 +206,7 @@ class _Task:
         weights: tuple[float, ...] = _CROSS_ENTROPY,
         share: float | None = None,
         number: int = 0,
-        names: Iterable[str] = ('success',),
+        names: Sequence[str] = ('success',),
     ) -> dict[str, np.ndarray]:
         """PGD on each image, by default as the evaluation runs it; the fields of its result."""
         radius = float(self.threat.eps) if radius is None else radius
@@ -328,7 +323,6 @@ def diagnose(
         raise ValueError(
             f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
         )
-    batch_size = min(batch_size, len(x))
     task = _Task(
         forward,
         variables,
@@ -341,7 +335,7 @@ def diagnose(
         restarts,
         draws,
         mesh,
-        batch_size if mesh is None else parallel.round_up(batch_size, mesh),
+        batch_size,
     )
     attacks, absent, replaced = _plan(task, queries, float64_images, surrogate)
     found = {name: attacks[name]() for name in progress(list(attacks))}
@@ -452,9 +446,7 @@ def _at(radius: float, threat: Threat) -> str:
 
 def _first(task: _Task, images: int) -> _Task:
     x, y, index = task.x[:images], task.y[:images], task.index[:images]
-    size = min(task.batch_size, len(x))
-    size = size if task.mesh is None else parallel.round_up(size, task.mesh)
-    return dataclasses.replace(task, x=x, y=y, index=index, batch_size=size)
+    return dataclasses.replace(task, x=x, y=y, index=index)
 
 
 def _square(task: _Task, queries: int) -> dict[str, np.ndarray]:
