@@ -60,6 +60,22 @@ class DefenseOutcome(NamedTuple):
         return f'{self.kind}/{self.attack}-{self.norm}-{self.eps:.3g}'
 
 
+class Moves(NamedTuple):
+    """What moves of the input recover of a static attack, and what the attack does to neurons.
+
+    Attributes:
+      attack: name of its outcome, the strongest of its radius.
+      controls: for each move of `oracles.NAMES`, and each size rho, the share of the images fooled
+        that it recovers.
+      shifts: for each layer, how the attack changes front, middle and tail neurons of the images
+        fooled: by group, the mean change of a neuron in units of the layer's mean |activation|.
+    """
+
+    attack: str
+    controls: Mapping[str, Mapping[float, float]]
+    shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' fooled']]]
+
+
 @dataclasses.dataclass(frozen=True)
 class DefenseReport:
     """What a defence did on M images.
@@ -70,12 +86,7 @@ class DefenseReport:
       undefended: what the model says of clean images.
       defended: what it says of them through the defence.
       outcomes: attacks by kind and radius.
-      controls: for each move of `oracles.NAMES`, and each size, the share of the images fooled by
-        the strongest static attack at the largest radius that it recovers.
-      control_attack: that attack.
-      shifts: how that attack changes the activations of front, middle and tail neurons: for each
-        layer, by group, the mean change of a neuron in units of the layer's mean |activation|,
-        `[M]` each.
+      moves: of inverse perturbation, controls at each radius.
       passes: forward passes of the model for one image.
       cost: time for one image relative to the undefended model, measured.
       diagnosis: of gradient masking by the defence; None where it was not asked for.
@@ -86,9 +97,7 @@ class DefenseReport:
     undefended: accuracy.Predictions
     defended: accuracy.Predictions
     outcomes: tuple[DefenseOutcome, ...]
-    controls: Mapping[str, Mapping[float, float]]
-    control_attack: str
-    shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' images']]]
+    moves: tuple[Moves, ...]
     passes: int
     cost: float
     diagnosis: masking.Diagnosis | None = None
@@ -219,26 +228,32 @@ def evaluate_defense(
             outcomes.append(
                 DefenseOutcome(ADAPTIVE, f'pgd_{name}', evaluation.norm, eps, attacked.success)
             )
-    controls: dict[str, dict[float, float]] = {}
-    shifts: dict[str, dict[str, np.ndarray]] = {}
-    strongest = _strongest_static(outcomes)
+    moves = []
     known = isinstance(parameters, inverse_perturbation.Parameters)
-    if known and settings.controls and strongest is not None:
-        run = robustness.make_attack(
-            strongest.attack, forward, variables, evaluation, strongest.eps, key
-        )
-        controls, shifts = _controls(
-            run, forward, variables, stream, parameters.settings, key, mesh, strongest, progress
-        )
+    if known and settings.controls:
+        for strongest in _strongest_static(outcomes):
+            run = robustness.make_attack(
+                strongest.attack, forward, variables, evaluation, strongest.eps, key
+            )
+            moves.append(
+                _moves(
+                    run,
+                    forward,
+                    variables,
+                    functools.partial(stream, progress=progress(f'controls {strongest.eps:g}')),
+                    parameters.settings,
+                    key,
+                    mesh,
+                    strongest,
+                )
+            )
     return DefenseReport(
         defenses.name_of(parameters),
         dataclasses.asdict(parameters.settings),
         undefended,
         through,
         tuple(outcomes),
-        controls,
-        '' if strongest is None else strongest.name,
-        shifts,
+        tuple(moves),
         inverse_perturbation.passes(parameters) if known else 1,
         relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
         report.diagnosis,
@@ -280,18 +295,18 @@ def _static(
     }
 
 
-def _strongest_static(outcomes: Sequence[DefenseOutcome]) -> DefenseOutcome | None:
-    static = [outcome for outcome in outcomes if outcome.fooled is not None]
-    if not static:
-        return None
-    largest = max(outcome.eps for outcome in static)
-    return max(
-        (outcome for outcome in static if outcome.eps == largest),
-        key=lambda outcome: int(outcome.fooled.sum()) if outcome.fooled is not None else 0,
-    )
+def _strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
+    """Of each radius the static attack that fools the undefended model most often."""
+    strongest: dict[float, tuple[int, DefenseOutcome]] = {}
+    for outcome in outcomes:
+        if outcome.fooled is not None:
+            count = int(outcome.fooled.sum())
+            if outcome.eps not in strongest or count > strongest[outcome.eps][0]:
+                strongest[outcome.eps] = count, outcome
+    return [outcome for _, outcome in strongest.values()]
 
 
-def _controls(
+def _moves(
     run: Callable[..., Any],
     forward: Forward,
     variables: Variables,
@@ -300,8 +315,7 @@ def _controls(
     key: PRNGKeyArray,
     mesh: Mesh,
     outcome: DefenseOutcome,
-    progress: Callable[[str], accuracy.Progress],
-) -> tuple[dict[str, dict[float, float]], dict[str, dict[str, np.ndarray]]]:
+) -> Moves:
     """What moves of each size recover, and what the attack does to front and tail."""
     sizes = [parallel.replicate(mesh, jnp.float32(rho)) for rho in settings.rho]
     key = parallel.replicate(mesh, key)
@@ -327,7 +341,7 @@ def _controls(
                 found[f'{rho}|{name}'] = right
         return {**found, **_shift(forward, variables, x, x_adv, settings)}
 
-    arrays = stream(step, progress=progress('controls'))
+    arrays = stream(step)
     fooled = outcome.fooled
     assert fooled is not None
     controls = {
@@ -338,7 +352,7 @@ def _controls(
         layer: {group: arrays[f'{layer}|{group}'][fooled] for group in GROUPS}
         for layer in settings.layers
     }
-    return controls, shifts
+    return Moves(outcome.name, controls, shifts)
 
 
 @functools.partial(jax.jit, static_argnames='settings')

@@ -90,20 +90,19 @@ def defense_table(report: DefenseReport) -> str:
     if found:
         body = [[name, _percent(rate)] for name, rate in found.items()]
         lines += ['', *aligned(['recovered of what fooled the undefended model', '%'], body)]
-    if report.controls:
-        sizes = list(next(iter(report.controls.values())))
+    for moves in report.moves:
+        sizes = list(next(iter(moves.controls.values())))
         body = [
             [name, *(_percent(by_size[size]) for size in sizes)]
-            for name, by_size in report.controls.items()
+            for name, by_size in moves.controls.items()
         ]
-        header = [f'recovered of {report.control_attack} by a move of rho', *map(str, sizes)]
+        header = [f'recovered of {moves.attack} by a move of rho', *map(str, sizes)]
         lines += ['', *aligned(header, body)]
-    if report.shifts:
         body = [
-            [layer, *(f'{np.mean(by_group[group]):+.3f}' for group in GROUPS)]
-            for layer, by_group in report.shifts.items()
+            [layer, *(_mean(by_group[group]) for group in GROUPS)]
+            for layer, by_group in moves.shifts.items()
         ]
-        header = [f'mean change under {report.control_attack}', *GROUPS]
+        header = [f'mean change under {moves.attack}', *GROUPS]
         lines += ['', *aligned(header, body)]
     if report.diagnosis is not None:
         lines += ['', 'the defended model:', masking.masking_table(report.diagnosis)]
@@ -112,6 +111,10 @@ def defense_table(report: DefenseReport) -> str:
 
 def _percent(share: float) -> str:
     return '-' if np.isnan(share) else f'{share * 100:.1f}'
+
+
+def _mean(values: np.ndarray) -> str:
+    return f'{np.mean(values):+.3f}' if len(values) else '-'
 
 
 def defense_facts(report: DefenseReport) -> dict[str, Any]:
@@ -129,13 +132,15 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         flat[f'defense/{key}/high'] = interval.high
     for name, rate in rates(report).items():
         flat[f'defense/success_rate/{name}'] = None if np.isnan(rate) else rate
-    for name, by_size in report.controls.items():
-        for size, rate in by_size.items():
-            flat[f'defense/control/{name}/{size:g}'] = None if np.isnan(rate) else rate
-    for layer, by_group in report.shifts.items():
-        for group, values in by_group.items():
-            mean = float(np.mean(values)) if len(values) else None
-            flat[f'defense/shift/{layer}/{group}'] = mean
+    for moves in report.moves:
+        key = moves.attack.removeprefix(f'{STATIC}/')
+        for name, by_size in moves.controls.items():
+            for size, rate in by_size.items():
+                flat[f'defense/control/{key}/{name}/{size:g}'] = None if np.isnan(rate) else rate
+        for layer, by_group in moves.shifts.items():
+            for group, values in by_group.items():
+                mean = float(np.mean(values)) if len(values) else None
+                flat[f'defense/shift/{key}/{layer}/{group}'] = mean
     if report.diagnosis is not None:
         found = masking.masking_facts(report.diagnosis)
         flat.update({f'defense/{key}': value for key, value in found.items()})
@@ -163,9 +168,9 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
         if report.diagnosis is not None:
             masking.write_masking(report.diagnosis, output.path('defense_masking.csv'))
         plots.save(accuracy_figure(report), output.path('defense.png'))
-        if report.controls:
+        if report.moves:
             plots.save(control_figure(report), output.path('defense_controls.png'))
-        if any(len(v) for groups in report.shifts.values() for v in groups.values()):
+        if any(fooled for fooled, _ in _shown(report)):
             plots.save(shift_figure(report), output.path('defense_shifts.png'))
     return output.written
 
@@ -210,36 +215,48 @@ def accuracy_figure(report: DefenseReport) -> Figure:
 
 
 def control_figure(report: DefenseReport) -> Figure:
-    """Share of the fooling images that moves of each size recover."""
-    figure = Figure(figsize=(5.5, 3.8), layout='constrained')
-    axes = figure.subplots()
-    for (name, by_size), color in zip(report.controls.items(), plots.COLORS):
-        sizes = list(by_size)
-        axes.plot(
-            range(len(sizes)),
-            [100 * by_size[size] for size in sizes],
-            '--' if 'oracle' in name else '-',
-            marker='o',
-            markersize=4,
-            color=color,
-            label=name,
-        )
-    axes.set_xticks(range(len(sizes)), [f'{size:g}' for size in sizes])
-    axes.set_xlabel('size of the move rho, rms per pixel')
-    axes.set_ylabel('recovered (%)')
-    axes.set_ylim(-2, 102)
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(report.control_attack, fontsize=9)
-    plots.style(axes)
+    """Share of the fooling images that moves of each size recover, one panel for each radius."""
+    count = len(report.moves)
+    figure = Figure(figsize=(4.6 * count, 3.8), layout='constrained')
+    panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
+    for axes, moves in zip(panels, report.moves):
+        for (name, by_size), color in zip(moves.controls.items(), plots.COLORS):
+            sizes = list(by_size)
+            axes.plot(
+                range(len(sizes)),
+                [100 * by_size[size] for size in sizes],
+                '--' if 'oracle' in name else '-',
+                marker='o',
+                markersize=4,
+                color=color,
+                label=name,
+            )
+        axes.set_xticks(range(len(sizes)), [f'{size:g}' for size in sizes])
+        axes.set_xlabel('size of the move rho, rms per pixel')
+        axes.set_ylim(-2, 102)
+        axes.set_title(moves.attack, fontsize=9)
+        plots.style(axes)
+    panels[0].set_ylabel('recovered (%)')
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
+def _shown(report: DefenseReport) -> list[tuple[int, tuple[str, str]]]:
+    """How many images each panel of `shift_figure` has, and its attack and layer."""
+    return [
+        (len(by_group['front']), (moves.attack, layer))
+        for moves in report.moves
+        for layer, by_group in moves.shifts.items()
+    ]
+
+
 def shift_figure(report: DefenseReport) -> Figure:
-    """How the attack changes front, middle and tail neurons, over images."""
-    layers = list(report.shifts)
-    figure = Figure(figsize=(4.2 * len(layers), 3.4), layout='constrained')
-    for axes, layer in zip(np.atleast_1d(figure.subplots(1, len(layers))), layers):
-        by_group = report.shifts[layer]
+    """How attacks change front, middle and tail neurons, over images."""
+    shown = [place for fooled, place in _shown(report) if fooled]
+    shifts = {moves.attack: moves.shifts for moves in report.moves}
+    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout='constrained')
+    for axes, (attack, layer) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown):
+        by_group = shifts[attack][layer]
         axes.boxplot(
             [by_group[group] for group in GROUPS],
             tick_labels=GROUPS,
@@ -248,6 +265,6 @@ def shift_figure(report: DefenseReport) -> Figure:
         )
         axes.axhline(0, color='0.5', linewidth=1)
         axes.set_ylabel('change of a neuron / mean |activation|')
-        axes.set_title(f'{layer}, {report.control_attack}', fontsize=9)
+        axes.set_title(f'{layer}, {attack}', fontsize=9)
         plots.style(axes)
     return figure

@@ -57,27 +57,26 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         blocks.append(
             Table('Recovered of what fooled the undefended model', ['attack', '%'], recovered)
         )
-    if report.controls:
-        sizes = list(next(iter(report.controls.values())))
+    for moves in report.moves:
+        sizes = list(next(iter(moves.controls.values())))
         blocks.append(
             Table(
-                f'Recovered, in %, of what {report.control_attack} fooled, by moves of size rho',
+                f'Recovered, in %, of what {moves.attack} fooled, by moves of size rho',
                 ['move', *(f'rho {size:g}' for size in sizes)],
                 [
                     [name, *(_percent(by_size[size]) for size in sizes)]
-                    for name, by_size in report.controls.items()
+                    for name, by_size in moves.controls.items()
                 ],
             )
         )
-    if report.shifts:
         blocks.append(
             Table(
-                f'Mean change of neurons under {report.control_attack}, in units of the mean '
-                '|activation| of the layer',
+                f'Mean change of neurons under {moves.attack}, in units of the mean |activation| '
+                'of the layer',
                 ['layer', *GROUPS],
                 [
                     [layer, *(_mean(by_group[group]) for group in GROUPS)]
-                    for layer, by_group in report.shifts.items()
+                    for layer, by_group in moves.shifts.items()
                 ],
             )
         )
