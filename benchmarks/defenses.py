@@ -130,11 +130,11 @@ def _calibrated(problem: Problem, settings: config.Defense) -> Any:
 def defended(problem: Problem, folder: pathlib.Path) -> str:
     """Evaluates each defence with static and adaptive attacks; returns a Markdown table."""
     setting = problem.setting
-    half = setting.prune[-2]
+    few = setting.prune[1]
     options: dict[str, dict[str, Any]] = {
         'inverse_perturbation': {'layers': (setting.front,), 'rho': setting.rho},
         'rescaling': {'layer': setting.first[0], 'strength': 0.5},
-        'pruning': {'count': half},
+        'pruning': {'count': few},
     }
     rows = []
     for name, chosen in options.items():

@@ -27,6 +27,8 @@ from neurosens import attacks, config, data, onednn, parallel, training
 from neurosens.evaluation import accuracy
 
 BATCH_SIZE = 250
+# Of the timing of steps.
+_STEPS, _ROUNDS = 20, 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,51 @@ SETTINGS = {
 }
 
 
+def settings_of(setting: Setting, method: Method, seed: int, data_dir: str) -> config.Config:
+    """Returns the config of one training."""
+    return dataclasses.replace(
+        setting.config,
+        data_dir=data_dir,
+        seed=seed,
+        objective=method.objective,
+        objective_options=method.options,
+        regularizers=method.regularizers,
+        optimizer=dataclasses.replace(setting.config.optimizer, weight_decay=method.weight_decay),
+    )
+
+
+def costs(setting: Setting, data_dir: str) -> harness.Measurement:
+    """Times training steps of all methods in turns.
+
+    Args:
+        setting: data, network and methods.
+        data_dir: directory of TFDS.
+
+    Returns:
+        Seconds of a few steps of each method.
+    """
+    units = {
+        name: _steps(training.prepare(settings_of(setting, method, 0, data_dir)))
+        for name, method in setting.methods.items()
+    }
+    return harness.alternate(units, rounds=_ROUNDS)
+
+
+def _steps(experiment: training.Experiment) -> harness.Unit:
+    state = training.experiment.initial_state(experiment)
+    batches = experiment.source.train_batches(batch_size=experiment.config.batch_size, seed=0)
+    batch = parallel.shard(experiment.mesh, next(batches))
+    key = parallel.replicate(experiment.mesh, experiment.key(1))
+
+    def unit() -> None:
+        nonlocal state
+        for _ in range(_STEPS):
+            state, metrics = experiment.train_step(state, batch, key)
+        jax.block_until_ready((state, metrics))
+
+    return unit
+
+
 def run(
     setting: Setting, method: Method, seed: int, data_dir: str, folder: pathlib.Path, images: int
 ) -> dict[str, Any]:
@@ -135,21 +182,11 @@ def run(
         images: test images that are attacked.
 
     Returns:
-        Clean accuracy on the whole test set, robust accuracy by norm, and microseconds per image
-        of training.
+        Clean accuracy on the whole test set, and robust accuracy by norm.
     """
-    settings = dataclasses.replace(
-        setting.config,
-        data_dir=data_dir,
-        seed=seed,
-        objective=method.objective,
-        objective_options=method.options,
-        regularizers=method.regularizers,
-        optimizer=dataclasses.replace(setting.config.optimizer, weight_decay=method.weight_decay),
-    )
+    settings = settings_of(setting, method, seed, data_dir)
     experiment = training.prepare(settings)
     result = training.train(experiment, folder, progress=False)
-    speeds = [line['images_per_second'] for line in training.logs.read(folder) if 'loss' in line]
     shutil.rmtree(folder)
     source = data.open(settings.dataset, 'test', data_dir)
     variables = result.state.variables
@@ -161,7 +198,6 @@ def run(
     found: dict[str, Any] = {
         'clean': predictions.accuracy,
         'clean on attacked': float(predictions.correct[:images].mean()),
-        'microseconds': 1e6 / statistics.median(speeds),
     }
     for norm, eps in setting.radii.items():
         outcome = attacks.autoattack(
@@ -180,9 +216,10 @@ def run(
     return found
 
 
-def table(results: dict[str, list[dict[str, Any]]], radii: dict[str, float]) -> str:
+def table(
+    results: dict[str, list[dict[str, Any]]], radii: dict[str, float], cost: harness.Measurement
+) -> str:
     """Returns the Markdown table: means over seeds, and their standard deviation."""
-    base = statistics.median(one['microseconds'] for one in results['standard'])
     rows = []
     for name, runs in results.items():
         cells = []
@@ -190,9 +227,8 @@ def table(results: dict[str, list[dict[str, Any]]], radii: dict[str, float]) -> 
             values = [100 * one[key] for one in runs]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}')
-        cost = statistics.median(one['microseconds'] for one in runs) / base
-        rows.append((name, *cells, f'{cost:.1f}'))
-    header = ['clean %', *(f'{norm} {eps:.4g}' for norm, eps in radii.items()), 'cost']
+        rows.append((name, *cells, harness.ratio_text(cost.ratio(name, 'standard'))))
+    header = ['clean %', *(f'{norm} {eps:.4g}' for norm, eps in radii.items()), 'step / standard']
     return harness.markdown_table(('Method', *header), rows)
 
 
@@ -237,8 +273,7 @@ def main() -> None:
                 print(f'{stem}: {found}, {time.perf_counter() - start:.0f} s', flush=True)
             results.setdefault(name, []).append(json.loads(file.read_text()))
     print(f'\n{harness.machine_line(harness.machine())}\n')
-    if 'standard' in results:
-        print(table(results, setting.radii))
+    print(table(results, setting.radii, costs(setting, arguments.data_dir)))
 
 
 if __name__ == '__main__':
