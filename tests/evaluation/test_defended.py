@@ -1,6 +1,7 @@
 """Evaluations of defences: rates by hand, and reports that agree with fresh computations."""
 
 import csv
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -63,7 +64,7 @@ def problem():
     return LinenForward(Templates()), variables, source
 
 
-def run(problem, name, options, devices=8, batch_size=24, **changes):
+def run(problem, name, options, devices=8, batch_size=24, masking_images=0, **changes):
     forward, variables, source = problem
     mesh = parallel.data_mesh(devices)
     variables = parallel.replicate(mesh, variables)
@@ -77,7 +78,7 @@ def run(problem, name, options, devices=8, batch_size=24, **changes):
         variables,
         source,
         mesh,
-        config.Evaluation(**{**vars(EVALUATION), 'batch_size': batch_size}),
+        dataclasses.replace(EVALUATION, batch_size=batch_size, masking_images=masking_images),
         settings,
         key,
         parameters=parallel.replicate(mesh, parameters),
@@ -206,6 +207,19 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     assert report.moves == () and report.passes == 1
     assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square', 'transfer'}
     evaluation.defense_table(report)
+
+
+def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):
+    settings = {'masking_images': 8, 'measure': 'influence'}
+    _, report = run(problem, 'pruning', {'count': 3, 'order': 'least'}, **settings)
+    assert report.diagnosis is not None and report.diagnosis.images == 8
+    # Images made for the undefended model are among the attacks it is held against.
+    transfer = {check.name: check for check in report.diagnosis.checks}['transfer']
+    assert transfer.passed is not None
+    assert evaluation.defense_facts(report)['defense/masking/images'] == 8
+    assert 'gradient masking' in evaluation.defense_table(report)
+    evaluation.write_defense(report, tmp_path)
+    assert (tmp_path / 'defense_masking.csv').exists()
 
 
 def test_a_class_without_calibration_images_is_named(problem):

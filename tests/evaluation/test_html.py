@@ -16,6 +16,7 @@ from PIL import Image
 
 from neurosens import config, data, evaluation, neurons
 from neurosens.evaluation import html_page
+from neurosens.evaluation.defended import Moves
 from neurosens.evaluation.html_page import (
     Code,
     Figure,
@@ -352,8 +353,8 @@ def test_a_defence_has_every_accuracy(report, tmp_path):
     )
     defended = evaluation.DefenseReport(
         'inverse_perturbation', {}, report.predictions, report.predictions, outcomes,
-        {'<defence>': {0.02: 0.5, 0.05: float('nan')}}, 'pgd', {LAYER: {
-            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}, 5, 4.5,
+        (Moves('pgd', {'<defence>': {0.02: 0.5, 0.05: float('nan')}}, {LAYER: {
+            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}),), 5, 4.5,
     )  # fmt: skip
     file = tmp_path / 'defense.png'
     picture(file)

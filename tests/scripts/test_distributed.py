@@ -79,8 +79,7 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
         '--config.evaluation.eps=(0.05,)',
         '--config.evaluation.steps=3',
         '--config.evaluation.limit=101',
-        '--config.evaluation.queries=50',
-        '--config.evaluation.masking_images=30',
+        '--config.evaluation.masking_images=0',
         '--config.neurons.limit=45',
         "--config.neurons.layers=('act1',)",
         '--config.cpu_devices=2',
@@ -97,8 +96,6 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
     for key in alone:
         if key.startswith('neurons/') and isinstance(alone[key], float):
             assert together[key] == pytest.approx(alone[key], abs=1e-3), key
-        elif key.startswith('masking/') and isinstance(alone[key], float):
-            assert together[key] == pytest.approx(alone[key], rel=1e-3), key
         elif key not in ('config', 'clean_loss') and not key.endswith('_rule'):
             assert together[key] == alone[key], key
     for name in [name for name in arrays if not name.startswith('fragile_rule')]:

@@ -108,18 +108,21 @@ def test_the_page_has_every_picture_and_says_how_it_was_made(evaluated):
 
 def test_results_do_not_depend_on_devices_and_batches(evaluated, scripts):
     workdir, _, results = evaluated
-    changes = ('--config.evaluation.batch_size=48', '--config.neurons.batch_size=25')
-    one_device = '--config.cpu_devices=1'
-    scripts.run('evaluate.py', f'--workdir={workdir}', *EVALUATE, *changes, one_device)
+    changes = (
+        '--config.evaluation.batch_size=48',
+        '--config.neurons.batch_size=25',
+        # That does not depend on them either, see the tests of the library, and takes long.
+        '--config.evaluation.masking_images=0',
+        '--config.cpu_devices=1',
+    )
+    scripts.run('evaluate.py', f'--workdir={workdir}', *EVALUATE, *changes)
     again = json.loads((workdir / 'report' / 'results.json').read_text())
-    assert again.keys() == results.keys()
+    assert again.keys() == {key for key in results if not key.startswith('masking/')}
     for key, value in again.items():
         if key == 'clean_loss' or (key.startswith('neurons/') and isinstance(value, float)):
             # Sums of other batches round differently, and so do ranks of nearly equal neurons.
             tolerance = 1e-6 if key == 'clean_loss' else 0.05
             assert value == pytest.approx(results[key], abs=tolerance), key
-        elif key.startswith('masking/') and isinstance(value, float):
-            assert value == pytest.approx(results[key], rel=1e-3), key
         elif key != 'config' and not key.endswith('_rule'):
             assert value == results[key], key
 
@@ -233,7 +236,8 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
 def test_two_models_are_compared(trained, scripts, tmp_path):
     workdir, _ = trained
     other = tmp_path / 'other'
-    scripts.run('train.py', f'--workdir={other}', *scripts.tiny, '--config.seed=1')
+    short = ('--config.steps=40', '--config.seed=1')
+    scripts.run('train.py', f'--workdir={other}', *scripts.tiny, *short)
     few = ('--config.evaluation.attacks=()', '--config.evaluation.eps=(0.1,)')
     few += (
         '--config.evaluation.limit=30',
@@ -242,7 +246,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     )
     few += ("--config.neurons.measures=('attack',)", "--config.neurons.layers=('act2',)")
     few += ('--config.neurons.attack_steps=4', '--config.neurons.attack_neurons=3')
-    few += ('--config.evaluation.queries=50',)
+    few += ('--config.evaluation.masking_images=0',)
     others = (f'--compare={other}', f'--transfer_from={other}')
     out, _ = scripts.run('evaluate.py', f'--workdir={workdir}', *others, *few)
     directory = workdir / 'report' / 'neurons'
@@ -273,7 +277,6 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
         surrogate_variables=model.variables,
     )
     assert results['robust_accuracy/transfer-linf-0.1'] == np.mean(~moved.success)
-    assert results['masking/images'] == 30 and results['masking/transfer'] is not None
     arrays = dict(np.load(directory / 'act2.npz'))
     assert arrays['attack_neurons'].shape == arrays['attack_success'].shape == (30, 3)
     predictions = np.asarray(target.forward(target.variables, x)[0]).argmax(-1)
@@ -313,12 +316,10 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
         '--config.evaluation.steps=4',
         '--config.evaluation.queries=10',
         '--config.evaluation.limit=80',
-        '--config.evaluation.masking_images=32',
+        '--config.evaluation.masking_images=0',
         '--config.neurons.measures=()',
     )
     results = json.loads((workdir / 'report' / 'results.json').read_text())
-    assert results['defense/masking/images'] == 32
-    assert (workdir / 'report' / 'defense_masking.csv').exists()
     assert results['defense/name'] == 'inverse_perturbation' and results['defense/passes'] == 5
     worst = results['defense/worst/all-linf-0.1']
     attacked = ('static/pgd', 'adaptive/pgd', 'adaptive/pgd_soft', 'adaptive/square')
