@@ -237,7 +237,8 @@ def control_figure(report: DefenseReport) -> Figure:
         axes.set_title(moves.attack, fontsize=9)
         plots.style(axes)
     panels[0].set_ylabel('recovered (%)')
-    panels[0].legend(frameon=False, fontsize=8)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc='outside lower center', ncols=3, frameon=False, fontsize=8)
     return figure
 
 
