@@ -168,28 +168,15 @@ def evaluate_defense(
     surrogates = _surrogates(parameters, forward, settings)
     limit = evaluation.limit or None
     stream = functools.partial(accuracy.stream, source, mesh, evaluation.batch_size, limit=limit)
-    undefended, through = (
-        accuracy.predict(
-            model,
-            variables,
-            source,
-            mesh,
-            batch_size=evaluation.batch_size,
-            limit=limit,
-            progress=progress(name),
-        )
-        for name, model in (('clean', forward), ('clean, defended', defended))
+    undefended = accuracy.predict(
+        forward,
+        variables,
+        source,
+        mesh,
+        batch_size=evaluation.batch_size,
+        limit=limit,
+        progress=progress('clean'),
     )
-    outcomes: list[DefenseOutcome] = []
-    static = [name for name in evaluation.attacks if not name.startswith('autoattack')]
-    for name in static:
-        for eps in evaluation.eps:
-            run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
-            judge = functools.partial(_static, run, forward, defended, variables)
-            found = stream(judge, progress=progress(f'static {name} {eps:g}'))
-            fooled = undefended.correct & found['fooled']
-            success = found['broken'] | ~through.correct
-            outcomes.append(DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled))
     report = robustness.evaluate(
         defended,
         variables,
@@ -206,6 +193,16 @@ def evaluate_defense(
         # Images made for the undefended model are another check of the gradients.
         surrogate=(forward, variables),
     )
+    outcomes: list[DefenseOutcome] = []
+    static = [name for name in evaluation.attacks if not name.startswith('autoattack')]
+    for name in static:
+        for eps in evaluation.eps:
+            run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
+            judge = functools.partial(_static, run, eps, forward, defended, variables)
+            found = stream(judge, progress=progress(f'static {name} {eps:g}'))
+            fooled = undefended.correct & found['fooled']
+            success = found['broken'] | ~report.predictions.correct
+            outcomes.append(DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled))
     outcomes += [
         DefenseOutcome(ADAPTIVE, o.attack, o.norm, o.eps, o.attacked.success)
         for o in report.outcomes
@@ -251,7 +248,7 @@ def evaluate_defense(
         defenses.name_of(parameters),
         dataclasses.asdict(parameters.settings),
         undefended,
-        through,
+        report.predictions,
         tuple(outcomes),
         tuple(moves),
         inverse_perturbation.passes(parameters) if known else 1,
@@ -280,15 +277,26 @@ def _is_right(forward: Forward, variables: Variables, x: Array, y: Array) -> Arr
     return forward(variables, x)[0].argmax(-1) == y
 
 
+def _attacked(run: Callable[..., Any], eps: float, batch: data.Batch) -> Array:
+    """Attacked images inside the radius; clean ones where a smallest perturbation is larger."""
+    x = data.to_float(batch.image)
+    result = run(x, batch.label, batch.index)
+    if not isinstance(result, attacks.MinimumResult):
+        return result.x_adv
+    near = (result.distance <= eps).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(near, result.x_adv, x)
+
+
 def _static(
     run: Callable[..., Any],
+    eps: float,
     forward: Forward,
     defended: Forward,
     variables: Variables,
     batch: data.Batch,
 ) -> dict[str, Array]:
     """An attack on the undefended model, judged by both."""
-    x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
+    x_adv = _attacked(run, eps, batch)
     return {
         'fooled': ~_is_right(forward, variables, x_adv, batch.label),
         'broken': ~_is_right(defended, variables, x_adv, batch.label),
@@ -322,7 +330,7 @@ def _moves(
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        x_adv = run(x, batch.label, batch.index).x_adv
+        x_adv = _attacked(run, outcome.eps, batch)
         found = {}
         for rho, size in zip(settings.rho, sizes):
             moved = oracles.moved(

@@ -64,7 +64,16 @@ def problem():
     return LinenForward(Templates()), variables, source
 
 
-def run(problem, name, options, devices=8, batch_size=24, masking_images=0, **changes):
+def run(
+    problem,
+    name,
+    options,
+    devices=8,
+    batch_size=24,
+    masking_images=0,
+    attacked_by=EVALUATION.attacks,
+    **changes,
+):
     forward, variables, source = problem
     mesh = parallel.data_mesh(devices)
     variables = parallel.replicate(mesh, variables)
@@ -78,7 +87,12 @@ def run(problem, name, options, devices=8, batch_size=24, masking_images=0, **ch
         variables,
         source,
         mesh,
-        dataclasses.replace(EVALUATION, batch_size=batch_size, masking_images=masking_images),
+        dataclasses.replace(
+            EVALUATION,
+            batch_size=batch_size,
+            masking_images=masking_images,
+            attacks=attacked_by,
+        ),
         settings,
         key,
         parameters=parallel.replicate(mesh, parameters),
@@ -207,6 +221,25 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     assert report.moves == () and report.passes == 1
     assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square', 'transfer'}
     evaluation.defense_table(report)
+
+
+def test_smallest_perturbations_count_inside_the_radius_only(problem):
+    forward, variables, source = problem
+    _, report = run(problem, 'pruning', {'count': 0}, attacked_by=('fab',), measure='influence')
+    x, y = source.images / np.float32(255), source.labels
+    static = [outcome for outcome in report.outcomes if outcome.kind == 'static']
+    shares = []
+    for outcome in static:
+        threat = attacks.Threat('linf', outcome.eps)
+        found = attacks.fab(
+            forward, variables, x, y, jax.random.key(3), threat=threat, steps=EVALUATION.auto_steps
+        )
+        within = np.asarray(found.distance) <= outcome.eps
+        right = np.asarray(forward(variables, x)[0]).argmax(-1) == y
+        assert not (outcome.fooled & ~within).any()
+        np.testing.assert_array_equal(outcome.fooled, within & right)
+        shares.append(outcome.fooled.mean())
+    assert shares[0] < shares[1]
 
 
 def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):
