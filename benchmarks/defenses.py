@@ -24,7 +24,7 @@ import jax
 from matplotlib.figure import Figure
 
 from benchmarks import harness, published
-from neurosens import config, data, evaluation, onednn, parallel
+from neurosens import config, data, evaluation, parallel
 from neurosens.defenses import pruning, rescaling
 from neurosens.evaluation import plots
 
@@ -397,10 +397,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     """Runs a subject on every network and prints its tables."""
     arguments = parse_arguments()
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(BATCH_SIZE))
-    if jax.default_backend() == 'cpu':
-        onednn.use_onednn()
+    harness.start_jax(BATCH_SIZE)
     folder = pathlib.Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = parallel.data_mesh()

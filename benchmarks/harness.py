@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neurosens import onednn, parallel
+
 Unit: TypeAlias = Callable[[], object]
 
 _PACKAGES = (
@@ -269,6 +271,18 @@ def _receive(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------- reporting
+
+
+def start_jax(batch_size: int) -> None:
+    """Sets JAX up as the scripts do: a device for each core, and on a CPU oneDNN's convolutions.
+
+    Args:
+        batch_size: images per batch, which the devices share.
+    """
+    parallel.keep_freed_memory()
+    parallel.use_cpu_devices(parallel.cpu_device_count(batch_size))
+    if jax.default_backend() == 'cpu':
+        onednn.use_onednn()
 
 
 def cores() -> int:

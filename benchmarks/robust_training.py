@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from neurosens import attacks, config, data, onednn, parallel, training
+from neurosens import attacks, config, data, parallel, training
 from neurosens.evaluation import accuracy
 
 BATCH_SIZE = 250
@@ -247,10 +247,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Trains, attacks and prints."""
     arguments = parse_arguments()
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(BATCH_SIZE))
-    if jax.default_backend() == 'cpu':
-        onednn.use_onednn()
+    harness.start_jax(BATCH_SIZE)
     setting = SETTINGS[arguments.dataset]
     folder = pathlib.Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)

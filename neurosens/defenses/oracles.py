@@ -70,6 +70,10 @@ def moved(
       - `true logit, oracle`: along the gradient of the true class's logit at the attacked image;
       - `true margin, oracle`: along the gradient of that logit minus the largest other: about what
         any move of this size can do, to first order.
+
+    Raises:
+      LayerError: a layer of the settings cannot be tapped.
+      ValueError: front and tail do not fit into a layer.
     """
     if index is None:
         index = jnp.arange(len(x))
