@@ -198,7 +198,7 @@ def evaluate_defense(
     for name in static:
         for eps in evaluation.eps:
             run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
-            judge = functools.partial(_static, run, eps, forward, defended, variables)
+            judge = functools.partial(_static, run, forward, defended, variables)
             found = stream(judge, progress=progress(f'static {name} {eps:g}'))
             fooled = undefended.correct & found['fooled']
             success = found['broken'] | ~report.predictions.correct
@@ -277,26 +277,15 @@ def _is_right(forward: Forward, variables: Variables, x: Array, y: Array) -> Arr
     return forward(variables, x)[0].argmax(-1) == y
 
 
-def _attacked(run: Callable[..., Any], eps: float, batch: data.Batch) -> Array:
-    """Attacked images inside the radius; clean ones where a smallest perturbation is larger."""
-    x = data.to_float(batch.image)
-    result = run(x, batch.label, batch.index)
-    if not isinstance(result, attacks.MinimumResult):
-        return result.x_adv
-    near = (result.distance <= eps).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(near, result.x_adv, x)
-
-
 def _static(
     run: Callable[..., Any],
-    eps: float,
     forward: Forward,
     defended: Forward,
     variables: Variables,
     batch: data.Batch,
 ) -> dict[str, Array]:
     """An attack on the undefended model, judged by both."""
-    x_adv = _attacked(run, eps, batch)
+    x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
     return {
         'fooled': ~_is_right(forward, variables, x_adv, batch.label),
         'broken': ~_is_right(defended, variables, x_adv, batch.label),
@@ -330,7 +319,7 @@ def _moves(
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
-        x_adv = _attacked(run, outcome.eps, batch)
+        x_adv = run(x, batch.label, batch.index).x_adv
         found = {}
         for rho, size in zip(settings.rho, sizes):
             moved = oracles.moved(
