@@ -1,5 +1,6 @@
 """Shared test setup: eight simulated devices and one persistent compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -7,6 +8,7 @@ import hypothesis
 
 # Must happen before the first JAX computation of the process.
 import jax
+import jaxlib
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -20,10 +22,34 @@ jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
+# The older emitters compile in two thirds of the time. Only where the flag is known: XLA ends a
+# process that names any other.
+if jaxlib.__version__ in ('0.10.2',):
+    os.environ['XLA_FLAGS'] = ' '.join(
+        [os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false']
+    ).strip()
+# Tracing makes many objects that live long; looking through all of them often is a tenth of a run.
+gc.set_threshold(200_000, 20, 100)
+
+MOST_MAPPINGS = 15_000
+
 # The same cases in every run, so that a change is what makes a test fail; new ones are hunted with
 # HYPOTHESIS_PROFILE=default.
 hypothesis.settings.register_profile('repeatable', derandomize=True)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatable'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _bounded_programs():
+    """Forgets compiled programs after a file of tests, once there are many.
+
+    Each holds several memory mappings, and XLA crashes where a process reaches the kernel's limit
+    (65,530 by default), which thousands of tests do.
+    """
+    yield
+    mappings = pathlib.Path('/proc/self/maps')
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope='session')
