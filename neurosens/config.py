@@ -399,15 +399,25 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
-    """Dotted keys whose values differ between a saved config and this one, `FREE_KEYS` aside."""
-    ours, theirs = flatten(config), flatten(saved)
-    missing = object()
-    return [
-        key
-        for key in sorted(ours.keys() | theirs.keys())
-        if key.split('.')[0] not in FREE_KEYS and ours.get(key, missing) != theirs.get(key, missing)
-    ]
+def differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between a saved config and this one, `FREE_KEYS` aside.
+
+    A setting that came after the config was saved counts as its default, which is what the
+    training did.
+
+    Args:
+      saved: as of `to_dict`, by this version or an older one.
+      config: the config now.
+
+    Returns:
+      By dotted key, sorted, the saved value and the one now; None where there is no such setting.
+    """
+    ours, theirs = flatten(config), flatten(Config()) | flatten(saved)
+    return {
+        key: (theirs[key], ours.get(key))
+        for key in sorted(theirs)
+        if key.split('.')[0] not in FREE_KEYS and (key not in ours or theirs[key] != ours[key])
+    }
 
 
 def validate(config: Config) -> None:

@@ -396,21 +396,28 @@ def test_flat_keys_are_those_of_the_command_line():
 
 def test_equal_configs_differ_in_no_key():
     config = Config(model_options={'features': (4,)}, evaluation=Evaluation(eps=(0.1,)))
-    assert config_lib.differing_keys(config_lib.to_dict(config), config) == []
+    assert config_lib.differences(config_lib.to_dict(config), config) == {}
 
 
 def test_differing_keys_are_named_in_full_and_sorted():
     saved = config_lib.to_dict(Config(seed=1, optimizer=Optimizer(momentum=0.5)))
     saved['retired'] = 3
-    del saved['schedule']['end']
     now = Config(model_options={'hidden': (4,)})
-    assert config_lib.differing_keys(saved, now) == [
-        'model_options',
-        'optimizer.momentum',
-        'retired',
-        'schedule.end',
-        'seed',
+    differing = config_lib.differences(saved, now)
+    assert list(differing.items()) == [
+        ('model_options', ({}, {'hidden': [4]})),
+        ('optimizer.momentum', (0.5, now.optimizer.momentum)),
+        ('retired', (3, None)),
+        ('seed', (1, 0)),
     ]
+
+
+def test_a_setting_that_is_newer_than_the_saved_config_had_its_default():
+    saved = config_lib.to_dict(Config())
+    del saved['schedule']['end'], saved['weights'], saved['monitor']
+    assert config_lib.differences(saved, Config()) == {}
+    differing = config_lib.differences(saved, Config(schedule=Schedule(end=0.5)))
+    assert differing == {'schedule.end': (Schedule().end, 0.5)}
 
 
 @pytest.mark.parametrize('key', config_lib.FREE_KEYS)
@@ -419,7 +426,7 @@ def test_settings_without_influence_on_training_may_differ(key):
     values = {'evaluation': Evaluation(eps=(0.9,), split='validation'), 'data_dir': 'elsewhere'}
     changed = dataclasses.replace(Config(), **{key: values.get(key, 9)})
     assert changed != Config()
-    assert config_lib.differing_keys(config_lib.to_dict(Config()), changed) == []
+    assert config_lib.differences(config_lib.to_dict(Config()), changed) == {}
 
 
 def test_every_other_setting_may_not_differ():
@@ -428,4 +435,4 @@ def test_every_other_setting_may_not_differ():
     for name in names:
         saved = config_lib.to_dict(Config())
         saved[name] = {'name': 'other'} if isinstance(saved[name], dict) else 'other'
-        assert config_lib.differing_keys(saved, Config()), name
+        assert config_lib.differences(saved, Config()), name

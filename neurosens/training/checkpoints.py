@@ -308,11 +308,10 @@ def _load(
 
 
 def _refuse_other_config(saved: dict[str, Any], config: config_lib.Config, directory: Any) -> None:
-    ours, theirs = config_lib.flatten(config), config_lib.flatten(saved)
-    differing = config_lib.differing_keys(saved, config)
+    differing = config_lib.differences(saved, config)
     if differing:
         changes = ', '.join(
-            f'{k} ({theirs.get(k)!r} there, {ours.get(k)!r} now)' for k in differing
+            f'{key} ({theirs!r} there, {ours!r} now)' for key, (theirs, ours) in differing.items()
         )
         raise CheckpointError(
             f'The checkpoint in {directory} was trained with another config: {changes}; use the '
