@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+import pytest
+
+import neurosens as ns
 from neurosens import training
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -48,6 +51,40 @@ def test_the_report_of_neurons_of_the_docs_is_written(capsys, tmp_path, monkeypa
     assert 'act1: 8 neurons' in capsys.readouterr().out
     written = {path.name for path in (tmp_path / 'report' / 'neurons').iterdir()}
     assert {'neurons.csv', 'agreement.csv', 'agreement.md', 'head-in.npz'} <= written
+
+
+@pytest.mark.parametrize(
+    ('page', 'printed'), [('index.md', r'^\[(\d ){7}\d\] -?\d$'), ('pods.md', r'^\(1\d\d, 16\)$')]
+)
+def test_the_examples_of_a_page_run(page, printed, capsys):
+    text = (REPOSITORY / 'docs' / page).read_text(encoding='utf-8')
+    examples = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    # Each goes on where the one before ends.
+    exec(compile('\n'.join(examples), page, 'exec'), {'__name__': 'page'})
+    assert re.search(printed, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_every_page_and_only_those_are_in_the_navigation():
+    config = (REPOSITORY / 'mkdocs.yml').read_text(encoding='utf-8')
+    listed = set(re.findall(r': ([\w/]+\.md)$', config, re.MULTILINE))
+    pages = {path.relative_to(REPOSITORY / 'docs') for path in (REPOSITORY / 'docs').rglob('*.md')}
+    assert listed == {path.as_posix() for path in pages}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        for name in ns.__all__
+        if hasattr(getattr(ns, name), '__path__')  # a package, which says what is public
+    ],
+)
+def test_the_reference_has_every_public_name(name):
+    text = (REPOSITORY / 'docs' / 'api' / f'{name}.md').read_text(encoding='utf-8')
+    members = ', '.join(re.findall(r'members: \[(.*)\]', text)).split(', ')
+    alone = re.findall(rf'^::: neurosens\.{name}\.(\w+)$', text, re.MULTILINE)
+    described = re.findall(r'`(\w+)`', ''.join(re.findall(r'^### .*', text, re.MULTILINE)))
+    assert not set(getattr(ns, name).__all__) - {*members, *alone, *described}
 
 
 def test_every_objective_and_regularizer_is_documented():

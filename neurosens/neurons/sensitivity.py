@@ -43,7 +43,7 @@ _SMALLEST_MARGIN = 1e-30
 # Room for the change of 0 that tied logits need.
 _SMALLEST_ROOM = 1e-20
 
-# The exact search tries changes of 2^-3 ... 2^8 times the first-order one, then the limit.
+# The exact search tries changes of 2^-3 ... 2^7 times the first-order one, then the limit.
 _FINEST_RUNG, _RUNGS = -3, 12
 _BISECTIONS = 26
 # Where no limit is given, a neuron may move by this many times the layer's largest activation.
@@ -456,7 +456,7 @@ def sensitivity(
       method: how it is computed.
         `'closed_form'`: from the weights, where the logits are an affine function of the layer.
         `'first_order'`: `-m_c / (d m_c / d a_i)` with margins m_c = z_y - z_c, for any layer.
-        `'exact'`: the smallest change found that flips the real network. Changes of 1/8 to 256
+        `'exact'`: the smallest change found that flips the real network. Changes of 1/8 to 128
         times the first-order one, each twice the last, and then the limit are tried upwards and
         downwards; the first that flips is refined by bisection to 2^-26 of its interval. A flip
         that is undone again between two tries is missed.
