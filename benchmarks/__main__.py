@@ -78,11 +78,11 @@ def write(subject: registry.Subject, output: pathlib.Path, docs: pathlib.Path) -
     """
     document = docs / _DOCUMENT
     report = (output / f'{subject.name}.md').read_text(encoding='utf-8')
-    text = document.read_text(encoding='utf-8')
-    document.write_text(documents.replaced(text, {subject.name: report}), encoding='utf-8')
+    text = documents.replaced(document.read_text(encoding='utf-8'), {subject.name: report})
     if subject.plot:
         (docs / _FIGURES).mkdir(exist_ok=True)
         shutil.copyfile(output / subject.plot, docs / _FIGURES / subject.plot)
+    document.write_text(text, encoding='utf-8')
 
 
 def listing() -> str:
@@ -135,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reason = f'Its report was not written: {error}'
         if reason:
             failures[subject.name] = reason
-        else:
-            print(f'  took {(time.perf_counter() - start) / 60:.1f} min', flush=True)
+        minutes = (time.perf_counter() - start) / 60
+        print(f'  {"failed" if reason else "done"} after {minutes:.1f} min', flush=True)
     for name, reason in failures.items():
         print(f'{name}: {reason}', file=sys.stderr)
     return 1 if failures else 0

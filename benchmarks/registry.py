@@ -89,8 +89,9 @@ def _subjects() -> tuple[Subject, ...]:
         timed = ('--rounds', str(rounds)) if rounds else ()
         drawn = ('--plot', PLOT) if plot else ()
         arguments = (subject, *timed, *drawn)
-        name = f'neurons.{subject}'
-        return Subject(name, 'benchmarks.neurons', arguments, packages, minutes, plot)
+        devices = cpu if subject == 'memory' else ('cpu', 'gpu')
+        name, module = f'neurons.{subject}', 'benchmarks.neurons'
+        return Subject(name, module, arguments, packages, minutes, plot, devices)
 
     return (
         Subject('training_step', 'benchmarks.training_step', ('--rounds', '8'), torch, 12),
@@ -100,6 +101,7 @@ def _subjects() -> tuple[Subject, ...]:
             ('--memory', '--rounds', '6'),
             torch,
             6,
+            devices=cpu,
         ),
         Subject('convolution', 'benchmarks.convolution', ('--rounds', '8'), torch, 2, devices=cpu),
         Subject('attack_loop', 'benchmarks.attack_loop', ('--rounds', '5'), (), 3),

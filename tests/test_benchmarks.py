@@ -11,7 +11,8 @@ import types
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks import documents, harness, registry
+from benchmarks import attacks, documents, harness, registry, scaling
+from benchmarks.attack_settings import Setting
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = (REPOSITORY / 'docs' / 'benchmarks.md').read_text(encoding='utf-8')
@@ -231,8 +232,6 @@ def test_the_machine_line_names_a_gpu_and_its_precision():
 
 
 def test_collectives_are_counted():
-    from benchmarks import scaling
-
     program = (
         '  %a = f32[3] all-reduce(%b), replica_groups={}\n'
         '  %c = (f32[3], f32[3]) all-reduce-start(%b)\n'
@@ -241,3 +240,14 @@ def test_collectives_are_counted():
         '  %all-to-all.1 = f32[8] add(%e, %e)\n'
     )
     assert scaling.collectives(program) == {'all-gather': 1, 'all-reduce': 2}
+
+
+def test_the_floor_of_autoattack_counts_what_robust_images_take():
+    result = types.SimpleNamespace(
+        runs=('apgd-ce', 'fab-t 1', 'square'),
+        accuracy=[1.0, 0.5, 0.25, 0.25],
+        success=[False, True, True, True],
+    )
+    setting = Setting(steps=10, queries=100, batch_size=2)
+    # Of four images two, one and one are left, in batches of two.
+    assert attacks._necessary(result, setting) == {'gradients': 15.0, 'forwards': 50.0}
