@@ -1,6 +1,7 @@
 """The suite of benchmarks: its registry, its reports and the blocks of the documentation."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import pathlib
@@ -11,7 +12,7 @@ import types
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks import attacks, documents, harness, registry, scaling
+from benchmarks import attack_loop, attacks, documents, harness, neurons, registry, scaling
 from benchmarks.attack_settings import Setting
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -251,3 +252,101 @@ def test_the_floor_of_autoattack_counts_what_robust_images_take():
     setting = Setting(steps=10, queries=100, batch_size=2)
     # Of four images two, one and one are left, in batches of two.
     assert attacks._necessary(result, setting) == {'gradients': 15.0, 'forwards': 50.0}
+
+
+class FakeWorker:
+    """Stands for a worker process: knows details without computing, and every unit."""
+
+    def __init__(self, details):
+        self.details = details
+
+    def unit(self, name):
+        return lambda: None
+
+
+MEASURES = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+SIZES = [f'width {size}' for size in neurons.WIDTHS] + [f'depth {size}' for size in neurons.DEPTHS]
+PROGRAM = {'flops': 1e9, 'collectives': {'all-reduce': 3}}
+DETAILS = {
+    'harness:prepare_floors': {
+        'work': {'matmul': 1e9, 'convolution': 1e9, 'memory': 1e9}, 'fastest': 'a shape'
+    },
+    'torch_training:check_agreement': {
+        'parameters': 7, 'logits': 1e-5, 'losses': 1e-5, 'steps': 3
+    },
+    'training_step:count': {'flops': 1e9},
+    'attack_loop:prepare': {'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd']},
+    'attacks:prepare': {
+        'units': [name for names in attacks.SUBJECTS.values() for name in names
+                  if 'neurosens' in name or name[0] == '2']
+    },
+    'regularizers:prepare': {'temporary': 1.0, 'peak': 2.0},
+    'torch_regularizers:prepare': {'peak': 3.0},
+    'neurons:prepare_delta': {
+        'units': ['neurosens', 'arithmetic', 'traffic'], 'multiply_compares': 100
+    },
+    'torch_neurons:prepare_delta': {
+        'units': ['slow', 'fast'], 'pairs': {'slow': 512, 'fast': 5_120_000}
+    },
+    'neurons:prepare_input_gradients': {'units': ['neurosens', 'neurosens, forward pass']},
+    'torch_neurons:prepare_input_gradients': {'units': ['loop']},
+    'neurons:prepare_probes': {'units': ['forward pass', '1 probe', '8 probes']},
+    'neurons:prepare_logit_gradients': {
+        'units': ['neurosens', '10 backward passes, one call each']
+    },
+    'torch_neurons:prepare_logit_gradients': {'units': ['loop']},
+    'neurons:prepare_ablation': {'units': ['neurosens']},
+    'torch_neurons:prepare_ablation': {'units': ['loop']},
+    'neurons:prepare_memory': {'temporary_mib': 1.0, 'grown_mib': 2.0},
+    'neurons:prepare_scaling': {
+        'units': [f'{size} {measure}' for size in SIZES for measure in MEASURES]
+    },
+    'memory:prepare_pgd': {'temporary': 1.0, 'peak': 2.0},
+    'memory:prepare_delta': {'temporary': 1.0, 'peak': 2.0},
+    'scaling:count': dict.fromkeys(('training step', 'PGD, 5 steps', 'Delta'), PROGRAM),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def fake_worker(spec):
+    factory = spec.factory.removeprefix('benchmarks.')
+    if factory == 'attacks:prepare':
+        necessary = {'gradients': 30.0, 'forwards': 50.0}
+        pathlib.Path(spec.options['output']).write_text(json.dumps(necessary))
+    yield FakeWorker(DETAILS.get(factory, {}))
+
+
+# The others compute in their own process.
+REPORTED = [
+    subject
+    for subject in registry.SUBJECTS.values()
+    if not subject.name.startswith('attack_parity')
+    and subject.name not in ('attacks.compile', 'regularizers.variance')
+]
+
+
+@pytest.mark.parametrize('subject', REPORTED, ids=lambda subject: subject.name)
+def test_every_report_is_made(subject, tmp_path, monkeypatch):
+    paths = {**PATHS, 'plot': str(tmp_path / 'figures' / 'plot.png')}
+    _, module, *arguments = subject.command(paths, rounds=2)
+    files = ['--markdown', str(tmp_path / 'a.md'), '--json', str(tmp_path / 'a.json')]
+    monkeypatch.setattr(sys, 'argv', ['x.py', *arguments, *files])
+    spec = types.SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, '__main__', types.SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(harness, 'worker', fake_worker)
+    monkeypatch.setattr(harness, 'use_device', lambda name: None)
+    monkeypatch.setattr(neurons, '_compare', lambda *_, **__: 'All agrees.')
+    script = importlib.import_module(module)
+    script.main()
+    text = (tmp_path / 'a.md').read_text()
+    assert text.startswith('```sh\npython -m benchmarks') and '\n> 2' in text
+    assert max(map(len, (line for line in text.splitlines() if line[:1] != '|'))) <= 100
+    tables = re.findall(r'(?m)^\| .*\n\| --- \|.*\n(?:\|.*\n?)+', text)
+    assert tables, 'a report has a table'
+    for table in tables:
+        assert len({line.count(' | ') for line in table.strip().splitlines()}) == 1
+    named = subject.name.rpartition('.')[2] in ('memory', 'scaling')
+    assert named or ('Floor' in text and 'share of floor' in text)
+    assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)
+    assert json.loads((tmp_path / 'a.json').read_text())['machine']
+    print(text)
