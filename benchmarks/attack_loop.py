@@ -1,6 +1,6 @@
 """Cost of PGD with few steps against the gradient calls it is made of.
 
-    python -m benchmarks.attack_loop [--rounds N] [--batch_size B] [--steps K] [--json PATH]
+    python -m benchmarks.attack_loop [--rounds N] [--batch_size B] [--steps K]
 
 The floor is K calls of a compiled input gradient of the whole batch, one after another, without any
 loop. On a CPU a compiled loop over the same gradients can be much slower, unless its convolutions
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from benchmarks import harness
-from neurosens import attacks, data, models, onednn, parallel
+from neurosens import attacks, data, models, parallel
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import LinenForward
 
@@ -44,10 +44,7 @@ def prepare(*, model: str, batch_size: int, steps: int, devices: int) -> harness
     Returns:
         One unit per candidate.
     """
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
-    onednn.use_onednn()
-    mesh = parallel.data_mesh()
+    mesh = harness.start_jax(batch_size, devices=devices)
     info = data.info(MODELS[model])
     module = models.create(model, num_classes=info.num_classes, mean=info.mean, std=info.std)
     forward = LinenForward(module, {'train': False})
@@ -135,28 +132,30 @@ def table(measurement: harness.Measurement) -> str:
                 f'{summary.lower_quartile * 1e3:.0f}-{summary.upper_quartile * 1e3:.0f}',
                 f'{summary.minimum * 1e3:.0f}',
                 '1' if name == FLOOR else harness.ratio_text(measurement.ratio(name, FLOOR)),
+                harness.percent(measurement.share(name, measurement.seconds[FLOOR])),
             )
         )
     header = ('Candidate', 'ms per batch', 'quartiles', 'best round', 'time / floor')
+    header = (*header, 'share of floor')
     return harness.markdown_table(header, rows)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=10, help='measured rounds')
     parser.add_argument('--batch_size', type=int, default=128, help='images per batch')
     parser.add_argument('--steps', type=int, default=5, help='gradient steps')
     parser.add_argument('--devices', type=int, default=0, help='XLA devices; 0 for one per core')
-    parser.add_argument('--json', default='', help='file for the timings of every round')
-    return parser.parse_args()
+    harness.add_arguments(parser, rounds=10)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measures and prints."""
     arguments = parse_arguments()
-    measurements = {}
-    for model in MODELS:
+    harness.use_device(arguments.device)
+    measurements, tables = {}, []
+    for model, dataset in MODELS.items():
         options = {
             'model': model,
             'batch_size': arguments.batch_size,
@@ -167,18 +166,13 @@ def main() -> None:
         with harness.worker(spec) as worker:
             units = {name: worker.unit(name) for name in worker.details['units']}
             measurements[model] = harness.alternate(units, rounds=arguments.rounds, warmup=1)
-    description = harness.machine()
-    print(harness.machine_line(description))
-    for model, measurement in measurements.items():
-        print(f'\n{model}, batches of {arguments.batch_size}, {arguments.steps} steps, ', end='')
-        print(f'{arguments.rounds} rounds:\n\n{table(measurement)}')
-    if arguments.json:
-        harness.write_json(
-            arguments.json,
-            description=description,
-            measurements=measurements,
-            details=vars(arguments),
-        )
+        shape = ' x '.join(map(str, data.info(dataset).image_shape))
+        tables += [f'`{model}` on images of {shape}:', table(measurements[model])]
+    definition = (
+        f'Floor: {arguments.steps} calls of a compiled input gradient of the whole batch of '
+        f'{arguments.batch_size}.'
+    )
+    harness.report(arguments, definition, *tables, measurements=measurements)
 
 
 if __name__ == '__main__':

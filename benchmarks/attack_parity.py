@@ -17,20 +17,22 @@ import argparse
 import functools
 import itertools
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import foolbox
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torchattacks
 
-from benchmarks import harness, published, torch_attacks
+from benchmarks import harness
 from benchmarks.attack_settings import ATTACKS, ENSEMBLE, Setting
-from neurosens import attacks, onednn, parallel
+from neurosens import attacks, parallel
 from neurosens.forward import LinenForward
+
+if TYPE_CHECKING:
+    from benchmarks import published
 
 _SETTINGS = {
     ('lenet5_robust', 'linf'): 0.3,
@@ -40,7 +42,31 @@ _SETTINGS = {
     ('resnet20', 'linf'): 0.5 / 255,
     ('resnet20', 'l2'): 0.1,
 }
+_TITLES = {
+    'lenet5': 'LeNet-5',
+    'lenet5_robust': 'LeNet-5 (PGD-trained)',
+    'resnet2b': 'ResNet-2B',
+    'resnet20': 'ResNet-20',
+}
+_ATTACK_TITLES = {
+    'pgd': 'PGD',
+    'apgd-ce': 'Auto-PGD, cross-entropy',
+    'apgd-dlr': 'Auto-PGD, DLR',
+    'apgd-t': 'Auto-PGD, targeted',
+    'fab-t': 'FAB, targeted',
+    'square': 'Square',
+    'autoattack': '**AutoAttack**',
+}
+# On unknown parts of the test images.
+_PUBLISHED = {'lenet5_robust': '6.8 % broken', 'resnet2b': '54.82 % robust'}
 _BATCH = 250
+
+
+def _title(name: str, norm: str) -> str:
+    """Such as `'ResNet-2B, linf 2/255'`."""
+    eps = _SETTINGS[name, norm]
+    fraction = norm == 'linf' and eps < 0.1
+    return f'{_TITLES[name]}, {norm} {f"{eps * 255:g}/255" if fraction else f"{eps:g}"}'
 
 
 def batches(total: int) -> Iterator[slice]:
@@ -58,7 +84,7 @@ def robust_ours(
     y: np.ndarray,
 ) -> np.ndarray:
     """Returns which images one of our attacks leaves classified correctly."""
-    mesh = parallel.data_mesh()
+    mesh = harness.mesh()
     variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
     threat = attacks.Threat(setting.norm, setting.eps)
     key = jax.random.key(seed)
@@ -97,41 +123,27 @@ def robust_ours(
     return np.concatenate(found)
 
 
-def robust_theirs(
-    pair: published.Published,
-    attack: str,
-    setting: Setting,
-    seed: int,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:
-    """Returns which images an attack of torchattacks leaves classified correctly."""
-    torch.manual_seed(seed)
-    run = torch_attacks.torchattacks_attacks(pair.network, setting, seed)[attack]
-    found = []
-    for rows in batches(len(x)):
-        images, labels = published.torch_images(x[rows]), torch.from_numpy(np.int64(y[rows]))
-        correct = pair.network(images).argmax(1) == labels
-        still = correct.clone()
-        # Only images that are classified correctly are attacked, as in ours.
-        adversarial = run(images[correct], labels[correct])
-        still[correct] = pair.network(adversarial).argmax(1) == labels[correct]
-        found.append(still.numpy())
-    return np.concatenate(found)
+def compare(arguments: argparse.Namespace) -> None:
+    """Runs what is missing and reports everything asked for."""
+    # Imported here, as below: command lines are read without PyTorch.
+    from benchmarks import published, torch_device, torch_parity
 
-
-def compare(arguments: argparse.Namespace) -> str:
-    """Runs what is missing and returns a Markdown table of everything asked for."""
+    on = torch_device.start()
     folder = pathlib.Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    sides: dict[str, Callable[..., np.ndarray]] = {'ours': robust_ours, 'theirs': robust_theirs}
     rows = []
     for name, norm in itertools.product(arguments.networks, arguments.norms):
         pair = published.load(name, arguments.weights)
+        pair.network.to(on)
         x, y = published.images(pair.data_set, arguments.data_dir, arguments.images)
         setting = Setting(norm, _SETTINGS[name, norm], batch_size=_BATCH)
+        sides = {
+            'ours': functools.partial(robust_ours, pair),
+            'theirs': functools.partial(torch_parity.withstood, pair.network),
+        }
+        title = _title(name, norm)
         for attack in arguments.attacks:
-            found: dict[str, list[np.ndarray]] = {'ours': [], 'theirs': []}
+            found: dict[str, list[np.ndarray]] = {side: [] for side in sides}
             for seed, side in itertools.product(range(arguments.seeds), sides):
                 # An image withstands the ensemble if it withstands all parts.
                 withstood = np.ones(len(x), bool)
@@ -139,16 +151,25 @@ def compare(arguments: argparse.Namespace) -> str:
                     file = folder / f'{name}_{norm}_{part}_{side}_{seed}_{arguments.images}.npy'
                     if not file.exists():
                         start = time.perf_counter()
-                        np.save(file, sides[side](pair, part, setting, seed, x, y))
+                        np.save(file, sides[side](part, setting, seed, x, y))
                         seconds = time.perf_counter() - start
-                        share = np.load(file).mean()
-                        print(f'{file.stem}: {share:.2%}, {seconds:.0f} s', flush=True)
+                        _note(f'{file.stem}: {np.load(file).mean():.2%}, {seconds:.0f} s')
                     withstood &= np.load(file)
                 found[side].append(withstood)
-            rows.append((name, f'{norm} {setting.eps:.4g}', attack, *_compared(**found)))
-    header = ('Network', 'Threat', 'Attack', 'ours', 'torchattacks', 'difference')
-    header = (*header, 'same outcome', 'torchattacks with itself')
-    return harness.markdown_table(header, rows)
+            rows.append((title, _ATTACK_TITLES[attack], *_compared(**found)))
+            title = ''
+    header = ('Network', 'Attack', 'ours', 'torchattacks', 'difference', 'same outcome')
+    if arguments.seeds > 1:
+        header = (*header, 'torchattacks with itself')
+    definition = (
+        f'Robust accuracy of the first {arguments.images:,} test images in per cent, '
+        f'seeds: {arguments.seeds}.'
+    )
+    harness.report(arguments, definition, harness.markdown_table(header, rows))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[str, ...]:
@@ -157,42 +178,44 @@ def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[str, ..
     spreads = [100 * np.std([run.mean() for run in runs]) for runs in (ours, theirs)]
     both = [np.mean(one == other) for one, other in itertools.product(ours, theirs)]
     itself = [np.mean(one == other) for one, other in itertools.combinations(theirs, 2)]
+    difference = means[0] - means[1]
     return (
-        *(f'{mean:.2f} ± {spread:.2f}' for mean, spread in zip(means, spreads, strict=True)),
-        f'{means[0] - means[1]:+.2f}',
+        *(
+            f'{mean:.2f} ± {spread:.2f}' if itself else f'{mean:.2f}'
+            for mean, spread in zip(means, spreads, strict=True)
+        ),
+        f'{difference:+.2f}' if abs(difference) >= 0.005 else '0.00',
         f'{100 * np.mean(both):.2f}',
-        f'{100 * np.mean(itself):.2f}' if itself else '-',
+        *([f'{100 * np.mean(itself):.2f}'] if itself else []),
     )
 
 
-# Attack, norm, our options and foolbox's attack with the same budget.
-_SMALLEST: tuple[tuple[str, str, dict, Callable[[], object]], ...] = (
-    ('deepfool', 'l2', {'steps': 50}, lambda: foolbox.attacks.L2DeepFoolAttack(steps=50)),
-    ('deepfool', 'linf', {'steps': 50}, lambda: foolbox.attacks.LinfDeepFoolAttack(steps=50)),
-    ('fmn', 'l2', {'steps': 100}, lambda: foolbox.attacks.L2FMNAttack(steps=100)),
-    ('fmn', 'linf', {'steps': 100}, lambda: foolbox.attacks.LInfFMNAttack(steps=100)),
-    ('fmn', 'l1', {'steps': 100}, lambda: foolbox.attacks.L1FMNAttack(steps=100)),
-    (
-        'carlini_wagner',
-        'l2',
-        {'steps': 200, 'searches': 5},
-        lambda: foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=5, steps=200),
-    ),
+# Attack, norm and our options; `benchmarks.torch_parity` has the same budgets.
+_SMALLEST: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ('deepfool', 'l2', {'steps': 50}),
+    ('deepfool', 'linf', {'steps': 50}),
+    ('fmn', 'l2', {'steps': 100}),
+    ('fmn', 'linf', {'steps': 100}),
+    ('fmn', 'l1', {'steps': 100}),
+    ('carlini_wagner', 'l2', {'steps': 200, 'searches': 5}),
 )
 
 
-def smallest(arguments: argparse.Namespace) -> str:
-    """Returns a Markdown table of the smallest perturbations found, ours and foolbox's."""
-    orders = {'linf': np.inf, 'l2': 2, 'l1': 1}
-    mesh = parallel.data_mesh()
+def smallest(arguments: argparse.Namespace) -> None:
+    """Reports the smallest perturbations found, ours and foolbox's."""
+    from benchmarks import published, torch_device, torch_parity
+
+    on = torch_device.start()
+    mesh = harness.mesh()
     rows = []
     for name in arguments.networks:
         pair = published.load(name, arguments.weights)
+        pair.network.to(on)
         x, y = published.images(pair.data_set, arguments.data_dir, _BATCH)
-        correct = pair.network(published.torch_images(x)).argmax(1).numpy() == y
+        correct = torch_parity.correct(pair.network, x, y)
         variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
         images, labels = parallel.shard(mesh, (x, y))
-        for attack, norm, options, make in _SMALLEST:
+        for attack, norm, options in _SMALLEST:
             start = time.perf_counter()
             result = getattr(attacks, attack)(
                 pair.forward,
@@ -206,21 +229,15 @@ def smallest(arguments: argparse.Namespace) -> str:
             ours = np.asarray(result.distance)[correct]
             seconds = time.perf_counter() - start
             start = time.perf_counter()
-            model = foolbox.PyTorchModel(pair.network, bounds=(0, 1))
-            clean = published.torch_images(x[correct])
-            target = torch.from_numpy(np.int64(y[correct]))
-            _, found, success = make()(model, clean, target, epsilons=None)
-            change = (found - clean).detach().flatten(1).numpy()
-            theirs = np.linalg.norm(change, orders[norm], axis=1)
-            theirs = np.where(success.numpy(), theirs, np.inf)
-            print(f'{name} {attack} {norm}: {seconds:.0f} s, ', end='', flush=True)
-            print(f'foolbox {time.perf_counter() - start:.0f} s', flush=True)
+            theirs = torch_parity.smallest(pair.network, attack, norm, x[correct], y[correct])
+            theirs_seconds = time.perf_counter() - start
+            _note(f'{name} {attack} {norm}: {seconds:.0f} s, foolbox {theirs_seconds:.0f} s')
             shares = [np.isfinite(found).mean() for found in (ours, theirs)]
             both = np.isfinite(ours) & np.isfinite(theirs)
             quotient = np.quantile(ours[both] / theirs[both], (0.1, 0.5, 0.9))
             rows.append(
                 (
-                    name,
+                    _TITLES[name],
                     attack,
                     norm,
                     *(f'{np.median(found):.4g}' for found in (ours, theirs)),
@@ -229,14 +246,20 @@ def smallest(arguments: argparse.Namespace) -> str:
                 )
             )
     header = ('Network', 'Attack', 'Norm', 'median, ours', 'foolbox', 'found %, ours', 'foolbox')
-    return harness.markdown_table((*header, 'ours / foolbox'), rows)
+    definition = (
+        f'Sizes of the smallest perturbations found for the correctly classified among {_BATCH} '
+        'images, with equal budgets; the last column is the ratio image by image, median and '
+        '10-90 % spread.'
+    )
+    table = harness.markdown_table((*header, 'ours / foolbox'), rows)
+    harness.report(arguments, harness.wrapped(definition), table)
 
 
 def _success_of_correct(
     forward: LinenForward, variables: dict, x: np.ndarray, y: np.ndarray, **options: object
 ) -> tuple[float, float]:
     """Clean accuracy, and the share of correctly classified images that PGD breaks."""
-    mesh = parallel.data_mesh()
+    mesh = harness.mesh()
     variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, variables))
     logits = jax.jit(lambda variables, x: forward(variables, x)[0])
     correct, broken = [], []
@@ -251,32 +274,13 @@ def _success_of_correct(
     return float(right.mean()), float(fooled[right].mean())
 
 
-def _broken_by_torchattacks(
-    network: torch.nn.Module, x: np.ndarray, y: np.ndarray, options: dict
-) -> float:
-    """The share of correctly classified images that PGD of torchattacks breaks."""
-    torch.manual_seed(0)
-    random_start = options.get('start') != 'clean'
-    size, steps = options['step_size'], options['steps']
-    run = torchattacks.PGD(network, options['threat'].eps, size, steps, random_start)
-    broken = []
-    for rows in batches(len(x)):
-        images, labels = published.torch_images(x[rows]), torch.from_numpy(np.int64(y[rows]))
-        correct = network(images).argmax(1) == labels
-        adversarial = run(images[correct], labels[correct])
-        broken.append((network(adversarial).argmax(1) != labels[correct]).numpy())
-    return float(np.concatenate(broken).mean())
+def figures(arguments: argparse.Namespace) -> None:
+    """Reports figures beside those that were published with the weights."""
+    from benchmarks import published, torch_device, torch_parity
 
-
-def figures(arguments: argparse.Namespace) -> str:
-    """Returns a Markdown table of figures that were published with the weights."""
-    lenet = {
-        'threat': attacks.Threat('linf', 0.3),
-        'steps': 40,
-        'step_size': 0.01,
-        'start': 'clean',
-    }
-    resnet = {'threat': attacks.Threat('linf', 2 / 255), 'steps': 40, 'step_size': 0.5 / 255}
+    on = torch_device.start()
+    lenet = {'eps': 0.3, 'steps': 40, 'step_size': 0.01, 'random_start': False}
+    resnet = {'eps': 2 / 255, 'steps': 40, 'step_size': 0.5 / 255, 'random_start': True}
     rows = []
     for name, options, count in (
         ('lenet5', lenet, 2000),
@@ -286,22 +290,51 @@ def figures(arguments: argparse.Namespace) -> str:
         ('resnet2b', resnet, 10_000),
     ):
         pair = published.load(name, arguments.weights)
-        x, y = published.images(
-            pair.data_set, arguments.data_dir, count, original_order=pair.data_set == 'cifar10'
+        pair.network.to(on)
+        # LeNet's images do not tell their original order.
+        original = pair.data_set == 'cifar10'
+        x, y = published.images(pair.data_set, arguments.data_dir, count, original_order=original)
+        accuracy, broken = _success_of_correct(
+            pair.forward,
+            pair.variables,
+            x,
+            y,
+            threat=attacks.Threat('linf', options['eps']),
+            steps=options['steps'],
+            step_size=options['step_size'],
+            start='random' if options['random_start'] else 'clean',
         )
-        accuracy, broken = _success_of_correct(pair.forward, pair.variables, x, y, **options)
-        theirs = _broken_by_torchattacks(pair.network, x, y, options)
-        cells = (accuracy, broken, theirs, accuracy * (1 - broken))
-        rows.append((name, str(count), *(f'{100 * cell:.2f}' for cell in cells)))
-    header = ('Network', 'images', 'clean accuracy', 'broken of correct', 'torchattacks')
-    header = (*header, 'robust accuracy')
-    return harness.markdown_table(header, rows)
+        theirs = torch_parity.broken(pair.network, x, y, batch_size=_BATCH, **options)
+        _note(f'{name}, {count} images: {broken:.2%} broken, torchattacks {theirs:.2%}')
+        total = f'all {count:,}' if count == 10_000 else f'first {count:,}'
+        rows.append(
+            (
+                f'{_TITLES[name]}, linf {"0.3" if options is lenet else "2/255"}',
+                total,
+                f'{100 * accuracy:.2f} %',
+                _PUBLISHED.get(name, ''),
+                f'{100 * broken:.2f} %',
+                f'{100 * theirs:.2f} %',
+                f'{100 * accuracy * (1 - broken):.2f} %',
+            )
+        )
+    header = ('Network', 'images', 'clean accuracy', 'published', 'broken of correct')
+    definition = (
+        'PGD of 40 steps, for LeNet-5 from the image and for ResNet-2B from a random start; '
+        'figures were published for an unknown part of the images. The first images are records '
+        'of MNIST, and those of the original file of CIFAR-10.'
+    )
+    header = (*header, 'torchattacks, same images', 'robust accuracy')
+    harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
 
 
-def parse_arguments() -> argparse.Namespace:
+_SUBJECTS = {'compare': compare, 'smallest': smallest, 'published': figures}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('subject', choices=('compare', 'smallest', 'published'))
+    parser.add_argument('subject', choices=_SUBJECTS)
     parser.add_argument('--weights', required=True, help='folder of the published weights')
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
     parser.add_argument('--output', default='attack_parity', help='folder of what runs found')
@@ -311,20 +344,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--attacks', nargs='+', default=ATTACKS, choices=ATTACKS)
     parser.add_argument('--images', type=int, default=1000, help=f'a multiple of {_BATCH}')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each attack')
-    return parser.parse_args()
+    harness.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Compares and prints."""
     arguments = parse_arguments()
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(_BATCH))
-    onednn.use_onednn()
-    torch.set_num_threads(harness.cores())
-    print(harness.machine_line(harness.machine()))
-    subjects = {'compare': compare, 'smallest': smallest, 'published': figures}
-    table = subjects[arguments.subject](arguments)
-    print(f'\n{table}')
+    harness.use_device(arguments.device)
+    harness.start_jax(_BATCH)
+    _SUBJECTS[arguments.subject](arguments)
 
 
 if __name__ == '__main__':

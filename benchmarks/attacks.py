@@ -1,6 +1,6 @@
 """Speed of attacks beside their PyTorch peers and beside the gradient calls they are made of.
 
-    python -m benchmarks.attacks SUBJECT --weights DIR --data_dir DIR [--rounds N] [--json PATH]
+    python -m benchmarks.attacks SUBJECT --weights DIR --data_dir DIR [--rounds N]
 
 SUBJECT is one of
 
@@ -10,7 +10,7 @@ SUBJECT is one of
     compile     seconds to compile against the number of steps (needs no peers)
 
 Networks, weights, images, labels, radius and budgets are the same on both sides. PyTorch runs
-channels last with frozen parameters in two threads, its fastest setting on a CPU.
+channels last with frozen parameters, its fastest setting on a CPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
+import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,16 +31,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness, neuron_problems, published
+from benchmarks import harness, neuron_problems
 from benchmarks.attack_settings import Setting
-from neurosens import attacks, onednn, parallel
+from neurosens import attacks, parallel
 
-NETWORKS = ('lenet5_robust', 'resnet20')
+NETWORKS = {
+    'lenet5_robust': 'An adversarially trained LeNet-5 (advertorch), linf 0.3',
+    'resnet20': 'The standard CIFAR ResNet-20 (akamaster), linf 0.5/255',
+}
+_SHORT = {'lenet5_robust': 'LeNet-5', 'resnet20': 'ResNet-20'}
+_RADII = {'lenet5_robust': '0.3', 'resnet20': '0.5/255'}
 # On the standard ResNet a radius at which some images stay robust, as on the robust LeNet.
 _EPS = {'lenet5_robust': 0.3, 'resnet20': 0.5 / 255}
 _NEURON_EPS = {'lenet5_robust': 2.0, 'resnet20': 0.5}
-GRADIENTS = '20 input gradients, one call each'
+GRADIENTS, FORWARDS = '20 input gradients, one call each', '20 forward passes, one call each'
 _CALLS = 20
+# What is only timed on a part of all pairs, see `benchmarks.torch_attacks`: one image of 32.
+PAIR_SHARE = 32
+PAIRS = 'PyTorch pairs in turn'
+_COMPILED_STEPS = (5, 20, 100)
 
 
 def setting(name: str, **changes: Any) -> Setting:
@@ -45,7 +57,9 @@ def setting(name: str, **changes: Any) -> Setting:
     return Setting(eps=_EPS[name], neuron_eps=_NEURON_EPS[name], **changes)
 
 
-def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness.Prepared:
+def prepare(
+    *, name: str, weights: str, data_dir: str, setting: dict, output: str = ''
+) -> harness.Prepared:
     """Prepares the attacks of neurosens and their floors in a worker process.
 
     Args:
@@ -53,15 +67,16 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
         weights: folder of the weights.
         data_dir: directory of TFDS.
         setting: fields of `Setting`.
+        output: file for what AutoAttack had to compute, see `_necessary`, or empty.
 
     Returns:
         Units named after attacks, and the floors.
     """
+    # Imported here: only what loads weights needs PyTorch.
+    from benchmarks import published
+
     chosen = Setting(**setting)
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(chosen.batch_size))
-    onednn.use_onednn()
-    mesh = parallel.data_mesh()
+    mesh = harness.start_jax(chosen.batch_size)
     pair = published.load(name, weights)
     images, labels = published.images(pair.data_set, data_dir, chosen.batch_size)
     forward = pair.forward
@@ -83,15 +98,9 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
     call = (forward, variables, x, y, key)
     pgd = on(attacks.pgd, *call, threat=threat, steps=chosen.pgd_steps, step_size=chosen.step_size)
     apgd = on(attacks.apgd, *call, threat=threat, steps=chosen.steps)
-    units: dict[str, Callable[[], Any]] = {
-        GRADIENTS: lambda: [gradient(variables, x, y) for _ in range(_CALLS)],
-        '20 forward passes, one call each': lambda: [logits(variables, x) for _ in range(_CALLS)],
-        'neurosens pgd': pgd,
-        'neurosens apgd-ce': apgd,
-        'neurosens apgd-dlr': on(apgd, loss='dlr'),
-        'neurosens square': on(attacks.square, *call, threat=threat, queries=chosen.queries),
-        'neurosens autoattack': on(
-            attacks.autoattack,
+
+    def ensemble() -> None:
+        result = attacks.autoattack(
             forward,
             variables,
             images,
@@ -102,7 +111,18 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
             queries=chosen.queries,
             batch_size=chosen.batch_size,
             mesh=mesh,
-        ),
+        )
+        if output:
+            pathlib.Path(output).write_text(json.dumps(_necessary(result, chosen)))
+
+    units: dict[str, Callable[[], Any]] = {
+        GRADIENTS: lambda: [gradient(variables, x, y) for _ in range(_CALLS)],
+        FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
+        'neurosens pgd': pgd,
+        'neurosens apgd-ce': apgd,
+        'neurosens apgd-dlr': on(apgd, loss='dlr'),
+        'neurosens square': on(attacks.square, *call, threat=threat, queries=chosen.queries),
+        'neurosens autoattack': ensemble,
         'neurosens neurons': on(
             attacks.neuron_attack,
             forward,
@@ -124,6 +144,21 @@ def _run(unit: Callable[[], Any]) -> None:
     jax.block_until_ready(unit())
 
 
+def _necessary(result: attacks.AutoAttackResult, setting: Setting) -> dict[str, float]:
+    """Input gradients and forward passes, of a whole batch, that AutoAttack cannot do without.
+
+    Those of the images that a run leaves robust, which take all of its steps.
+    """
+    found = {'gradients': 0.0, 'forwards': 0.0}
+    for run, accuracy in zip(result.runs, result.accuracy[1:], strict=True):
+        images = float(accuracy) * len(result.success) / setting.batch_size
+        square = run.startswith('square')
+        found['forwards' if square else 'gradients'] += images * (
+            setting.queries if square else setting.steps
+        )
+    return found
+
+
 SUBJECTS: dict[str, tuple[str, ...]] = {
     'steps': (
         GRADIENTS,
@@ -136,96 +171,130 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         'ART apgd-ce',
         'neurosens apgd-dlr',
         'torchattacks apgd-dlr',
-        '20 forward passes, one call each',
+        FORWARDS,
         'neurosens square',
         'torchattacks square',
         'ART square',
     ),
-    'autoattack': ('neurosens autoattack', 'torchattacks autoattack'),
-    'neurons': (
-        GRADIENTS,
-        'neurosens neurons',
-        'PyTorch neurons in turn',
-        'PyTorch pairs in turn',
-    ),
+    'autoattack': (GRADIENTS, FORWARDS, 'neurosens autoattack', 'torchattacks autoattack'),
+    'neurons': (GRADIENTS, 'neurosens neurons', 'PyTorch neurons in turn', PAIRS),
 }
-# Budgets that differ from those of `Setting`: Square's cost is the same for every query.
-_CHANGES: dict[str, Mapping[str, Any]] = {'steps': {'queries': 100}}
 
 
 def measure(
     subject: str, name: str, arguments: argparse.Namespace, changes: Mapping[str, Any]
-) -> harness.Measurement:
-    """Times all candidates of a subject on one network in turns."""
+) -> tuple[harness.Measurement, dict[str, float]]:
+    """Times all candidates of a subject on one network in turns.
+
+    Args:
+        subject: one of `SUBJECTS`.
+        name: of the network.
+        arguments: of the command line.
+        changes: fields of `Setting`.
+
+    Returns:
+        The timings, and what `_necessary` says of AutoAttack, if it ran.
+    """
     options = {
         'name': name,
         'weights': arguments.weights,
         'data_dir': arguments.data_dir,
         'setting': dataclasses.asdict(setting(name, **changes)),
     }
-    with (
-        harness.worker(harness.WorkerSpec('benchmarks.attacks:prepare', options)) as ours,
-        harness.worker(harness.WorkerSpec('benchmarks.torch_attacks:prepare', options)) as theirs,
-    ):
-        units = {
-            unit: (ours if unit in ours.details['units'] else theirs).unit(unit)
-            for unit in SUBJECTS[subject]
-            if not arguments.only or any(part in unit for part in arguments.only)
-        }
-        # The ensembles take minutes: theirs starts cold, and so does ours, with its compilation.
-        warmup = 0 if subject == 'autoattack' else 1
-        return harness.alternate(units, rounds=arguments.rounds, warmup=warmup, announce=_announce)
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / 'necessary.json'
+        own = {**options, 'output': str(file)}
+        with (
+            harness.worker(harness.WorkerSpec('benchmarks.attacks:prepare', own)) as ours,
+            harness.worker(
+                harness.WorkerSpec('benchmarks.torch_attacks:prepare', options)
+            ) as theirs,
+        ):
+            units = {
+                unit: (ours if unit in ours.details['units'] else theirs).unit(unit)
+                for unit in SUBJECTS[subject]
+                if not arguments.only or any(part in unit for part in arguments.only)
+            }
+            # The ensembles take minutes: theirs starts cold, and so does ours, with its
+            # compilation.
+            cold = subject == 'autoattack'
+            if cold:
+                for floor in (GRADIENTS, FORWARDS):
+                    ours.unit(floor)()
+            measured = harness.alternate(
+                units, rounds=arguments.rounds, warmup=0 if cold else 1, announce=_announce
+            )
+        return measured, json.loads(file.read_text()) if file.exists() else {}
 
 
 def _announce(name: str, seconds: float) -> None:
     print(f'  {name}: {seconds:.2f} s', file=sys.stderr, flush=True)
 
 
-def table(subject: str, measurement: harness.Measurement, scale: Mapping[str, float]) -> str:
-    """Returns the Markdown table of one network.
+def _budget(name: str, chosen: Setting) -> tuple[str, int] | None:
+    """What an attack's budget consists of, and its size: the floor of `steps`."""
+    attack = name.rpartition(' ')[2]
+    return {
+        'pgd': (GRADIENTS, chosen.pgd_steps),
+        'apgd-ce': (GRADIENTS, chosen.steps),
+        'apgd-dlr': (GRADIENTS, chosen.steps),
+        'square': (FORWARDS, chosen.queries),
+    }.get(attack)
 
-    Args:
-        subject: one of `SUBJECTS`.
-        measurement: its timings.
-        scale: what part of the work some candidates did, by name.
-    """
+
+def steps_table(measurement: harness.Measurement, chosen: Setting) -> str:
+    """Returns the Markdown table of one network, the fastest peer of each attack in bold."""
     rows = []
     for name in measurement.seconds:
         summary = measurement.summary(name)
-        part = scale.get(name, 1.0)
-        reference = name.replace(name.split()[0], 'neurosens', 1)
-        if subject == 'neurons':
-            reference = 'neurosens neurons'
-        ratio = '-'
-        if reference in measurement.seconds and reference != name and name[0] not in '0123456789':
-            found = measurement.ratio(name, reference)
-            ratio = harness.ratio_text(harness.Ratio(*(value / part for value in found)))
-        rows.append((name, f'{summary.median / part:.2f}', f'{summary.minimum / part:.2f}', ratio))
-    return harness.markdown_table(('Candidate', 's', 'best round', 'time / neurosens'), rows)
+        budget = _budget(name, chosen)
+        label, ratio, share = name, '-', '-'
+        if budget is not None:
+            unit, count = budget
+            attack = name.rpartition(' ')[2]
+            ours = f'neurosens {attack}'
+            peers = [
+                other
+                for other in measurement.seconds
+                if other.endswith(f' {attack}') and other != ours
+            ]
+            if name == ours:
+                kind = 'steps' if unit == GRADIENTS else 'queries'
+                label = f'{name} ({count} {kind})'
+            elif ours in measurement.seconds:
+                label = harness.bold(name, harness.fastest(measurement, peers))
+                ratio = harness.ratio_text(measurement.ratio(name, ours))
+            if unit in measurement.seconds:
+                floor = measurement.scaled(unit, count / _CALLS)
+                share = harness.percent(measurement.share(name, floor))
+        rows.append((label, f'{summary.median:.2f}', f'{summary.minimum:.2f}', ratio, share))
+    header = ('Candidate', 's', 'best round', 'time / neurosens', 'share of floor')
+    return harness.markdown_table(header, rows)
 
 
-def overheads(measurement: harness.Measurement) -> str:
-    """Returns how many gradient calls a step of PGD and Auto-PGD costs, as Markdown."""
-    rows = []
-    for name, steps in (('neurosens pgd', 20), ('neurosens apgd-ce', 100)):
-        quotients = np.divide(measurement.seconds[name], measurement.seconds[GRADIENTS])
-        per_step = quotients * _CALLS / steps
-        low, middle, high = np.quantile(per_step, (0.1, 0.5, 0.9))
-        rows.append((name, str(steps), harness.ratio_text(harness.Ratio(middle, low, high))))
-    return harness.markdown_table(('Attack', 'steps', 'gradient calls per step'), rows)
+def overheads(name: str, measurement: harness.Measurement, chosen: Setting) -> tuple[str, ...]:
+    """Returns how many gradient calls a step of PGD and Auto-PGD costs: a row of a table."""
+    cells = []
+    for attack, steps in (('neurosens pgd', chosen.pgd_steps), ('neurosens apgd-ce', chosen.steps)):
+        quotients = np.divide(measurement.seconds[attack], measurement.seconds[GRADIENTS])
+        low, middle, high = np.quantile(quotients * _CALLS / steps, (0.1, 0.5, 0.9))
+        cells.append(harness.ratio_text(harness.Ratio(middle, low, high)))
+    return (_SHORT[name], *cells)
 
 
-def compile_seconds(name: str, arguments: argparse.Namespace) -> str:
-    """Returns a Markdown table of the seconds to trace and compile for several numbers of steps."""
+def compile_rows(name: str, arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Returns the seconds to trace and compile for several numbers of steps: rows of a table."""
+    # Imported here: only what loads weights needs PyTorch.
+    from benchmarks import published
+
     pair = published.load(name, arguments.weights)
     images, labels = published.images(pair.data_set, arguments.data_dir, 16)
     threat = attacks.Threat('linf', _EPS[name])
-    steps = (5, 20, 100)
     rows = []
     kinds: Mapping[str, Callable[..., Any]] = {'pgd': attacks.pgd, 'apgd': attacks.apgd}
     for kind, attack in kinds.items():
         found = []
-        for count in steps:
+        for count in _COMPILED_STEPS:
             jax.clear_caches()
 
             def run(attack: Callable[..., Any] = attack, count: int = count) -> None:
@@ -238,49 +307,129 @@ def compile_seconds(name: str, arguments: argparse.Namespace) -> str:
             start = time.perf_counter()
             run()
             found.append(f'{first - (time.perf_counter() - start):.2f}')
-        rows.append((kind, *found))
-    return harness.markdown_table(('Attack', *(f'{count} steps, s' for count in steps)), rows)
+        rows.append((_SHORT[name], kind, *found))
+    return rows
 
 
-def parse_arguments() -> argparse.Namespace:
+# ------------------------------------------------------------------------------------ subjects
+
+
+def _steps(arguments: argparse.Namespace) -> None:
+    measurements, tables, rows = {}, [], []
+    # Square's cost is the same for every query.
+    changes = {'queries': 100}
+    for name in arguments.networks:
+        chosen = setting(name, **changes)
+        measurements[name], _ = measure('steps', name, arguments, changes)
+        tables += [f'{NETWORKS[name]}:', steps_table(measurements[name], chosen)]
+        if not arguments.only:
+            rows.append(overheads(name, measurements[name], chosen))
+    if rows:
+        header = ('Network', 'PGD', 'Auto-PGD')
+        title = (
+            'What a step costs, in calls of the compiled input gradient of the same batch (PGD '
+            'makes two forward passes more than it has steps):'
+        )
+        tables += [harness.wrapped(title), harness.markdown_table(header, rows)]
+    definition = (
+        f'{Setting.batch_size} images in one batch. Floor: one call of the '
+        'compiled input gradient per step, of the compiled forward pass per query of Square.'
+    )
+    harness.report(arguments, harness.wrapped(definition), *tables, measurements=measurements)
+
+
+def _ensembles(arguments: argparse.Namespace) -> None:
+    measurements, details, rows = {}, {}, []
+    for name in arguments.networks:
+        measured, necessary = measure('autoattack', name, arguments, {})
+        measurements[name], details[name] = measured, necessary
+        ours, theirs = 'neurosens autoattack', 'torchattacks autoattack'
+        gradients = measured.scaled(GRADIENTS, necessary['gradients'] / _CALLS)
+        forwards = measured.scaled(FORWARDS, necessary['forwards'] / _CALLS)
+        floor = np.add(gradients, forwards).tolist()
+        rows.append(
+            (
+                f'{_SHORT[name]}, {_RADII[name]}',
+                *(f'{measured.summary(side).median:.0f}' for side in (ours, theirs)),
+                harness.ratio_text(measured.ratio(theirs, ours)),
+                *(harness.percent(measured.share(side, floor)) for side in (ours, theirs)),
+            )
+        )
+    header = ('Network, linf eps', 'neurosens, s', 'torchattacks, s', 'torchattacks / neurosens')
+    definition = (
+        f'Standard AutoAttack on {Setting.batch_size} images, with compilation in '
+        'the first round. Floor: for every image that a run leaves robust the input gradients of '
+        "its steps, or the forward passes of Square's queries, at the cost of compiled calls of a "
+        'full batch.'
+    )
+    table = harness.markdown_table(
+        (*header, 'share of floor, neurosens', 'share of floor, torchattacks'), rows
+    )
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        table,
+        measurements=measurements,
+        details={'necessary': details},
+    )
+
+
+def _neurons(arguments: argparse.Namespace) -> None:
+    measurements, rows = {}, []
+    for name in arguments.networks:
+        measured, _ = measure('neurons', name, arguments, {})
+        measurements[name] = measured
+        ours, turns = 'neurosens neurons', 'PyTorch neurons in turn'
+        floor = measured.scaled(GRADIENTS, Setting.neurons * Setting.neuron_steps / _CALLS)
+        pairs = harness.Ratio(*(PAIR_SHARE * value for value in measured.ratio(PAIRS, ours)))
+        rows.append(
+            (
+                _SHORT[name],
+                f'{measured.summary(ours).median:.2f}',
+                harness.ratio_text(measured.ratio(turns, ours)),
+                harness.ratio_text(pairs),
+                harness.percent(measured.share(ours, floor)),
+            )
+        )
+    header = ('Network', 'neurosens, s', 'neurons in turn / neurosens', 'pairs in turn / neurosens')
+    definition = (
+        f'{Setting.neurons} neurons in each of {Setting.batch_size} images, '
+        f'{Setting.neuron_steps} steps; pairs in turn are timed on every {PAIR_SHARE}nd image and '
+        'scaled. Floor, of neurosens: one call of the compiled input gradient of the batch per '
+        'neuron and step.'
+    )
+    table = harness.markdown_table((*header, 'share of floor'), rows)
+    harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    harness.start_jax(devices=1)
+    rows = [row for name in arguments.networks for row in compile_rows(name, arguments)]
+    header = ('Network', 'Attack', *(f'{count} steps' for count in _COMPILED_STEPS))
+    definition = 'Seconds to trace and compile, 16 images; there is no floor.'
+    harness.report(arguments, definition, harness.markdown_table(header, rows))
+
+
+_REPORTS = {'steps': _steps, 'autoattack': _ensembles, 'neurons': _neurons, 'compile': _compile}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('subject', choices=(*SUBJECTS, 'compile'))
+    parser.add_argument('subject', choices=_REPORTS)
     parser.add_argument('--weights', required=True, help='folder of the published weights')
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
-    parser.add_argument('--networks', nargs='+', default=NETWORKS, choices=NETWORKS)
-    parser.add_argument('--only', nargs='+', default=(), help='parts of names of candidates')
-    parser.add_argument('--rounds', type=int, default=3, help='measured rounds')
-    parser.add_argument('--json', default='', help='file for the timings of every round')
-    return parser.parse_args()
+    parser.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument('--only', nargs='+', default=(), help='parts of names, of `steps`')
+    harness.add_arguments(parser, rounds=3)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measures and prints."""
     arguments = parse_arguments()
-    description = harness.machine()
-    print(harness.machine_line(description))
-    measurements = {}
-    for name in arguments.networks:
-        if arguments.subject == 'compile':
-            onednn.use_onednn()
-            print(f'\n{name}:\n\n{compile_seconds(name, arguments)}')
-            continue
-        changes = _CHANGES.get(arguments.subject, {})
-        measured = measure(arguments.subject, name, arguments, changes)
-        measurements[name] = measured
-        scale = {'PyTorch pairs in turn': 1 / 32} if arguments.subject == 'neurons' else {}
-        print(f'\n{name}, eps {_EPS[name]:.4g}, {arguments.rounds} rounds:\n')
-        print(table(arguments.subject, measured, scale), flush=True)
-        if arguments.subject == 'steps' and not arguments.only:
-            print(f'\n{overheads(measured)}', flush=True)
-    if arguments.json and measurements:
-        harness.write_json(
-            arguments.json,
-            description=description,
-            measurements=measurements,
-            details=vars(arguments),
-        )
+    harness.use_device(arguments.device)
+    _REPORTS[arguments.subject](arguments)
 
 
 if __name__ == '__main__':

@@ -9,13 +9,13 @@ in batches of 128, with one XLA device per core.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import torch
 from jax import lax
 
 from benchmarks import harness
@@ -45,6 +45,11 @@ class Shape(NamedTuple):
         kernel = random.standard_normal((self.window, self.window, self.inputs, self.outputs), 'f4')
         return images, kernel
 
+    def flops(self) -> float:
+        """Operations of a forward pass."""
+        pixels = (self.side // self.stride) ** 2
+        return 2.0 * BATCH_SIZE * pixels * self.window**2 * self.inputs * self.outputs
+
 
 SHAPES = (
     Shape(32, 3, 16, 3, 1),
@@ -58,17 +63,15 @@ SHAPES = (
 )
 
 
-def prepare_ours(*, by_onednn: bool) -> harness.Prepared:
+def prepare(*, by_onednn: bool) -> harness.Prepared:
     """Prepares our convolutions in a worker process.
 
     Args:
         by_onednn: convolve with oneDNN.
     """
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(BATCH_SIZE))
+    mesh = harness.start_jax(BATCH_SIZE, by_onednn=False)
     if by_onednn and not onednn.use_onednn():
         raise ValueError('oneDNN is not used on this machine.')
-    mesh = parallel.data_mesh()
     units: dict[str, harness.Unit] = {}
     for shape in SHAPES:
         images, kernel = shape.arrays()
@@ -92,68 +95,58 @@ def _blocking(function: Callable[..., Any], *arrays: jax.Array) -> harness.Unit:
     return lambda: jax.block_until_ready(function(*arrays))
 
 
-def prepare_torch() -> harness.Prepared:
-    """Prepares PyTorch's convolutions, channels last, in a worker process."""
-    parallel.keep_freed_memory()
-    torch.set_num_threads(harness.cores())
-    units: dict[str, harness.Unit] = {}
-    for shape in SHAPES:
-        images, kernel = shape.arrays()
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)
-        w = torch.from_numpy(kernel).permute(3, 2, 0, 1)
-        w = w.contiguous(memory_format=torch.channels_last)
-        edge = (shape.window - 1) // 2
-        run = functools.partial(
-            torch.nn.functional.conv2d, weight=w, stride=shape.stride, padding=edge
-        )
-
-        def forward(run: Callable[..., Any] = run, x: torch.Tensor = x) -> None:
-            with torch.no_grad():
-                run(x)
-
-        def gradient(run: Callable[..., Any] = run, x: torch.Tensor = x) -> None:
-            leaf = x.detach().requires_grad_()
-            torch.autograd.grad((run(leaf) ** 2).sum(), leaf)
-
-        units[f'{shape} forward'], units[f'{shape} gradient'] = forward, gradient
-    return harness.Prepared(units, {'threads': torch.get_num_threads()})
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    harness.add_arguments(parser, rounds=20, devices=('cpu',))
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=20, help='measured rounds')
-    arguments = parser.parse_args()
-    factory = 'benchmarks.convolution:'
+    arguments = parse_arguments()
+    harness.use_device('cpu')
+    ours, theirs = 'benchmarks.convolution:prepare', 'benchmarks.torch_convolution:prepare'
     specs = {
-        'XLA': harness.WorkerSpec(f'{factory}prepare_ours', {'by_onednn': False}),
-        'oneDNN': harness.WorkerSpec(f'{factory}prepare_ours', {'by_onednn': True}),
-        'PyTorch': harness.WorkerSpec(f'{factory}prepare_torch', {}),
+        'XLA': harness.WorkerSpec(ours, {'by_onednn': False}),
+        'oneDNN': harness.WorkerSpec(ours, {'by_onednn': True}),
+        'PyTorch': harness.WorkerSpec(theirs),
     }
-    with (
-        harness.worker(specs['XLA']) as plain,
-        harness.worker(specs['oneDNN']) as ours,
-        harness.worker(specs['PyTorch']) as theirs,
-    ):
-        workers = {'XLA': plain, 'oneDNN': ours, 'PyTorch': theirs}
-        rows = []
-        for shape in SHAPES:
-            for kind in ('forward', 'gradient'):
-                units = {name: worker.unit(f'{shape} {kind}') for name, worker in workers.items()}
-                measured = harness.alternate(units, rounds=arguments.rounds, repeats=3)
-                times = (f'{1000 * measured.summary(name).median:.2f}' for name in workers)
-                rows.append(
-                    (
-                        f'{shape} {kind}',
-                        *times,
-                        harness.ratio_text(measured.ratio('XLA', 'oneDNN')),
-                        harness.ratio_text(measured.ratio('PyTorch', 'oneDNN')),
-                    )
-                )
+    cases = [(shape, kind) for shape in SHAPES for kind in ('forward', 'gradient')]
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(harness.worker(spec)) for name, spec in specs.items()}
+        units = {
+            f'{name}: {shape} {kind}': worker.unit(f'{shape} {kind}')
+            for shape, kind in cases
+            for name, worker in workers.items()
+        }
+        measured, floors = harness.beside_floors(units, rounds=arguments.rounds, repeats=3)
+    rows = []
+    for shape, kind in cases:
+        names = {name: f'{name}: {shape} {kind}' for name in specs}
+        fastest = harness.fastest(measured, list(names.values()))
+        times = {unit: f'{1000 * measured.summary(unit).median:.2f}' for unit in names.values()}
+        floor = floors.convolution_seconds(shape.flops() * (1 if kind == 'forward' else 2))
+        rows.append(
+            (
+                f'{shape} {kind}',
+                *(harness.bold(text, times[fastest]) for text in times.values()),
+                harness.ratio_text(measured.ratio(names['XLA'], names['oneDNN'])),
+                harness.ratio_text(measured.ratio(names['PyTorch'], names['oneDNN'])),
+                harness.percent(measured.share(names['oneDNN'], floor)),
+            )
+        )
     header = ('Convolution', 'XLA, ms', 'oneDNN, ms', 'PyTorch, ms', 'XLA / oneDNN')
-    print(f'Batches of {BATCH_SIZE}, {arguments.rounds} rounds:\n')
-    print(harness.markdown_table((*header, 'PyTorch / oneDNN'), rows))
-    print(f'\n{harness.machine_line(harness.machine())}')
+    definition = (
+        f'Batches of {BATCH_SIZE}. Floor, of oneDNN: the operations of a convolution, twice as '
+        f'many for a gradient, at the peak rate of convolutions. {floors}'
+    )
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        harness.markdown_table((*header, 'PyTorch / oneDNN', 'share of floor'), rows),
+        measurements={'convolution': measured},
+    )
 
 
 if __name__ == '__main__':

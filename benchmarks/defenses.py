@@ -391,16 +391,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--output', required=True, help='folder of the results')
     parser.add_argument('--networks', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument('--images', type=int, default=0, help='in place of those of the settings')
+    harness.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Runs a subject on every network and prints its tables."""
     arguments = parse_arguments()
-    harness.start_jax(BATCH_SIZE)
+    harness.use_device(arguments.device)
+    mesh = harness.start_jax(BATCH_SIZE)
     folder = pathlib.Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = parallel.data_mesh()
     tables = []
     for name in arguments.networks:
         problem = load(name, arguments, mesh)
@@ -409,10 +410,8 @@ def main() -> None:
                 images=arguments.images, curve_images=arguments.images
             )
             problem = problem._replace(setting=changed)
-        tables.append((name, _SUBJECTS[arguments.subject](problem, folder)))
-    print(f'\n{harness.machine_line(harness.machine())}')
-    for name, text in tables:
-        print(f'\n{name}:\n\n{text}')
+        tables += [f'{name}:', _SUBJECTS[arguments.subject](problem, folder)]
+    harness.report(arguments, *tables)
 
 
 if __name__ == '__main__':

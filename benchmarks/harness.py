@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -29,6 +32,9 @@ import numpy as np
 from neurosens import onednn, parallel
 
 Unit: TypeAlias = Callable[[], object]
+
+DEVICES = ('cpu', 'gpu')
+WIDTH = 100
 
 _PACKAGES = (
     'jax',
@@ -43,6 +49,18 @@ _PACKAGES = (
     'adversarial-robustness-toolbox',
 )
 _STOP_SECONDS = 10.0
+# Workers inherit it, so that both sides of a comparison run on the same device.
+_DEVICE_VARIABLE = 'NEUROSENS_BENCHMARK_DEVICE'
+# Two sides share one GPU, none of which rounds float32 products to TF32.
+_GPU_ENVIRONMENT = {
+    'JAX_PLATFORMS': 'cuda,cpu',
+    'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+    'NVIDIA_TF32_OVERRIDE': '0',
+    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+}
+# Options of command lines that hold paths, and what stands for them in a report.
+_PATHS = {'--weights': 'DIR', '--data_dir': 'DIR', '--output': 'DIR', '--plot': 'FILE'}
+_FILES = ('--json', '--markdown')
 
 
 # ------------------------------------------------------------------------------------- timing
@@ -79,6 +97,14 @@ class Measurement:
         """Returns median, quartiles and minimum of one candidate."""
         low, middle, high = np.quantile(self.seconds[name], (0.25, 0.5, 0.75)).tolist()
         return Summary(middle, low, high, min(self.seconds[name]))
+
+    def share(self, name: str, floor: Sequence[float]) -> float:
+        """Returns the median of the floor's seconds in each round over a candidate's."""
+        return float(np.median(np.divide(floor, self.seconds[name])))
+
+    def scaled(self, name: str, factor: float) -> tuple[float, ...]:
+        """Returns the seconds of a candidate in each round times a factor."""
+        return tuple(factor * value for value in self.seconds[name])
 
     def ratio(self, name: str, reference: str) -> Ratio:
         """Returns how many times as long as `reference` a candidate takes."""
@@ -130,43 +156,6 @@ def _turn_seconds(unit: Unit, repeats: int) -> float:
         unit()
         values.append(time.perf_counter() - start)
     return statistics.median(values)
-
-
-class Floors(NamedTuple):
-    """Fastest rates of the default device, the yardsticks of compute and of memory traffic."""
-
-    matmul_gflops: float
-    copy_gbytes: float
-
-
-def floors(*, size: int = 2048, megabytes: int = 256, repeats: int = 10) -> Floors:
-    """Measures what the default device reaches at its best.
-
-    Args:
-        size: rows and columns of the float32 matrices.
-        megabytes: size of the array that is read and of the one that is written.
-        repeats: runs, of which the fastest counts.
-
-    Returns:
-        GFLOP/s of a float32 matrix product, and GB/s (read plus written) of negating an array.
-    """
-    matrix = jnp.ones((size, size), jnp.float32)
-    array = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
-    units: dict[str, Unit] = {
-        'matmul': _compiled_unit(lambda a: jnp.matmul(a, a, precision='highest'), matrix),
-        # A plain copy is left out by the compiler.
-        'copy': _compiled_unit(jnp.negative, array),
-    }
-    measurement = alternate(units, rounds=repeats, warmup=2)
-    return Floors(
-        matmul_gflops=2 * size**3 / measurement.summary('matmul').minimum / 1e9,
-        copy_gbytes=2 * array.nbytes / measurement.summary('copy').minimum / 1e9,
-    )
-
-
-def _compiled_unit(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> Unit:
-    compiled = jax.jit(function).lower(argument).compile()
-    return lambda: jax.block_until_ready(compiled(argument))
 
 
 # ------------------------------------------------------------------------------------ workers
@@ -270,19 +259,259 @@ def _receive(process: subprocess.Popen[str]) -> dict[str, Any]:
     return reply['ok']
 
 
-# ----------------------------------------------------------------------------------- reporting
+# ------------------------------------------------------------------------------------- floors
+
+_FLOOR_SECONDS = 0.03
+_FLOOR_CASES = ((32, 16, 16), (16, 32, 32), (8, 64, 64), (16, 128, 128), (8, 256, 256))
+_FLOOR_UNITS = ('matmul', 'convolution', 'memory')
 
 
-def start_jax(batch_size: int) -> None:
-    """Sets JAX up as the scripts do: a device for each core, and on a CPU oneDNN's convolutions.
+@dataclasses.dataclass(frozen=True)
+class Floors:
+    """Fastest rates of the device in each round: the yardsticks of arithmetic and of memory.
+
+    Attributes:
+        matmul: FLOP/s of a float32 matrix product.
+        convolution: FLOP/s of the fastest of a few convolutions, as one or as a matrix product.
+        memory: bytes/s, read plus written, of negating an array.
+        fastest: what the fastest convolution is.
+    """
+
+    matmul: tuple[float, ...]
+    convolution: tuple[float, ...]
+    memory: tuple[float, ...]
+    fastest: str
+
+    def convolution_seconds(self, flops: float) -> tuple[float, ...]:
+        """Returns how long so many operations take in each round at the peak of convolutions."""
+        return tuple(flops / rate for rate in self.convolution)
+
+    def matmul_seconds(self, flops: float) -> tuple[float, ...]:
+        """Returns how long so many operations take in each round at the peak of products."""
+        return tuple(flops / rate for rate in self.matmul)
+
+    def __str__(self) -> str:
+        matmul, convolution, memory = (
+            statistics.median(rates) / 1e9 for rates in (self.matmul, self.convolution, self.memory)
+        )
+        return (
+            f'Peaks in the same rounds: {matmul:.0f} GFLOP/s of matrix products, '
+            f'{convolution:.0f} GFLOP/s of convolutions ({self.fastest}), '
+            f'{memory:.1f} GB/s of memory.'
+        )
+
+
+def prepare_floors(*, size: int = 2048, megabytes: int = 64) -> Prepared:
+    """Prepares what the device does at its best, in a worker process.
 
     Args:
-        batch_size: images per batch, which the devices share.
+        size: rows per device, and columns, of the float32 matrices.
+        megabytes: size per device of the array that is read and of the one that is written.
+
+    Returns:
+        Units of a matrix product, a convolution and memory traffic, with their `work` in
+        operations or bytes.
     """
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(batch_size))
-    if jax.default_backend() == 'cpu':
-        onednn.use_onednn()
+    mesh = start_jax()
+    tall, square = np.ones((size * mesh.size, size), 'f4'), np.ones((size, size), 'f4')
+    array = parallel.shard(mesh, np.ones((mesh.size, megabytes * 2**18), 'f4'))
+    matmul = _compiled(_product, parallel.shard(mesh, tall), parallel.replicate(mesh, square))
+    cases: dict[str, tuple[Unit, float]] = {}
+    for side, inputs, outputs in _FLOOR_CASES:
+        images = np.ones((64 * mesh.size, side + 2, side + 2, inputs), 'f4')
+        kernel = np.ones((3, 3, inputs, outputs), 'f4')
+        patches = np.ones((len(images) * side**2, 9 * inputs), 'f4')
+        flops = 2.0 * patches.size * outputs
+        name = f'{side} x {side} x {inputs} to {outputs}'
+        for kind, function, left, right in (
+            ('convolved', _convolution, images, kernel),
+            ('as a product', _product, patches, kernel.reshape(-1, outputs)),
+        ):
+            unit = _compiled(function, parallel.shard(mesh, left), parallel.replicate(mesh, right))
+            cases[f'{name}, {kind}'] = unit, flops
+    rates = {name: flops / _least_seconds(unit) for name, (unit, flops) in cases.items()}
+    best = max(rates, key=lambda name: rates[name])
+    once = {
+        'matmul': (matmul, 2.0 * tall.size * size),
+        'convolution': cases[best],
+        # A plain copy is left out by the compiler.
+        'memory': (_compiled(jnp.negative, array), 2.0 * array.nbytes),
+    }
+    units, work = {}, {}
+    for name, (unit, amount) in once.items():
+        calls = max(round(_FLOOR_SECONDS / _least_seconds(unit)), 1)
+        units[name], work[name] = _repeated(unit, calls), calls * amount
+    return Prepared(units, {'work': work, 'fastest': best})
+
+
+def count_flops(function: Any, *arguments: Any) -> float:
+    """Counts the operations of a jitted function, as it is before any compiler has changed it.
+
+    The body of a loop counts once, and what oneDNN or another library is called for not at all.
+    """
+    return function.lower(*arguments).cost_analysis()['flops']
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision='highest')
+
+
+def _convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+def _compiled(function: Callable[..., jax.Array], *arrays: jax.Array) -> Unit:
+    compiled = jax.jit(function).lower(*arrays).compile()
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def _repeated(unit: Unit, calls: int) -> Unit:
+    def run() -> None:
+        for _ in range(calls):
+            unit()
+
+    return run
+
+
+def _least_seconds(unit: Unit, repeats: int = 3) -> float:
+    unit()
+    return min(_turn_seconds(unit, 1) for _ in range(repeats))
+
+
+def beside_floors(
+    candidates: Mapping[str, Unit], *, rounds: int, repeats: int = 1
+) -> tuple[Measurement, Floors]:
+    """Times candidates in turns, and in the same rounds what the device does at its best.
+
+    Args:
+        candidates: as for `alternate`, like `rounds` and `repeats`.
+        rounds: measured rounds.
+        repeats: units per turn.
+
+    Returns:
+        The seconds of the candidates, and the rates of the device.
+    """
+    with worker(WorkerSpec('benchmarks.harness:prepare_floors')) as host:
+        peaks = {f'floor: {name}': host.unit(name) for name in _FLOOR_UNITS}
+        whole = alternate({**candidates, **peaks}, rounds=rounds, repeats=repeats)
+        rates = {
+            name: tuple(work / value for value in whole.seconds[f'floor: {name}'])
+            for name, work in host.details['work'].items()
+        }
+    seconds = {name: whole.seconds[name] for name in candidates}
+    return Measurement(seconds), Floors(**rates, fastest=host.details['fastest'])
+
+
+# ------------------------------------------------------------------------------------- set-up
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, rounds: int = 0, devices: Sequence[str] = DEVICES
+) -> None:
+    """Adds the options that every benchmark has.
+
+    Args:
+        parser: of a command line.
+        rounds: default of `--rounds`; 0 where nothing is timed.
+        devices: choices of `--device`.
+    """
+    if rounds:
+        parser.add_argument('--rounds', type=int, default=rounds, help='measured rounds')
+    parser.add_argument('--device', choices=devices, help='by default what JAX finds')
+    parser.add_argument('--json', default='', help='file for the timings of every round')
+    parser.add_argument('--markdown', default='', help='file for the report that is printed')
+
+
+def use_device(name: str | None) -> None:
+    """Chooses the device of this process and of its workers; call it before JAX has started.
+
+    Args:
+        name: one of `DEVICES`; None for a GPU where JAX finds one, else the CPU.
+    """
+    chosen = name or _found_device()
+    environment = _GPU_ENVIRONMENT if chosen == 'gpu' else {'JAX_PLATFORMS': 'cpu'}
+    os.environ.update(environment, **{_DEVICE_VARIABLE: chosen})
+    # JAX read its variables when it was imported.
+    jax.config.update('jax_platforms', environment['JAX_PLATFORMS'])
+    if chosen == 'gpu':
+        jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+def _found_device() -> str:
+    if parallel.only_cpu_installed():
+        return 'cpu'
+    # In a process of its own: here JAX must not have started yet.
+    program = 'import jax; print(jax.default_backend())'
+    found = subprocess.run(
+        [sys.executable, '-c', program], capture_output=True, text=True, check=True
+    )
+    return 'gpu' if found.stdout.split()[-1] == 'gpu' else 'cpu'
+
+
+def device() -> str:
+    """Returns which of `DEVICES` was chosen for this process."""
+    return os.environ.get(_DEVICE_VARIABLE, 'cpu')
+
+
+def start_jax(
+    batch_size: int | None = None,
+    *,
+    devices: int = 0,
+    keep_memory: bool = True,
+    by_onednn: bool = True,
+) -> jax.sharding.Mesh:
+    """Sets JAX up as the scripts do: on a CPU a device for each core, and oneDNN's convolutions.
+
+    Args:
+        batch_size: images per batch, which the devices share; None where batches adapt to them.
+        devices: XLA devices the CPU is split into; 0 for one per core.
+        keep_memory: on a CPU, keep freed memory.
+        by_onednn: on a CPU, convolve with oneDNN.
+
+    Returns:
+        The mesh: all devices of the CPU, or one GPU.
+    """
+    if device() == 'cpu':
+        if keep_memory:
+            parallel.keep_freed_memory()
+        parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
+        if by_onednn:
+            onednn.use_onednn()
+    return mesh()
+
+
+def mesh() -> jax.sharding.Mesh:
+    """Returns the mesh of `start_jax`."""
+    return parallel.data_mesh(1 if device() == 'gpu' else None)
+
+
+def peak_memory(unit: Unit) -> float:
+    """The peak of this process in MiB while a unit runs; on a GPU that of what JAX allocated.
+
+    The unit runs once before, so that what compiling takes is left out of the process's peak.
+    Linux only.
+    """
+    unit()
+    if device() == 'gpu':
+        return jax.devices()[0].memory_stats()['peak_bytes_in_use'] / 2**20
+    # From here on the peak counts anew.
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+    for _ in range(3):
+        unit()
+    status = pathlib.Path('/proc/self/status').read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith('VmHWM'))
+    return int(line.split()[1]) / 1024
+
+
+def temporary_memory(mesh: jax.sharding.Mesh, function: Any, *arguments: Any) -> float:
+    """What temporaries a jitted function has on all devices, in MiB, as the compiler says."""
+    analysis = function.lower(*arguments).compile().memory_analysis()
+    return analysis.temp_size_in_bytes * mesh.size / 2**20
+
+
+# ----------------------------------------------------------------------------------- reporting
 
 
 def cores() -> int:
@@ -299,6 +528,7 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
+        'date': datetime.date.today().isoformat(),
         'cpu': _cpu_model(),
         'cores': cores(),
         'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
@@ -321,8 +551,8 @@ def _cpu_model() -> str:
 def machine_line(description: Mapping[str, Any]) -> str:
     """Returns the description of `machine` as one line."""
     versions = ', '.join(f'{name} {version}' for name, version in description['versions'].items())
-    device = description['accelerator']
-    accelerator = '' if device.lower() == 'cpu' else f'accelerator {device}, '
+    found = description['accelerator']
+    accelerator = '' if found.lower() == 'cpu' else f'{found} (TF32 off on both sides), '
     return (
         f'{description["cpu"]}, {description["cores"]} cores, {description["memory_gib"]} GiB, '
         f'{accelerator}{description["system"]}, Python {description["python"]}, {versions}'
@@ -340,26 +570,89 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, rule, *rows))
 
 
-def run_subject(
-    subjects: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Measurement]]],
-    arguments: argparse.Namespace,
-) -> None:
-    """Runs the subject that a command line names, and prints what it was measured on.
+def percent(share: float) -> str:
+    """Returns a share such as `'87 %'`, with one digit where it is below 1 %."""
+    return f'{100 * share:.0f} %' if share >= 0.01 else f'{100 * share:.1g} %'
+
+
+def fastest(measurement: Measurement, names: Sequence[str]) -> str:
+    """Returns which of some candidates has the smallest median; empty where there are none."""
+    return min(names, key=lambda name: measurement.summary(name).median, default='')
+
+
+def bold(name: str, chosen: str) -> str:
+    """Returns a name, bold where it is the chosen one."""
+    return f'**{name}**' if name == chosen else name
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """Returns a command line as reports show it, without paths, in lines of limited length.
 
     Args:
-        subjects: by name, what measures and prints.
-        arguments: with `subject`, and `json`, a file for the timings or empty.
+        module: what Python runs.
+        arguments: of the command line.
     """
-    measurements = subjects[arguments.subject](arguments)
+    groups = [['python', '-m', module]]
+    for argument in arguments:
+        if argument.startswith('--'):
+            groups.append(argument.split('=', 1))
+        else:
+            groups[-1].append(argument)
+    shown = []
+    for name, *values in groups:
+        if name in _FILES:
+            words = values[1:]
+        else:
+            words = [name, _PATHS[name], *values[1:]] if name in _PATHS else [name, *values]
+        if words:
+            shown.append(' '.join(map(shlex.quote, words)))
+    # Lines break between options.
+    lines = [shown[0]]
+    for text in shown[1:]:
+        if len(f'{lines[-1]} {text} \\') <= WIDTH:
+            lines[-1] += f' {text}'
+        else:
+            lines.append(f'  {text}')
+    return ' \\\n'.join(lines)
+
+
+def report(
+    arguments: argparse.Namespace,
+    *parts: str,
+    measurements: Mapping[str, Measurement] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Prints the command, what it ran on, and its tables; writes the files that were asked for.
+
+    Args:
+        arguments: those of `add_arguments`, and others.
+        *parts: what follows: sentences and tables.
+        measurements: timings by name, for the JSON file.
+        details: facts beside the arguments, for the JSON file.
+    """
     description = machine()
-    print(f'\n{machine_line(description)}')
+    module = sys.modules['__main__'].__spec__.name  # type: ignore[union-attr]
+    line = f'{description["date"]}: {machine_line(description)}'
+    machine_lines = textwrap.wrap(line, WIDTH, initial_indent='> ', subsequent_indent='> ')
+    head = f'```sh\n{command(module, sys.argv[1:])}\n```'
+    text = '\n\n'.join((head, '\n'.join(machine_lines), *filter(None, parts))) + '\n'
+    print(text, flush=True)
+    if arguments.markdown:
+        path = pathlib.Path(arguments.markdown)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding='utf-8')
     if arguments.json:
         write_json(
             arguments.json,
             description=description,
-            measurements=measurements,
-            details=vars(arguments),
+            measurements=measurements or {},
+            details={**vars(arguments), **(details or {})},
         )
+
+
+def wrapped(text: str) -> str:
+    """Returns a paragraph in lines of limited length."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def write_json(

@@ -1,6 +1,6 @@
 """Speed of the neuron measures, against floors and against PyTorch.
 
-    python -m benchmarks.neurons SUBJECT [--rounds N] [--json PATH]
+    python -m benchmarks.neurons SUBJECT [--rounds N]
 
 Subjects: `delta`, `input_gradients`, `probes`, `logit_gradients`, `ablation`, `memory`, `scaling`.
 The inputs are those of `benchmarks.neuron_problems`, the peers those of `benchmarks.torch_neurons`.
@@ -15,7 +15,7 @@ import functools
 import pathlib
 import resource
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import harness, neuron_problems
-from neurosens import models, neurons, onednn, parallel
+from neurosens import models, neurons, parallel
 from neurosens.forward import LinenForward, with_edits
 
 DELTA = {'images': 10_000, 'neurons': 512, 'classes': 10, 'seed': 0}
@@ -43,14 +43,6 @@ def _blocking(function: Callable[[], Any]) -> harness.Unit:
 
 def _prepared(units: Mapping[str, harness.Unit], **details: Any) -> harness.Prepared:
     return harness.Prepared(units, {**details, 'units': list(units)})
-
-
-def _mesh(devices: int = 0) -> jax.sharding.Mesh:
-    """One XLA device per core, as the scripts have it."""
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(devices or parallel.cpu_device_count())
-    onednn.use_onednn()
-    return parallel.data_mesh()
 
 
 def _place(mesh: jax.sharding.Mesh, variables: Any) -> Any:
@@ -81,7 +73,7 @@ def prepare_delta(
     Returns:
         The measure, a plain formulation of it, and units that only do its arithmetic or traffic.
     """
-    mesh = _mesh(devices)
+    mesh = harness.start_jax(devices=devices)
     problem = neuron_problems.delta_problem(images, neurons, classes, seed)
     features, logits = parallel.shard(mesh, (problem.features, problem.logits()))
     weights = _place(mesh, problem.weights)
@@ -90,7 +82,9 @@ def prepare_delta(
     plain = jax.jit(jax.vmap(_plain_delta, (0, None, 0)))
     result = ours(features, weights, logits)
     _save(output, delta=result.delta, flips_to=result.flips_to)
-    vectors = parallel.shard(mesh, np.ones(2**20 * mesh.size, np.float32))
+    # Enough for each kind of device to be busy.
+    length = 2**26 if harness.device() == 'gpu' else 2**20
+    vectors = parallel.shard(mesh, np.ones(length * mesh.size, np.float32))
     arithmetic = jax.jit(_multiply_compare)
     traffic = jax.jit(lambda h: (-h, h.astype(jnp.int32)))
     units = {
@@ -125,20 +119,21 @@ def _multiply_compare(values: jax.Array) -> jax.Array:
     return largest
 
 
-def delta(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures Delta against PyTorch and prints the table."""
+def delta(arguments: argparse.Namespace) -> None:
+    """Measures Delta against PyTorch and reports."""
     slice_options = {**DELTA, 'slice': arguments.slice}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         ours = _start(stack, 'neurons:prepare_delta', DELTA, folder, 'ours')
         peers = _start(stack, 'torch_neurons:prepare_delta', slice_options, folder, 'torch')
-        _compare(folder, ('delta', 'flips_to'), rtol=1e-4)
+        agreement = _compare(folder, ('delta', 'flips_to'), rtol=1e-4)
+        theirs = [f'PyTorch, {name}' for name in peers.details['units']]
         units = {name: ours.unit(name) for name in ours.details['units']}
-        units |= {name: peers.unit(name) for name in peers.details['units']}
+        units |= {f'PyTorch, {name}': peers.unit(name) for name in peers.details['units']}
         measurement = harness.alternate(units, rounds=arguments.rounds)
     # Everything in seconds for the whole problem.
     pairs = DELTA['images'] * DELTA['neurons']
     scale = dict.fromkeys(ours.details['units'], 1.0)
-    scale |= {name: pairs / done for name, done in peers.details['pairs'].items()}
+    scale |= {f'PyTorch, {name}': pairs / done for name, done in peers.details['pairs'].items()}
     scale['arithmetic'] = pairs * DELTA['classes'] / ours.details['multiply_compares']
     whole = harness.Measurement(
         {
@@ -146,25 +141,57 @@ def delta(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
             for name, values in measurement.seconds.items()
         }
     )
+    floor = np.maximum(whole.seconds['arithmetic'], whole.seconds['traffic']).tolist()
+    notes = {name: ' (scaled from a slice)' for name in theirs if scale[name] != 1}
     names = {
         'arithmetic': 'floor: one multiply and compare per class at the peak vector rate',
         'traffic': 'floor: inputs and outputs through memory once',
     }
+    definition = (
+        f'{DELTA["neurons"]} neurons on {DELTA["images"]:,} images with {DELTA["classes"]} '
+        f'classes. {agreement} Floor: the slower of the two that the table names.'
+    )
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        _table(whole, theirs, floor, names=names, notes=notes),
+        measurements={'delta': whole},
+    )
+
+
+def _table(
+    measurement: harness.Measurement,
+    peers: Sequence[str],
+    floor: Sequence[float],
+    *,
+    names: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """A Markdown table of all candidates, the fastest peer in bold.
+
+    Args:
+        measurement: its timings.
+        peers: which candidates are PyTorch's.
+        floor: seconds in each round.
+        names: longer names of candidates.
+        notes: what is added to names.
+    """
+    fastest = harness.fastest(measurement, peers)
     rows = []
-    for name in whole.seconds:
-        summary = whole.summary(name)
-        note = '' if scale[name] == 1 or name == 'arithmetic' else ' (scaled from a slice)'
+    for name in measurement.seconds:
+        summary = measurement.summary(name)
+        label = harness.bold((names or {}).get(name, name), fastest) + (notes or {}).get(name, '')
         rows.append(
             (
-                names.get(name, name) + note,
+                label,
                 _milliseconds(summary.median),
                 f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
-                '1' if name == 'neurosens' else _ratio(whole.ratio(name, 'neurosens')),
+                '1' if name == 'neurosens' else _ratio(measurement.ratio(name, 'neurosens')),
+                harness.percent(measurement.share(name, floor)),
             )
         )
-    header = ('Candidate', 'ms', 'quartiles', 'time / neurosens')
-    _print_table(arguments, f'{DELTA}', header, rows)
-    return {'delta': whole}
+    header = ('Candidate', 'ms', 'quartiles', 'time / neurosens', 'share of floor')
+    return harness.markdown_table(header, rows)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -194,7 +221,7 @@ def prepare_input_gradients(
     Returns:
         The measure, and the forward pass it is compared to.
     """
-    mesh = _mesh(devices)
+    mesh = harness.start_jax(devices=devices)
     forward, variables, x = _resnet(mesh, images, seed)
     run = functools.partial(neurons.input_gradient_norms, forward, variables, x)
     _save(output, l2=run().l2)
@@ -212,10 +239,21 @@ def _resnet(mesh: jax.sharding.Mesh, images: int, seed: int) -> tuple[LinenForwa
     return forward, variables, parallel.shard(mesh, neuron_problems.images(images, seed))
 
 
-def input_gradients(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures exact input gradients against captum and PyTorch and prints the table."""
-    options = {'images': GRADIENT_IMAGES, 'seed': 0}
-    return _against_torch(arguments, 'input_gradients', options, ('l2',))
+def input_gradients(arguments: argparse.Namespace) -> None:
+    """Measures exact input gradients against captum and PyTorch and reports."""
+
+    def floor(measurement: harness.Measurement) -> tuple[float, ...]:
+        return measurement.scaled('neurosens, forward pass', 1 + 64)
+
+    _against_torch(
+        arguments,
+        'input_gradients',
+        {'images': GRADIENT_IMAGES, 'seed': 0},
+        ('l2',),
+        f'64 penultimate neurons of a ResNet-20, batch {GRADIENT_IMAGES}.',
+        'a forward pass, and for every neuron a backward pass at the cost of a forward pass',
+        floor,
+    )
 
 
 # ------------------------------------------------------------------------------------- probes
@@ -237,7 +275,7 @@ def prepare_probes(
         One and several probes, and the forward pass.
     """
     del output
-    mesh = _mesh(devices)
+    mesh = harness.start_jax(devices=devices)
     forward, variables, x = _resnet(mesh, images, seed)
     key = parallel.replicate(mesh, jax.random.key(seed))
     plain = jax.jit(lambda v, x: forward(v, x)[0])
@@ -253,8 +291,8 @@ def prepare_probes(
     return _prepared(units, devices=mesh.size)
 
 
-def probes(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures the probes against a forward pass and prints the table."""
+def probes(arguments: argparse.Namespace) -> None:
+    """Measures the probes against a forward pass and reports."""
     options = {'images': GRADIENT_IMAGES, 'seed': 0, 'probes': 8}
     with contextlib.ExitStack() as stack:
         ours = _start(stack, 'neurons:prepare_probes', options)
@@ -266,11 +304,20 @@ def probes(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
         count = 1 if name == 'forward pass' else int(name.split()[0])
         each = harness.Ratio(*(value / count for value in ratio))
         rows.append(
-            (name, _milliseconds(measurement.summary(name).median), harness.ratio_text(each))
+            (
+                name,
+                _milliseconds(measurement.summary(name).median),
+                harness.ratio_text(each),
+                harness.percent(measurement.share(name, measurement.scaled('forward pass', count))),
+            )
         )
-    header = ('All layers of ResNet-20', 'ms', 'forward passes per probe')
-    _print_table(arguments, f'{options}', header, rows)
-    return {'probes': measurement}
+    header = ('All layers of ResNet-20', 'ms', 'forward passes per probe', 'share of floor')
+    harness.report(
+        arguments,
+        f'Batch {GRADIENT_IMAGES}. Floor: a forward pass per probe.',
+        harness.markdown_table(header, rows),
+        measurements={'probes': measurement},
+    )
 
 
 # ---------------------------------------------------------------------------- logit gradients
@@ -292,7 +339,7 @@ def prepare_logit_gradients(
         The measure in either direction, and as floor its forward pass and as many backward passes
         from the logits to the layer, one call each.
     """
-    mesh = _mesh(devices)
+    mesh = harness.start_jax(devices=devices)
     forward, variables, x = _resnet(mesh, images, seed)
     run = functools.partial(neurons.logit_gradients, forward, variables, x, layer=layer)
     found = run()
@@ -333,10 +380,18 @@ def prepare_logit_gradients(
     return _prepared(units, devices=mesh.size, classes=classes, neurons=channels)
 
 
-def logit_gradients(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures derivatives of logits against backward passes and PyTorch; prints the table."""
-    options = {'images': GRADIENT_IMAGES, 'seed': 0, 'layer': LOGIT_LAYER}
-    return _against_torch(arguments, 'logit_gradients', options, ('gradients',))
+def logit_gradients(arguments: argparse.Namespace) -> None:
+    """Measures derivatives of logits against backward passes and PyTorch, and reports."""
+    alone = '10 backward passes, one call each'
+    _against_torch(
+        arguments,
+        'logit_gradients',
+        {'images': GRADIENT_IMAGES, 'seed': 0, 'layer': LOGIT_LAYER},
+        ('gradients',),
+        f'Channels of `{LOGIT_LAYER}` of a ResNet-20, batch {GRADIENT_IMAGES}.',
+        alone,
+        lambda measurement: measurement.seconds[alone],
+    )
 
 
 # ----------------------------------------------------------------------------------- ablation
@@ -364,7 +419,7 @@ def prepare_ablation(
     Returns:
         The measure, and a Python loop over a compiled masked forward pass.
     """
-    mesh = _mesh(devices)
+    mesh = harness.start_jax(devices=devices)
     forward = LinenForward(neuron_problems.small_cnn())
     variables = _place(mesh, neuron_problems.small_cnn_variables(seed))
     shape = neuron_problems.SMALL_CNN_SHAPE
@@ -403,10 +458,27 @@ def prepare_ablation(
     return _prepared(units, devices=mesh.size)
 
 
-def ablation(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures nodal dropout against loops in JAX and PyTorch and prints the table."""
-    options = {'images': arguments.images, 'batch_size': 250, 'seed': 0}
-    return _against_torch(arguments, 'ablation', options, ('responses',), atol=0.002)
+def ablation(arguments: argparse.Namespace) -> None:
+    """Measures nodal dropout against loops in JAX and PyTorch and reports."""
+    _against_torch(
+        arguments,
+        'ablation',
+        {'images': arguments.images, 'batch_size': 250, 'seed': 0},
+        ('responses',),
+        f'64 filters over {arguments.images:,} images.',
+        'the operations of the network once, and of its dense layers for every filter, at the peak '
+        'rate of matrix products',
+        None,
+        atol=0.002,
+        flops=arguments.images * _least_ablation_flops(),
+    )
+
+
+def _least_ablation_flops() -> float:
+    """Operations per image that no way of removing 64 filters in turn can do without."""
+    convolutions = 28**2 * 9 * 64 + 14**2 * 9 * 64 * 32
+    dense = 7**2 * 32 * 64 + 64 * 10
+    return 2.0 * (convolutions + (1 + 64) * dense)
 
 
 # --------------------------------------------------------------------------- memory and scaling
@@ -424,7 +496,7 @@ def prepare_memory(*, chunk: int, images: int, output: str = '') -> harness.Prep
         No units; the peak and what the compiler says it needs, in MiB.
     """
     del output
-    mesh = _mesh()
+    mesh = harness.start_jax()
     forward = LinenForward(neuron_problems.small_cnn())
     variables = _place(mesh, neuron_problems.small_cnn_variables(0))
     shape = neuron_problems.SMALL_CNN_SHAPE
@@ -442,8 +514,8 @@ def prepare_memory(*, chunk: int, images: int, output: str = '') -> harness.Prep
     )
 
 
-def memory(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Prints peak memory of an ablation against its chunk, and plots it."""
+def memory(arguments: argparse.Namespace) -> None:
+    """Reports peak memory of an ablation against its chunk, and plots it."""
     found = {}
     for chunk in CHUNKS:
         spec = harness.WorkerSpec(
@@ -456,7 +528,6 @@ def memory(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
         for chunk, facts in found.items()
     ]
     header = ('Chunk', 'temporaries of the program, MiB', 'growth of the process, MiB')
-    _print_table(arguments, '64 filters, batches of 250', header, rows)
     if arguments.plot:
         figure = Figure(figsize=(4.5, 3.2), layout='constrained')
         axes = figure.subplots()
@@ -465,8 +536,17 @@ def memory(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
         axes.set_ylabel('temporaries of the program (MiB)')
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        figure.savefig(arguments.plot, dpi=150)
-    return {}
+        _save_figure(figure, arguments.plot)
+    harness.report(
+        arguments,
+        'Ablation of 64 filters, batches of 250, each chunk in a process of its own.',
+        harness.markdown_table(header, rows),
+    )
+
+
+def _save_figure(figure: Figure, path: str) -> None:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def prepare_scaling(*, output: str = '') -> harness.Prepared:
@@ -479,7 +559,7 @@ def prepare_scaling(*, output: str = '') -> harness.Prepared:
         For each width of a hidden layer, and each depth of a CIFAR ResNet, one unit per measure.
     """
     del output
-    mesh = _mesh()
+    mesh = harness.start_jax()
     units: dict[str, harness.Unit] = {}
     key = parallel.replicate(mesh, jax.random.key(0))
     x = parallel.shard(mesh, neuron_problems.images(128, 0, (28, 28, 1)))
@@ -519,13 +599,14 @@ def _scaling_units(
         units[f'{name} {measure}'] = _blocking(run)
 
 
-def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
-    """Measures cost against width and depth, prints the table and plots it."""
+def scaling(arguments: argparse.Namespace) -> None:
+    """Measures cost against width and depth, plots it and reports."""
     with contextlib.ExitStack() as stack:
         worker = _start(stack, 'neurons:prepare_scaling', {})
         units = {name: worker.unit(name) for name in worker.details['units']}
         measurement = harness.alternate(units, rounds=arguments.rounds)
     measures = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+    tables = []
     for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
         rows = []
         for measure in measures:
@@ -539,7 +620,7 @@ def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
             exponent = harness.ratio_text(harness.Ratio(middle, low, high))
             rows.append((measure, *(f'{value:.1f}' for value in times), exponent))
         header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent')
-        _print_table(arguments, kind, header, rows)
+        tables.append(harness.markdown_table(header, rows))
     if arguments.plot:
         figure = Figure(figsize=(8, 3.4), layout='constrained')
         for axes, (kind, sizes) in zip(
@@ -556,8 +637,14 @@ def scaling(arguments: argparse.Namespace) -> Mapping[str, harness.Measurement]:
             axes.set_ylabel('ms per batch')
         lines, labels = axes.get_legend_handles_labels()
         figure.legend(lines, labels, loc='outside lower center', ncols=len(measures), frameon=False)
-        figure.savefig(arguments.plot, dpi=150)
-    return {'scaling': measurement}
+        _save_figure(figure, arguments.plot)
+    definition = (
+        '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, '
+        'for depth against the layers behind the measured one; there is no other floor.'
+    )
+    harness.report(
+        arguments, harness.wrapped(definition), *tables, measurements={'scaling': measurement}
+    )
 
 
 # -------------------------------------------------------------------------------------- common
@@ -578,14 +665,16 @@ def _start(
     return stack.enter_context(harness.worker(spec))
 
 
-def _compare(
-    folder: str, names: tuple[str, ...], *, rtol: float = 1e-3, atol: float = 1e-6
-) -> None:
-    """Raises unless both sides computed the same; the slice of a peer is its first rows.
+def _compare(folder: str, names: tuple[str, ...], *, rtol: float = 1e-3, atol: float = 1e-6) -> str:
+    """Says how far both sides agree; the slice of a peer is its first rows.
 
     Derivatives jump where a unit is within rounding of its kink, which a few of millions are: such
     an image may differ.
+
+    Raises:
+        ValueError: they computed different things.
     """
+    sentences = []
     with (
         np.load(pathlib.Path(folder) / 'ours.npz') as ours,
         np.load(pathlib.Path(folder) / 'torch.npz') as theirs,
@@ -593,9 +682,11 @@ def _compare(
         for name in names:
             expected = theirs[name]
             close = np.isclose(ours[name][: len(expected)], expected, rtol=rtol, atol=atol)
-            print(f'{name}: {close.mean():.2%} of {close.size:,} values agree')
+            share = 100 * close.mean()
+            sentences.append(f'{share:.4g} % of {close.size:,} values of `{name}` agree.')
             if close.mean() < _AGREEING:
-                raise ValueError(f'Both sides compute different {name}.')
+                raise ValueError(f'Both sides compute different {name}: {sentences[-1]}')
+    return ' '.join(sentences)
 
 
 def _against_torch(
@@ -603,39 +694,47 @@ def _against_torch(
     subject: str,
     options: Mapping[str, Any],
     names: tuple[str, ...],
+    title: str,
+    floor: str,
+    floor_seconds: Callable[[harness.Measurement], Sequence[float]] | None,
     *,
     rtol: float = 1e-3,
     atol: float = 1e-5,
-) -> Mapping[str, harness.Measurement]:
-    """Times all units of both sides in turns and prints the table."""
+    flops: float = 0.0,
+) -> None:
+    """Times all units of both sides in turns and reports.
+
+    Args:
+        arguments: of the command line.
+        subject: `prepare_` and this is the name of the factories.
+        options: of the factories.
+        names: arrays that are compared before.
+        title: a sentence on what is measured.
+        floor: what the floor is.
+        floor_seconds: seconds of it in each round; None for those that `flops` take at the peak
+            rate of matrix products.
+        rtol: relative tolerance of the comparison.
+        atol: absolute tolerance.
+        flops: operations that cannot be avoided.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         ours = _start(stack, f'neurons:prepare_{subject}', options, folder, 'ours')
         theirs = _start(stack, f'torch_neurons:prepare_{subject}', options, folder, 'torch')
-        _compare(folder, names, rtol=rtol, atol=atol)
-        units = {name: ours.unit(name) for name in ours.details['units']}
-        units |= {f'PyTorch: {name}': theirs.unit(name) for name in theirs.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
-    rows = []
-    for name in units:
-        summary = measurement.summary(name)
-        rows.append(
-            (
-                name,
-                _milliseconds(summary.median),
-                f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
-                '1' if name == 'neurosens' else _ratio(measurement.ratio(name, 'neurosens')),
-            )
-        )
-    header = ('Candidate', 'ms', 'quartiles', 'time / neurosens')
-    _print_table(arguments, f'{subject}: {dict(options)}', header, rows)
-    return {subject: measurement}
-
-
-def _print_table(
-    arguments: argparse.Namespace, title: str, header: tuple[str, ...], rows: list
-) -> None:
-    print(f'\n{title}, {arguments.rounds} rounds:\n')
-    print(harness.markdown_table(header, rows), flush=True)
+        agreement = _compare(folder, names, rtol=rtol, atol=atol)
+        peers = {f'PyTorch: {name}': theirs.unit(name) for name in theirs.details['units']}
+        units = {name: ours.unit(name) for name in ours.details['units']} | peers
+        if floor_seconds is None:
+            measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
+            seconds, peaks = floors.matmul_seconds(flops), f' {floors}'
+        else:
+            measurement = harness.alternate(units, rounds=arguments.rounds)
+            seconds, peaks = floor_seconds(measurement), ''
+    harness.report(
+        arguments,
+        harness.wrapped(f'{title} {agreement} Floor: {floor}.{peaks}'),
+        _table(measurement, list(peers), seconds),
+        measurements={subject: measurement},
+    )
 
 
 _SUBJECTS = {
@@ -649,21 +748,22 @@ _SUBJECTS = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('subject', choices=_SUBJECTS)
-    parser.add_argument('--rounds', type=int, default=5, help='measured rounds')
     parser.add_argument('--slice', type=int, default=2, help='images of the slow peers of delta')
     parser.add_argument('--images', type=int, default=2000, help='images of ablation')
     parser.add_argument('--plot', default='', help='PNG file of memory or scaling')
-    parser.add_argument('--json', default='', help='file for the timings of every round')
-    return parser.parse_args()
+    harness.add_arguments(parser, rounds=5)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measures and prints."""
-    harness.run_subject(_SUBJECTS, parse_arguments())
+    arguments = parse_arguments()
+    harness.use_device(arguments.device)
+    _SUBJECTS[arguments.subject](arguments)
 
 
 if __name__ == '__main__':

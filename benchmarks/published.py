@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -219,14 +219,23 @@ def accuracies(weights: str, data_dir: str, count: int) -> str:
     return harness.markdown_table(header, rows)
 
 
-def main() -> None:
-    """Prints the accuracies."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--weights', required=True, help='folder of the files')
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
     parser.add_argument('--images', type=int, default=10_000, help='how many test images')
-    arguments = parser.parse_args()
-    print(accuracies(arguments.weights, arguments.data_dir, arguments.images))
+    harness.add_arguments(parser, devices=('cpu',))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Prints the accuracies."""
+    arguments = parse_arguments()
+    harness.use_device('cpu')
+    harness.start_jax(_BATCH)
+    table = accuracies(arguments.weights, arguments.data_dir, arguments.images)
+    harness.report(arguments, f'On {arguments.images:,} test images.', table)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@
 
 `steps` times training steps with each term against the plain step of the same network and batch,
 and against the same term in PyTorch by double backpropagation, all in turns. `memory` measures the
-peak of a process that takes such steps, each in a process of its own. `variance` compares the
+peak of a process that takes such steps, each in a process of its own, and the temporaries of the
+compiled step. `variance` compares the
 estimators of activation sensitivity and of the Jacobian: their spread against their cost.
 """
 
@@ -16,22 +17,24 @@ import argparse
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from neurosens import config, data, models, onednn, parallel, regularizers
+from neurosens import config, data, models, parallel, regularizers
 from neurosens.evaluation import plots
 from neurosens.forward import LinenForward
 from neurosens.training import objectives, optimizers, step
 
 PGD_STEPS = 7
 STEPS = 2
+_FIT = 'cross-entropy'
 _UPDATES = 100_000
 
 
@@ -68,7 +71,7 @@ TERMS = {
     'plain': Term(_PLAIN, None, 1.0),
     'T1 + T2': Term(_PLAIN, ('neuron_contribution', {'shared': ('head:in',)}), 1.1),
     'activation sensitivity': Term(_PLAIN, ('activation_sensitivity', {}), 2.2),
-    'Jacobian': Term(_PLAIN, ('jacobian', {'projections': 1}), 2.5),
+    'Jacobian, one projection': Term(_PLAIN, ('jacobian', {'projections': 1}), 2.5),
     'both in one pass': Term(_PLAIN, ('sensitivity_and_jacobian', {}), 2.7),
     f'PGD-{PGD_STEPS}': Term(('pgd', {'steps': PGD_STEPS}), None, 1.1 * (PGD_STEPS + 1)),
 }
@@ -107,7 +110,10 @@ def _initial_state(network: Network, mesh: jax.sharding.Mesh) -> tuple[step.Trai
     return parallel.replicate(mesh, jax.jit(init)(jax.random.key(0))), optimizer, schedule
 
 
-def _training_unit(name: str, term: Term, mesh: jax.sharding.Mesh, batch_size: int) -> harness.Unit:
+def _make_step(
+    name: str, term: Term, mesh: jax.sharding.Mesh
+) -> tuple[step.TrainState, Any, jax.Array]:
+    """A state, the compiled training step with a term, and a key."""
     network = NETWORKS[name]
     state, optimizer, schedule = _initial_state(network, mesh)
     objective, options = term.objective
@@ -127,8 +133,13 @@ def _training_unit(name: str, term: Term, mesh: jax.sharding.Mesh, batch_size: i
         terms,
         mesh,
     )
-    key = parallel.replicate(mesh, jax.random.key(1))
-    stream = itertools.cycle([parallel.shard(mesh, batch) for batch in noise(network, batch_size)])
+    return state, train_step, parallel.replicate(mesh, jax.random.key(1))
+
+
+def _training_unit(name: str, term: Term, mesh: jax.sharding.Mesh, batch_size: int) -> harness.Unit:
+    state, train_step, key = _make_step(name, term, mesh)
+    batches = [parallel.shard(mesh, batch) for batch in noise(NETWORKS[name], batch_size)]
+    stream = itertools.cycle(batches)
 
     def unit() -> None:
         nonlocal state
@@ -148,34 +159,25 @@ def prepare(
         name: one of `NETWORKS`.
         terms: names of `TERMS`.
         batch_size: images per step.
-        peak: run the first term and note the peak of the process in MiB.
+        peak: run the first term and note the peak of the process, and what temporaries the
+            compiler says that the step has on all devices, in MiB.
 
     Returns:
         A unit of a few training steps per term.
     """
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(batch_size))
-    onednn.use_onednn()
-    mesh = parallel.data_mesh()
+    mesh = harness.start_jax(batch_size)
     units = {term: _training_unit(name, TERMS[term], mesh, batch_size) for term in terms}
-    details = peak_of(units[terms[0]]) if peak else {}
+    details = {}
+    if peak:
+        details['peak'] = harness.peak_memory(units[terms[0]])
+        state, train_step, key = _make_step(name, TERMS[terms[0]], mesh)
+        batch = parallel.shard(mesh, noise(NETWORKS[name], batch_size)[0])
+        details['temporary'] = harness.temporary_memory(mesh, train_step, state, batch, key)
     return harness.Prepared(units, {**details, 'devices': mesh.size})
 
 
-def peak_of(unit: harness.Unit) -> dict[str, float]:
-    """The peak of this process in MiB while a unit runs that has run already; Linux only."""
-    unit()
-    # From here on the peak counts anew: what compiling took is left out.
-    pathlib.Path('/proc/self/clear_refs').write_text('5')
-    for _ in range(3):
-        unit()
-    status = pathlib.Path('/proc/self/status').read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith('VmHWM'))
-    return {'peak': int(line.split()[1]) / 1024}
-
-
-def _steps(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:
-    measurements = {}
+def _steps(arguments: argparse.Namespace) -> None:
+    measurements, tables = {}, []
     for name in arguments.networks:
         options = {'name': name, 'terms': list(TERMS), 'batch_size': arguments.batch_size}
         with (
@@ -188,47 +190,53 @@ def _steps(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:
             units |= {f'PyTorch: {term}': theirs.unit(term) for term in TERMS}
             measured = harness.alternate(units, rounds=arguments.rounds)
         measurements[name] = measured
-        rows = []
-        for term, known in TERMS.items():
-            seconds = measured.summary(term).median / STEPS
-            peers = measured.summary(f'PyTorch: {term}').median / STEPS
-            rows.append(
-                (
-                    term,
-                    f'{1000 * seconds:.0f}',
-                    harness.ratio_text(measured.ratio(term, 'plain')),
-                    f'{known.limit:g}',
-                    f'{1000 * peers:.0f}',
-                    harness.ratio_text(measured.ratio(f'PyTorch: {term}', 'PyTorch: plain')),
-                    harness.ratio_text(measured.ratio(f'PyTorch: {term}', term)),
-                )
-            )
-        header = ('Term', 'ms per step', 'in plain steps', 'limit', 'PyTorch, ms')
+        rows = [_row(measured, term, known) for term, known in TERMS.items()]
+        header = ('Term', 'ms per step', 'in plain steps', 'limit', 'share of floor', 'PyTorch, ms')
         header = (*header, 'in its plain steps', 'PyTorch / neurosens')
-        print(f'\n{name}, batches of {arguments.batch_size}, {arguments.rounds} rounds:\n')
-        print(harness.markdown_table(header, rows), flush=True)
-    return measurements
+        tables += [f'{name}:', harness.markdown_table(header, rows)]
+    definition = (
+        f'Batches of {arguments.batch_size}. Floor: the plain step of neurosens in the same round.'
+    )
+    harness.report(arguments, definition, *tables, measurements=measurements)
 
 
-def _memory(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:
+def _row(measured: harness.Measurement, term: str, known: Term) -> tuple[str, ...]:
+    """Cells of one term."""
+    theirs = f'PyTorch: {term}'
+    plain = term == 'plain'
+    return (
+        term,
+        f'{1000 * measured.summary(term).median / STEPS:.0f}',
+        '1' if plain else harness.ratio_text(measured.ratio(term, 'plain')),
+        '' if plain else f'{known.limit:g}',
+        harness.percent(measured.share(term, measured.seconds['plain'])),
+        f'{1000 * measured.summary(theirs).median / STEPS:.0f}',
+        '1' if plain else harness.ratio_text(measured.ratio(theirs, 'PyTorch: plain')),
+        harness.ratio_text(measured.ratio(theirs, term)),
+    )
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    tables = []
     for name in arguments.networks:
         rows = []
         for term in TERMS:
-            cells = [term]
+            options = {'name': name, 'terms': [term], 'batch_size': arguments.batch_size}
+            found = {}
             for module in ('regularizers', 'torch_regularizers'):
-                options = {
-                    'name': name,
-                    'terms': [term],
-                    'batch_size': arguments.batch_size,
-                    'peak': True,
-                }
-                spec = harness.WorkerSpec(f'benchmarks.{module}:prepare', options)
+                spec = harness.WorkerSpec(f'benchmarks.{module}:prepare', {**options, 'peak': True})
                 with harness.worker(spec) as worker:
-                    cells.append(f'{worker.details["peak"]:.0f}')
-            rows.append(tuple(cells))
-        print(f'\n{name}, batches of {arguments.batch_size}, peak of the process in MiB:\n')
-        print(harness.markdown_table(('Term', 'neurosens', 'PyTorch'), rows), flush=True)
-    return {}
+                    found[module] = dict(worker.details)
+            ours, theirs = found['regularizers'], found['torch_regularizers']
+            cells = (ours['temporary'], ours['peak'], theirs['peak'])
+            rows.append((term, *(f'{cell:.0f}' for cell in cells)))
+        header = ('Term', 'temporaries of the step', 'peak of the process', 'that of PyTorch')
+        tables += [f'{name}:', harness.markdown_table(header, rows)]
+    definition = (
+        f'MiB for training steps on batches of {arguments.batch_size}, each in a process of its '
+        'own, which keeps what it frees; the temporaries are those of all devices.'
+    )
+    harness.report(arguments, harness.wrapped(definition), *tables)
 
 
 # ------------------------------------------------------------------------------------ variance
@@ -243,7 +251,9 @@ def _estimators() -> dict[str, Callable[..., Any]]:
         'sensitivity, cotangent': sensitivity(estimator='cotangent'),
         'sensitivity, cotangent, 4 draws': sensitivity(estimator='cotangent', samples=4),
         'sensitivity, neuron sampling': sensitivity(estimator='neuron_sampling'),
-        'sensitivity, neuron sampling, 4': sensitivity(estimator='neuron_sampling', samples=4),
+        'sensitivity, neuron sampling, 4 neurons': sensitivity(
+            estimator='neuron_sampling', samples=4
+        ),
         'sensitivity, finite difference': sensitivity(estimator='finite_difference'),
         'Jacobian, 1 projection': jacobian(projections=1),
         'Jacobian, 3 projections': jacobian(projections=3),
@@ -253,11 +263,8 @@ def _estimators() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _variance(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:
-    parallel.keep_freed_memory()
-    parallel.use_cpu_devices(parallel.cpu_device_count(arguments.batch_size))
-    onednn.use_onednn()
-    mesh = parallel.data_mesh()
+def _variance(arguments: argparse.Namespace) -> None:
+    mesh = harness.start_jax(arguments.batch_size)
     network = NETWORKS[arguments.networks[0]]
     module = make_module(network)
     forward = LinenForward(module, {'train': False})
@@ -286,26 +293,44 @@ def _variance(arguments: argparse.Namespace) -> dict[str, harness.Measurement]:
         ]
         gradients[name] = np.stack(flat)
         units[name] = functools.partial(_blocked, run, params)
-        print(f'  {name}', flush=True)
+
+    def fit(params: Any, key: jax.Array) -> jax.Array:
+        del key
+        logits = forward({**rest, 'params': params}, x)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    units[_FIT] = functools.partial(_blocked, jax.jit(jax.value_and_grad(fit)), params)
     measured = harness.alternate(units, rounds=arguments.rounds)
     rows, points = [], {}
-    for name in units:
+    for name in gradients:
         milliseconds = 1000 * measured.summary(name).median
         mean = gradients[name].mean(0)
         spread = np.sqrt(gradients[name].var(0, ddof=1).sum()) / np.linalg.norm(mean)
         relative = values[name].std(ddof=1) / values[name].mean()
         points[name] = (milliseconds, spread)
         rows.append(
-            (name, f'{milliseconds:.0f}', f'{values[name].mean():.4g}', f'{relative:.2%}',
-             f'{spread:.1%}')
-        )  # fmt: skip
-    header = ('Estimator', 'ms', 'mean', 'spread of the value', 'of the gradient')
-    title = f'{arguments.networks[0]}, one batch of {arguments.batch_size}, {arguments.draws} draws'
-    print(f'\n{title}:\n')
-    print(harness.markdown_table(header, rows), flush=True)
+            (
+                name,
+                f'{milliseconds:.0f}',
+                f'{values[name].mean():.4g}',
+                '0' if relative < 1e-5 else f'{relative:.2%}'.replace('%', ' %'),
+                '0' if spread < 1e-4 else f'{100 * spread:.0f} %',
+                harness.percent(measured.share(name, measured.seconds[_FIT])),
+            )
+        )
+    header = ('Estimator', 'ms', 'mean', 'spread of the value', 'of the gradient', 'share of floor')
+    definition = (
+        f'{arguments.networks[0]}, one batch of {arguments.batch_size}, {arguments.draws} draws. '
+        'Floor: the value and gradient of the cross-entropy of the same batch.'
+    )
     if arguments.plot:
         plots.save(_scatter(points), pathlib.Path(arguments.plot))
-    return {'variance': measured}
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        harness.markdown_table(header, rows),
+        measurements={'variance': measured},
+    )
 
 
 def _blocked(run: Callable[..., Any], params: Any) -> None:
@@ -336,22 +361,23 @@ def _scatter(points: Mapping[str, tuple[float, float]]) -> Figure:
 _SUBJECTS = {'steps': _steps, 'memory': _memory, 'variance': _variance}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('subject', choices=_SUBJECTS)
-    parser.add_argument('--rounds', type=int, default=5, help='measured rounds')
     parser.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument('--batch_size', type=int, default=128, help='images per step')
     parser.add_argument('--draws', type=int, default=30, help='draws of each estimator')
     parser.add_argument('--plot', default='', help='PNG file of variance')
-    parser.add_argument('--json', default='', help='file for the timings of every round')
-    return parser.parse_args()
+    harness.add_arguments(parser, rounds=5)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measures and prints."""
-    harness.run_subject(_SUBJECTS, parse_arguments())
+    arguments = parse_arguments()
+    harness.use_device(arguments.device)
+    _SUBJECTS[arguments.subject](arguments)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -232,7 +233,7 @@ def table(
     return harness.markdown_table(('Method', *header), rows)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--dataset', default='mnist', choices=SETTINGS)
@@ -241,12 +242,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--methods', nargs='+', default=(), help='names; all by default')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each method')
     parser.add_argument('--images', type=int, default=1000, help='test images that are attacked')
-    return parser.parse_args()
+    harness.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Trains, attacks and prints."""
     arguments = parse_arguments()
+    harness.use_device(arguments.device)
     harness.start_jax(BATCH_SIZE)
     setting = SETTINGS[arguments.dataset]
     folder = pathlib.Path(arguments.output)
@@ -269,8 +272,10 @@ def main() -> None:
                 file.write_text(json.dumps(found))
                 print(f'{stem}: {found}, {time.perf_counter() - start:.0f} s', flush=True)
             results.setdefault(name, []).append(json.loads(file.read_text()))
-    print(f'\n{harness.machine_line(harness.machine())}\n')
-    print(table(results, setting.radii, costs(setting, arguments.data_dir)))
+    cost = costs(setting, arguments.data_dir)
+    harness.report(
+        arguments, table(results, setting.radii, cost), measurements={'training steps': cost}
+    )
 
 
 if __name__ == '__main__':

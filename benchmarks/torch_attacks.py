@@ -22,13 +22,13 @@ from art.attacks.evasion import (
 )
 from art.estimators.classification import PyTorchClassifier
 
-from benchmarks import harness, neuron_problems, published
+from benchmarks import harness, neuron_problems, published, torch_device
 from benchmarks.attack_settings import ENSEMBLE, Setting
+from benchmarks.attacks import PAIR_SHARE, PAIRS
 
 Attack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _NORMS = {'linf': 'Linf', 'l2': 'L2'}
-_THREADS = 2
 
 
 class _FAB(torchattacks.FAB):
@@ -85,7 +85,7 @@ def art_attacks(network: torch.nn.Module, setting: Setting, shape: tuple[int, ..
         shape,
         10,
         clip_values=(0.0, 1.0),
-        device_type='cpu',
+        device_type=harness.device(),
     )
     common = {'norm': {'linf': np.inf, 'l2': 2}[setting.norm], 'eps': setting.eps}
     common |= {'batch_size': setting.batch_size, 'verbose': False}
@@ -113,7 +113,7 @@ def art_attacks(network: torch.nn.Module, setting: Setting, shape: tuple[int, ..
 
 
 def _art(attack: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+    return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy()))
 
 
 def neuron_attack(
@@ -147,7 +147,7 @@ def neuron_attack(
     place = neuron[:, None]
     whole = target.norm(dim=1)
     part = target.gather(1, place)[:, 0].abs().clamp(min=1e-12)
-    moved, best, strongest = x, x, torch.full((len(x),), -torch.inf)
+    moved, best, strongest = x, x, torch.full((len(x),), -torch.inf, device=x.device)
     for step in range(steps + 1):
         moved = moved.detach().requires_grad_(step < steps)
         caught.clear()
@@ -184,11 +184,13 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
     Returns:
         Units named `'library attack'`.
     """
-    torch.set_num_threads(_THREADS)
+    on = torch_device.start()
     chosen = Setting(**setting)
     pair = published.load(name, weights)
+    pair.network.to(on)
     images, labels = published.images(pair.data_set, data_dir, chosen.batch_size)
-    x, y = published.torch_images(images), torch.from_numpy(labels.astype(np.int64))
+    x = published.torch_images(images).to(on)
+    y = torch.from_numpy(labels.astype(np.int64)).to(on)
     libraries = {
         'torchattacks': torchattacks_attacks(pair.network, chosen, 0),
         'foolbox': foolbox_attacks(pair.network, chosen),
@@ -202,17 +204,19 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
     neurons, delta, features = neuron_problems.single_neurons(
         pair.forward, pair.variables, images, chosen.neurons
     )
+    rows = np.eye(features.shape[1], dtype=np.float32)
     targets = [
-        torch.from_numpy(features + delta[:, i : i + 1] * np.eye(features.shape[1])[neurons[:, i]])
+        torch.from_numpy(features + delta[:, i : i + 1] * rows[neurons[:, i]]).to(on)
         for i in range(chosen.neurons)
     ]
+    places = torch.from_numpy(neurons.astype(np.int64)).to(on)
 
     def through(rows: slice, i: int) -> torch.Tensor:
         return neuron_attack(
             pair.network,
             x[rows],
-            targets[i][rows].float(),
-            torch.from_numpy(neurons[rows, i].astype(np.int64)),
+            targets[i][rows],
+            places[rows, i],
             eps=chosen.neuron_eps,
             steps=chosen.neuron_steps,
         )
@@ -222,15 +226,11 @@ def prepare(*, name: str, weights: str, data_dir: str, setting: dict) -> harness
             through(slice(None), i)
 
     def pairs_in_turn() -> None:
-        # A part of all pairs, which takes too long: `PAIR_SHARE`.
+        # One of so many images: all of them take too long.
         for row in range(0, len(x), PAIR_SHARE):
             for i in range(chosen.neurons):
                 through(slice(row, row + 1), i)
 
     units['PyTorch neurons in turn'] = neurons_in_turn
-    units['PyTorch pairs in turn'] = pairs_in_turn
-    return harness.Prepared(units, {'units': list(units)})
-
-
-# One of so many images goes through the loop over single pairs.
-PAIR_SHARE = 32
+    units[PAIRS] = pairs_in_turn
+    return torch_device.prepared(units, {'units': list(units)})

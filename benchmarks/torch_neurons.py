@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fusion
 
-from benchmarks import harness, neuron_problems
+from benchmarks import harness, neuron_problems, torch_device
 from benchmarks.torch_models import CIFARResNet20, load_variables
 from neurosens import data, parallel
 
@@ -53,12 +53,12 @@ _SMALLEST_MARGIN = 1e-30
 _TOLERANCE = 1e-4
 
 
-def _start(keep_memory: bool) -> dict[str, Any]:
-    """Settings of the process, and what to report of them."""
+def _start(keep_memory: bool) -> tuple[torch.device, dict[str, Any]]:
+    """Settings of the process: its device, and what to report of them."""
     if keep_memory:
         parallel.keep_freed_memory()
-    torch.set_num_threads(harness.cores())
-    return {'threads': torch.get_num_threads(), 'keep_memory': keep_memory}
+    on = torch_device.start()
+    return on, {'threads': torch.get_num_threads(), 'keep_memory': keep_memory}
 
 
 def _fastest(units: Mapping[Key, harness.Unit], rounds: int = 3) -> tuple[Key, dict[str, float]]:
@@ -67,7 +67,7 @@ def _fastest(units: Mapping[Key, harness.Unit], rounds: int = 3) -> tuple[Key, d
     for _ in range(rounds + 1):
         for name, unit in units.items():
             start = time.perf_counter()
-            unit()
+            torch_device.synchronized(unit)()
             turns[name].append(time.perf_counter() - start)
     seconds = {name: min(values[1:]) for name, values in turns.items()}
     best = min(seconds, key=lambda name: seconds[name])
@@ -136,11 +136,11 @@ def delta_by_neuron(
     rows = []
     for feature, logit in zip(features, logits):
         row = [
-            delta_of_neuron(feature[i], weights[:, i], logit).numpy()
+            delta_of_neuron(feature[i], weights[:, i], logit).cpu().numpy()
             for i in range(weights.shape[1])
         ]
         rows.append(row)
-    return torch.from_numpy(np.array(rows))
+    return torch.from_numpy(np.array(rows)).to(features.device)
 
 
 def delta_by_image(
@@ -165,7 +165,7 @@ def delta_and_class(
     predicted = logits.argmax(1)
     margins = logits.gather(1, predicted[:, None]) - logits
     delta = margins[:, :, None] / (weights - weights[predicted][:, None])
-    delta[torch.arange(len(delta)), predicted] = torch.inf
+    delta[torch.arange(len(delta), device=delta.device), predicted] = torch.inf
     delta = torch.where(features[:, None] + delta >= 0, delta, torch.inf)
     nearest = delta.abs().argmin(1, keepdim=True)
     delta = delta.gather(1, nearest)[:, 0]
@@ -247,10 +247,12 @@ def prepare_delta(
     Returns:
         One unit per way; as details the (image, neuron) `pairs` of each unit.
     """
-    details = _start(keep_memory)
+    on, details = _start(keep_memory)
     problem = neuron_problems.delta_problem(images, neurons, classes, seed)
-    weights = torch.from_numpy(problem.weights)
-    features, logits = torch.from_numpy(problem.features), torch.from_numpy(problem.logits())
+    weights, features, logits = (
+        torch.from_numpy(array).to(on)
+        for array in (problem.weights, problem.features, problem.logits())
+    )
 
     def run(function: DeltaFunction, count: int, chunk: int) -> torch.Tensor:
         with torch.inference_mode():
@@ -296,17 +298,18 @@ def prepare_delta(
         'chunks': chunks,
         'units': list(units),
     }
-    return harness.Prepared(units, details)
+    return torch_device.prepared(units, details)
 
 
 # ------------------------------------------------------------------------------- ResNet-20
 
 
-def resnet20(seed: int, *, channels_last: bool, frozen: bool) -> CIFARResNet20:
+def resnet20(seed: int, on: torch.device, *, channels_last: bool, frozen: bool) -> CIFARResNet20:
     """Returns the network of `neuron_problems.resnet20_variables` in evaluation mode.
 
     Args:
         seed: seed of the variables.
+        on: where it belongs.
         channels_last: keep weights in channels-last memory.
         frozen: whether parameters need no gradients.
     """
@@ -314,16 +317,17 @@ def resnet20(seed: int, *, channels_last: bool, frozen: bool) -> CIFARResNet20:
     network = CIFARResNet20(info.num_classes, info.mean, info.std)
     variables = neuron_problems.resnet20_variables(seed)
     load_variables(network, neuron_problems.resnet20(), variables)
-    return network.eval().requires_grad_(not frozen).to(memory_format=_layout(channels_last))
+    return network.eval().requires_grad_(not frozen).to(on, memory_format=_layout(channels_last))
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _image_tensor(images: np.ndarray, channels_last: bool) -> torch.Tensor:
+def _image_tensor(images: np.ndarray, on: torch.device, channels_last: bool) -> torch.Tensor:
     return (
         torch.from_numpy(images)
+        .to(on)
         .permute(0, 3, 1, 2)
         .contiguous(memory_format=_layout(channels_last))
     )
@@ -410,7 +414,7 @@ def pull_in_vmap(
     """
     outputs, pull = torch.func.vjp(function, x)
     width = outputs.shape[1]
-    cotangents = torch.eye(width)[:count, None].expand(-1, len(x), -1)
+    cotangents = torch.eye(width, device=x.device)[:count, None].expand(-1, len(x), -1)
     kept = torch.func.vmap(lambda cotangent: reduce(pull(cotangent)[0]), chunk_size=chunk_size)(
         cotangents
     )
@@ -465,13 +469,13 @@ def prepare_input_gradients(
         One unit per way; as details the chunk sizes and the largest relative differences from the
         first way.
     """
-    details = _start(keep_memory)
+    on, details = _start(keep_memory)
     batch = neuron_problems.images(images, seed)
-    x = _image_tensor(batch, channels_last=True)
-    network = resnet20(seed, channels_last=True, frozen=True)
+    x = _image_tensor(batch, on, channels_last=True)
+    network = resnet20(seed, on, channels_last=True, frozen=True)
     folded = pooled_features(fold_batch_norm(network))
-    plain = pooled_features(resnet20(seed, channels_last=False, frozen=False))
-    plain_x = _image_tensor(batch, channels_last=False)
+    plain = pooled_features(resnet20(seed, on, channels_last=False, frozen=False))
+    plain_x = _image_tensor(batch, on, channels_last=False)
     attribution = captum.attr.NeuronGradient(network, network.head)
     leaf = x.clone().requires_grad_()
 
@@ -510,7 +514,7 @@ def prepare_input_gradients(
         _save(output, l2=methods['autograd.grad loop'](_PENULTIMATE))
     details |= {'gradients': images * _PENULTIMATE, 'units': list(methods)}
     units = {name: functools.partial(method, _PENULTIMATE) for name, method in methods.items()}
-    return harness.Prepared(units, details)
+    return torch_device.prepared(units, details)
 
 
 def prepare_logit_gradients(
@@ -541,9 +545,9 @@ def prepare_logit_gradients(
         One unit per way; as details the chunk sizes and the largest relative differences from the
         first way.
     """
-    details = _start(keep_memory)
+    on, details = _start(keep_memory)
     batch = neuron_problems.images(images, seed)
-    network = resnet20(seed, channels_last=True, frozen=True)
+    network = resnet20(seed, on, channels_last=True, frozen=True)
     classes = network.head.out_features
 
     def parts(
@@ -552,7 +556,7 @@ def prepare_logit_gradients(
         front, back = cut(network, layer)
         if compiled:
             front, back = torch.compile(front), torch.compile(back)
-        x = _image_tensor(batch, channels_last)
+        x = _image_tensor(batch, on, channels_last)
 
         def start() -> torch.Tensor:
             with torch.no_grad():
@@ -570,7 +574,7 @@ def prepare_logit_gradients(
         best, details[name] = _with_chunk(method, chunk_size, classes)
         return best
 
-    contiguous = parts(resnet20(seed, channels_last=False, frozen=True), channels_last=False)
+    contiguous = parts(resnet20(seed, on, channels_last=False, frozen=True), channels_last=False)
     last = parts(network)
     folded = parts(fold_batch_norm(network))
     methods: dict[str, Method] = {
@@ -590,7 +594,7 @@ def prepare_logit_gradients(
         _save(output, gradients=methods['autograd.grad loop'](classes))
     details |= {'gradients': images * classes, 'units': list(methods)}
     units = {name: functools.partial(method, classes) for name, method in methods.items()}
-    return harness.Prepared(units, details)
+    return torch_device.prepared(units, details)
 
 
 # -------------------------------------------------------------------------- nodal dropout
@@ -623,11 +627,12 @@ class SmallCNN(nn.Module):
         return self.tail(self.front(x))
 
 
-def small_cnn(seed: int, *, channels_last: bool) -> SmallCNN:
+def small_cnn(seed: int, on: torch.device, *, channels_last: bool) -> SmallCNN:
     """Returns the network of `neuron_problems.small_cnn_variables`.
 
     Args:
         seed: seed of the variables.
+        on: where it belongs.
         channels_last: keep weights in channels-last memory.
     """
     network = SmallCNN()
@@ -636,7 +641,7 @@ def small_cnn(seed: int, *, channels_last: bool) -> SmallCNN:
     # The network flattens as Flax does.
     kernel = np.ascontiguousarray(variables['params']['dense3']['kernel'].T)
     network.dense3.load_state_dict({'weight': torch.from_numpy(kernel)}, strict=False)
-    return network.eval().requires_grad_(False).to(memory_format=_layout(channels_last))
+    return network.eval().requires_grad_(False).to(on, memory_format=_layout(channels_last))
 
 
 def correct_by_full_passes(
@@ -733,13 +738,13 @@ def prepare_ablation(
         One unit per way; as details the layout and the number of `passes` of one image, for the
         filters and the intact network.
     """
-    details = _start(keep_memory)
+    on, details = _start(keep_memory)
     pixels = neuron_problems.images(images, seed, neuron_problems.SMALL_CNN_SHAPE)
-    y = torch.from_numpy(neuron_problems.labels(images, seed))
+    y = torch.from_numpy(neuron_problems.labels(images, seed)).to(on)
 
     def load(channels_last: bool) -> tuple[SmallCNN, Batches]:
-        x = _image_tensor(pixels, channels_last)
-        network = _NETWORKS[model](seed, channels_last=channels_last)
+        x = _image_tensor(pixels, on, channels_last)
+        network = _NETWORKS[model](seed, on, channels_last=channels_last)
         return network, list(zip(x.split(batch_size), y.split(batch_size)))
 
     @torch.inference_mode()
@@ -779,7 +784,7 @@ def prepare_ablation(
         _save(output, correct=removed, intact_correct=intact, responses=responses)
     details |= {'passes': images * (_FIRST_FILTERS + 1), 'units': list(methods)}
     units = {name: functools.partial(function, batches) for name, function in methods.items()}
-    return harness.Prepared(units, details)
+    return torch_device.prepared(units, details)
 
 
 # ------------------------------------------------------------------------------------ script
@@ -788,10 +793,11 @@ def prepare_ablation(
 def main() -> None:
     """Times every unit of every factory and prints seconds and details."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=3, help='measured rounds')
     parser.add_argument('--images', type=int, default=500, help='images of the ablation')
     parser.add_argument('--eager', action='store_true', help='leave compiled code out')
+    harness.add_arguments(parser, rounds=3)
     arguments = parser.parse_args()
+    harness.use_device(arguments.device)
     factories: dict[str, Callable[..., harness.Prepared]] = {
         'delta': prepare_delta,
         'logit gradients': prepare_logit_gradients,

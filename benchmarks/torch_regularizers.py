@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from benchmarks import harness, regularizers
+from benchmarks import harness, regularizers, torch_device
 from benchmarks.torch_models import CIFARResNet20, LeNet5Wide
 from neurosens import data, parallel
 
@@ -131,7 +131,7 @@ def _loss(
         fit = functional.cross_entropy(network(x), y)
         if name == 'activation sensitivity':
             return fit + _WEIGHT * sensitivity(network, x)
-        if name == 'Jacobian':
+        if name == 'Jacobian, one projection':
             return fit + _WEIGHT * jacobian(network, x)
         if name == 'both in one pass':
             return fit + _WEIGHT * sensitivity(network, x, 0.5)
@@ -155,12 +155,12 @@ def prepare(
         A unit of a few training steps per term.
     """
     parallel.keep_freed_memory()
-    torch.set_num_threads(harness.cores())
+    on = torch_device.start()
     network_settings = regularizers.NETWORKS[name]
     batches = regularizers.noise(network_settings, batch_size)
 
     def make_unit(term: str) -> harness.Unit:
-        network = make_network(name)
+        network = make_network(name).to(on)
         loss = _loss(term, network, network_settings.eps)
         optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, nesterov=True)
         stream = itertools.cycle(batches)
@@ -169,10 +169,11 @@ def prepare(
             for batch in itertools.islice(stream, regularizers.STEPS):
                 images = (
                     torch.from_numpy(batch.image)
+                    .to(on)
                     .permute(0, 3, 1, 2)
                     .contiguous(memory_format=torch.channels_last)
                 )
-                value = loss(images.float() / 255, torch.from_numpy(batch.label).long())
+                value = loss(images.float() / 255, torch.from_numpy(batch.label).to(on).long())
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
@@ -180,5 +181,5 @@ def prepare(
         return unit
 
     units = {term: make_unit(term) for term in terms}
-    details = regularizers.peak_of(units[terms[0]]) if peak else {}
-    return harness.Prepared(units, {**details, 'threads': torch.get_num_threads()})
+    details = {'peak': torch_device.peak_memory(units[terms[0]])} if peak else {}
+    return torch_device.prepared(units, {**details, 'threads': torch.get_num_threads()})

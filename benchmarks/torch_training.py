@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks import harness, training_step
+from benchmarks import harness, torch_device, training_step
 from benchmarks.torch_models import CIFARResNet20, load_variables
 from neurosens import config, data, parallel
 from neurosens.forward import LinenForward, Variables
@@ -34,12 +34,14 @@ def crop_flip(images: torch.Tensor) -> torch.Tensor:
         uint8 `[B, C, H, W]`, as a view of channels-last memory.
     """
     batch, height, width, _ = images.shape
+    on = images.device
     padded = functional.pad(images, (0, 0, _PADDING, _PADDING, _PADDING, _PADDING))
-    top, left = torch.randint(0, 2 * _PADDING + 1, (2, batch, 1))
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    flip = torch.rand(batch, 1) < 0.5
+    top, left = torch.randint(0, 2 * _PADDING + 1, (2, batch, 1), device=on)
+    rows = top + torch.arange(height, device=on)
+    columns = left + torch.arange(width, device=on)
+    flip = torch.rand(batch, 1, device=on) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
-    example = torch.arange(batch)[:, None, None]
+    example = torch.arange(batch, device=on)[:, None, None]
     # Indexing bytes, before the conversion to float, moves the least memory.
     return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -97,7 +99,8 @@ def make_train_step(
         compiled: compile the network and the loss with `torch.compile`.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = make_network().to(memory_format=layout)  # type: ignore[call-overload]
+    on = torch_device.start()
+    network = make_network().to(on, memory_format=layout)  # type: ignore[call-overload]
     optimizer, schedule = make_optimizer(network)
 
     def loss_function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -106,10 +109,10 @@ def make_train_step(
     compute_loss = torch.compile(loss_function) if compiled else loss_function
 
     def train_step(batch: data.Batch, augmentation: str) -> torch.Tensor:
-        images = _AUGMENTATIONS[augmentation](torch.from_numpy(batch.image)).contiguous(
+        images = _AUGMENTATIONS[augmentation](torch.from_numpy(batch.image).to(on)).contiguous(
             memory_format=layout
         )
-        loss = compute_loss(images.float() / 255, torch.from_numpy(batch.label).long())
+        loss = compute_loss(images.float() / 255, torch.from_numpy(batch.label).to(on).long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -143,7 +146,6 @@ def prepare(
     """
     if keep_memory:
         parallel.keep_freed_memory()
-    torch.set_num_threads(harness.cores())
     batches = training_step.load_batches(batch_size, data_dir)
 
     # One network for both augmentations: compiling it takes longer than measuring it.
@@ -160,7 +162,7 @@ def prepare(
         return unit
 
     units = {title: make_unit(name) for title, name in training_step.AUGMENTATIONS.items()}
-    return harness.Prepared(units, {'threads': torch.get_num_threads()})
+    return torch_device.prepared(units, {'threads': torch.get_num_threads()})
 
 
 def check_agreement(*, data_dir: str, batch_size: int = 64, steps: int = 3) -> harness.Prepared:
@@ -174,6 +176,7 @@ def check_agreement(*, data_dir: str, batch_size: int = 64, steps: int = 3) -> h
     Returns:
         No units; as details the number of parameters and the largest differences.
     """
+    mesh = harness.start_jax(devices=1, by_onednn=False)
     batches = training_step.load_batches(batch_size, data_dir)[:steps]
     state, optimizer, schedule = training_step.initial_state()
     module = training_step.make_module()
@@ -186,9 +189,7 @@ def check_agreement(*, data_dir: str, batch_size: int = 64, steps: int = 3) -> h
     logits = _logits_difference(module, state.variables, batches[0].image)
     assert logits <= _LOGITS_TOLERANCE, f'logits differ by {logits}'
 
-    ours = step.make_train_step(
-        module, optimizer, schedule, objectives.standard(), (), parallel.data_mesh(1)
-    )
+    ours = step.make_train_step(module, optimizer, schedule, objectives.standard(), (), mesh)
     theirs = make_train_step(channels_last=False, compiled=False)
     losses = 0.0
     for batch in batches:

@@ -1,11 +1,11 @@
 """Images per second of training a CIFAR ResNet-20: neurosens against plain PyTorch on the same CPU.
 
-    python -m benchmarks.training_step [--rounds N] [--batch_size B] [--data_dir DIR] [--json PATH]
+    python -m benchmarks.training_step [--memory] [--rounds N] [--batch_size B] [--data_dir DIR]
         [--without CANDIDATE ...]
 
 Both train the same network from the same weights on the same uint8 batches with the same SGD, once
 with and once without random crops and flips. Before any timing, a guard checks that networks and
-training steps agree.
+training steps agree. `--memory` compares keeping freed memory with giving it back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,14 +21,22 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from neurosens import config, data, models, onednn, parallel
+from neurosens import config, data, models, parallel
 from neurosens.training import objectives, optimizers, step
 
 PARAMETERS = 269_722
 # Long enough for the learning rate never to reach 0 in a measurement.
 UPDATES = 100_000
-AUGMENTATIONS = {'with crops and flips': 'pad_crop_flip', 'without augmentation': 'none'}
-OURS = 'neurosens, one XLA device per core'
+AUGMENTATIONS = {
+    'With random crops and flips': 'pad_crop_flip',
+    'Without augmentation': 'none',
+}
+OURS = {'cpu': 'neurosens, one XLA device per core', 'gpu': 'neurosens'}
+# Beside the reference and the fastest PyTorch setting, those of `--memory` alone.
+_MEMORY = {
+    'neurosens, giving freed memory back',
+    'PyTorch eager, channels last, keeping memory',
+}
 _DISTINCT_BATCHES = 8
 _TORCH = 'benchmarks.torch_training:prepare'
 
@@ -87,11 +95,7 @@ def prepare(
     Returns:
         One unit per augmentation.
     """
-    if keep_memory:
-        parallel.keep_freed_memory()
-    parallel.use_cpu_devices(devices or parallel.cpu_device_count(batch_size))
-    onednn.use_onednn()
-    mesh = parallel.data_mesh()
+    mesh = harness.start_jax(batch_size, devices=devices, keep_memory=keep_memory)
     batches = load_batches(batch_size, data_dir)
     units = {
         title: _training_unit(mesh, augmentation, steps, batches)
@@ -100,11 +104,25 @@ def prepare(
     return harness.Prepared(units, {'devices': mesh.size})
 
 
-def _training_unit(
-    mesh: jax.sharding.Mesh, augmentation: str, steps: int, batches: list[data.Batch]
-) -> harness.Unit:
+def count(*, batch_size: int) -> harness.Prepared:
+    """Counts the operations of a training step, as it is before any compiler has changed it.
+
+    Args:
+        batch_size: images per step.
+
+    Returns:
+        No units; as details the `flops`.
+    """
+    # Operations of oneDNN are not counted.
+    mesh = harness.start_jax(devices=1, by_onednn=False)
+    state, train_step, key = make_step(mesh, 'none')
+    batch = parallel.shard(mesh, load_batches(batch_size, '')[0])
+    return harness.Prepared({}, {'flops': harness.count_flops(train_step, state, batch, key)})
+
+
+def make_step(mesh: jax.sharding.Mesh, augmentation: str) -> tuple[step.TrainState, Any, Any]:
+    """Returns a state, the compiled training step, and a key."""
     state, optimizer, schedule = initial_state()
-    state = parallel.replicate(mesh, state)
     train_step = step.make_train_step(
         make_module(),
         optimizer,
@@ -114,7 +132,13 @@ def _training_unit(
         mesh,
         augmentation=augmentation,
     )
-    key = parallel.replicate(mesh, jax.random.key(1))
+    return parallel.replicate(mesh, state), train_step, parallel.replicate(mesh, jax.random.key(1))
+
+
+def _training_unit(
+    mesh: jax.sharding.Mesh, augmentation: str, steps: int, batches: list[data.Batch]
+) -> harness.Unit:
+    state, train_step, key = make_step(mesh, augmentation)
     stream = itertools.cycle(batches)
 
     def unit() -> None:
@@ -142,7 +166,7 @@ def worker_specs(arguments: argparse.Namespace) -> dict[str, harness.WorkerSpec]
         'PyTorch compiled, channels last': (True, True, False),
     }
     our_options = {
-        OURS: (0, True),
+        reference(): (0, True),
         'neurosens, one XLA device': (1, True),
         'neurosens, giving freed memory back': (0, False),
     }
@@ -153,7 +177,16 @@ def worker_specs(arguments: argparse.Namespace) -> dict[str, harness.WorkerSpec]
     for name, (channels_last, compiled, keep) in torch_options.items():
         options = {'channels_last': channels_last, 'compiled': compiled, 'keep_memory': keep}
         specs[name] = harness.WorkerSpec(_TORCH, {**options, **common})
-    return {name: spec for name, spec in specs.items() if name not in arguments.without}
+    chosen = _MEMORY if arguments.memory else specs.keys() - _MEMORY
+    chosen = {*chosen, reference(), 'PyTorch eager, channels last'} - {*arguments.without}
+    if harness.device() == 'gpu':
+        chosen -= {'neurosens, one XLA device'}
+    return {name: spec for name, spec in specs.items() if name in chosen}
+
+
+def reference() -> str:
+    """Returns the candidate that the others are compared with."""
+    return OURS[harness.device()]
 
 
 @contextlib.contextmanager
@@ -180,83 +213,83 @@ def running_workers(
         yield workers, failures
 
 
-def table(
-    measurement: harness.Measurement, *, images: int, fastest: str, reference: str = OURS
-) -> str:
-    """Returns the Markdown table of one measurement.
+def table(measurement: harness.Measurement, *, images: int, floor: Sequence[float]) -> str:
+    """Returns the Markdown table of one measurement, the fastest PyTorch setting in bold.
 
     Args:
         measurement: seconds per unit of work.
         images: images per unit of work.
-        fastest: the fastest PyTorch setting, marked in bold.
-        reference: the candidate that the others' throughput is compared to.
+        floor: seconds in each round that the operations of a unit take at the peak.
     """
+    peers = [name for name in measurement.seconds if name.startswith('PyTorch')]
+    fastest = harness.fastest(measurement, peers)
     rows = []
     for name in measurement.seconds:
         summary = measurement.summary(name)
         # How many times as fast the reference is: the candidate's seconds over its own.
-        ratio = harness.ratio_text(measurement.ratio(name, reference))
+        ratio = harness.ratio_text(measurement.ratio(name, reference()))
         rows.append(
             (
-                f'**{name}**' if name == fastest else name,
+                harness.bold(name, fastest),
                 f'{images / summary.median:.0f}',
                 f'{images / summary.upper_quartile:.0f}-{images / summary.lower_quartile:.0f}',
                 f'{images / summary.minimum:.0f}',
-                '1' if name == reference else ratio,
+                '1' if name == reference() else ratio,
+                harness.percent(measurement.share(name, floor)),
             )
         )
     header = ('Candidate', 'images/s', 'quartiles', 'best round', 'speed of neurosens / its speed')
-    return harness.markdown_table(header, rows)
+    return harness.markdown_table((*header, 'share of floor'), rows)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=20, help='measured rounds')
+    parser.add_argument('--memory', action='store_true', help='keep freed memory, or give it back')
     parser.add_argument('--batch_size', type=int, default=128, help='images per step')
     parser.add_argument('--steps', type=int, default=3, help='training steps per turn')
     parser.add_argument('--data_dir', default='', help='prepared CIFAR-10; noise without it')
     parser.add_argument(
         '--without', nargs='*', default=[], help='candidates to leave out, by their names'
     )
-    parser.add_argument('--json', default='', help='file for the timings of every round')
-    return parser.parse_args()
+    harness.add_arguments(parser, rounds=20)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Checks, measures and prints."""
     arguments = parse_arguments()
+    harness.use_device(arguments.device)
     # On noise: with real images the first steps at this rate amplify rounding beyond comparison.
     guard = harness.WorkerSpec('benchmarks.torch_training:check_agreement', {'data_dir': ''})
-    with harness.worker(guard) as checked:
-        agreement = dict(checked.details)
-    print(
-        f'{agreement["parameters"]} parameters in both; largest difference of logits '
-        f'{agreement["logits"]:.1e}, of losses over {agreement["steps"]} steps '
-        f'{agreement["losses"]:.1e}'
+    counting = harness.WorkerSpec(
+        'benchmarks.training_step:count', {'batch_size': arguments.batch_size}
     )
-    measurements = {}
+    with harness.worker(guard) as checked, harness.worker(counting) as counted:
+        agreement, flops = dict(checked.details), counted.details['flops']
+    measurements, tables = {}, []
+    images = arguments.batch_size * arguments.steps
     with running_workers(worker_specs(arguments)) as (workers, failures):
         for title in AUGMENTATIONS:
             units = {name: worker.unit(title) for name, worker in workers.items()}
-            measurements[title] = harness.alternate(units, rounds=arguments.rounds)
-    description = harness.machine()
-    print(f'\n{harness.machine_line(description)}')
-    for title, measurement in measurements.items():
-        peers = [name for name in measurement.seconds if name.startswith('PyTorch')]
-        fastest = min(peers, key=lambda name: measurement.summary(name).median)
-        images = arguments.batch_size * arguments.steps
-        print(f'\nBatches of {arguments.batch_size}, {title}, {arguments.rounds} rounds:\n')
-        print(table(measurement, images=images, fastest=fastest))
-    for name, reason in failures.items():
-        print(f'\n{name} did not run: {reason}')
-    if arguments.json:
-        harness.write_json(
-            arguments.json,
-            description=description,
-            measurements=measurements,
-            details={**vars(arguments), 'agreement': agreement, 'failures': failures},
-        )
+            measured, floors = harness.beside_floors(units, rounds=arguments.rounds)
+            floor = floors.convolution_seconds(flops * arguments.steps)
+            measurements[title] = measured
+            tables += [f'{title}:', table(measured, images=images, floor=floor)]
+    notes = [f'{name} did not run: {reason}' for name, reason in failures.items()]
+    harness.report(
+        arguments,
+        harness.wrapped(
+            f'{agreement["parameters"]} parameters in both; largest difference of logits '
+            f'{agreement["logits"]:.1e}, of losses over {agreement["steps"]} steps '
+            f'{agreement["losses"]:.1e}. Floor: the {flops / 1e9:.1f} GFLOP of a step on '
+            f'{arguments.batch_size} images at the peak rate of convolutions. {floors}'
+        ),
+        *tables,
+        *notes,
+        measurements=measurements,
+        details={'agreement': agreement, 'failures': failures, 'flops': flops},
+    )
 
 
 if __name__ == '__main__':

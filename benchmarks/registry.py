@@ -1,0 +1,171 @@
+"""The benchmarks that `python -m benchmarks` knows: their commands, and what they need."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+
+# What stands for paths in commands, as reports show them.
+WEIGHTS, DATA, OUTPUT, PLOT = '{weights}', '{data_dir}', '{output}', '{plot}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One benchmark, whose report is a block of the documentation.
+
+    Attributes:
+        name: of the subject and of its block.
+        module: what Python runs.
+        arguments: its command line, with `WEIGHTS`, `DATA`, `OUTPUT` and `PLOT` for paths.
+        packages: Python packages beyond those of neurosens that it imports.
+        minutes: roughly how long it takes on two cores.
+        plot: name of the figure that it draws, or empty.
+        devices: what it can run on.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    packages: tuple[str, ...]
+    minutes: int
+    plot: str = ''
+    devices: tuple[str, ...] = ('cpu', 'gpu')
+
+    def command(self, paths: Mapping[str, str], rounds: int = 0, device: str = '') -> list[str]:
+        """Returns the arguments of Python that run it.
+
+        Args:
+            paths: by `'weights'`, `'data_dir'`, `'output'` and `'plot'`.
+            rounds: in place of its own, where it is timed in rounds.
+            device: what to run on, or empty.
+        """
+        arguments = [argument.format_map(paths) for argument in self.arguments]
+        if rounds and '--rounds' in arguments:
+            arguments[arguments.index('--rounds') + 1] = str(rounds)
+        if device and device in self.devices:
+            arguments += ['--device', device]
+        return ['-m', self.module, *arguments]
+
+    def shown(self) -> str:
+        """Returns the command as documentation shows it."""
+        shown = {'weights': 'DIR', 'data_dir': 'DIR', 'output': 'DIR', 'plot': 'FILE'}
+        return ' '.join(('python', *self.command(shown)))
+
+    def lacks(self, paths: Mapping[str, str], device: str = '') -> str:
+        """Returns a sentence on what it needs and does not have; empty where it has everything.
+
+        Args:
+            paths: as for `command`; empty strings are not given.
+            device: what to run on, or empty.
+        """
+        for option, placeholder in (('weights', WEIGHTS), ('data_dir', DATA)):
+            if placeholder in self.arguments and not paths[option]:
+                return f'It needs --{option}.'
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f'It needs Python packages that are not installed: {", ".join(missing)}.'
+        if device and device not in self.devices:
+            return f'It does not run on a {device}.'
+        return ''
+
+
+def _subjects() -> tuple[Subject, ...]:
+    torch, captum = ('torch',), ('torch', 'captum')
+    parity = ('torch', 'foolbox', 'torchattacks', 'art')
+    real = ('--weights', WEIGHTS, '--data_dir', DATA)
+    networks = ('--networks', 'resnet2b', 'lenet5_robust')
+    single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
+    cpu = ('cpu',)
+
+    def attacks(subject: str, rounds: int, packages: tuple[str, ...], minutes: int) -> Subject:
+        timed = ('--rounds', str(rounds)) if rounds else ()
+        arguments = (subject, *real, *timed)
+        return Subject(f'attacks.{subject}', 'benchmarks.attacks', arguments, packages, minutes)
+
+    def neurons(
+        subject: str, rounds: int, packages: tuple[str, ...], minutes: int, plot: str = ''
+    ) -> Subject:
+        timed = ('--rounds', str(rounds)) if rounds else ()
+        drawn = ('--plot', PLOT) if plot else ()
+        arguments = (subject, *timed, *drawn)
+        devices = cpu if subject == 'memory' else ('cpu', 'gpu')
+        name, module = f'neurons.{subject}', 'benchmarks.neurons'
+        return Subject(name, module, arguments, packages, minutes, plot, devices)
+
+    return (
+        Subject('training_step', 'benchmarks.training_step', ('--rounds', '8'), torch, 12),
+        Subject(
+            'training_step.memory',
+            'benchmarks.training_step',
+            ('--memory', '--rounds', '6'),
+            torch,
+            6,
+            devices=cpu,
+        ),
+        Subject('convolution', 'benchmarks.convolution', ('--rounds', '8'), torch, 2, devices=cpu),
+        Subject('attack_loop', 'benchmarks.attack_loop', ('--rounds', '5'), (), 3),
+        attacks('steps', 3, parity, 15),
+        attacks('autoattack', 1, parity, 20),
+        attacks('neurons', 3, parity, 15),
+        attacks('compile', 0, torch, 3),
+        Subject(
+            'attack_parity.compare',
+            'benchmarks.attack_parity',
+            ('compare', *real, '--output', OUTPUT, '--seeds', '1', *networks),
+            parity,
+            120,
+        ),
+        Subject(
+            'attack_parity.smallest',
+            'benchmarks.attack_parity',
+            ('smallest', *real, *networks),
+            parity,
+            20,
+        ),
+        Subject(
+            'attack_parity.published',
+            'benchmarks.attack_parity',
+            ('published', *real),
+            (*parity, 'tensorflow_datasets'),
+            30,
+        ),
+        Subject(
+            'regularizers.steps', 'benchmarks.regularizers', ('steps', '--rounds', '4'), torch, 6
+        ),
+        Subject(
+            'regularizers.variance',
+            'benchmarks.regularizers',
+            ('variance', *single, '--rounds', '3', '--plot', PLOT),
+            (),
+            4,
+            'estimators.png',
+        ),
+        Subject('regularizers.memory', 'benchmarks.regularizers', ('memory',), torch, 6),
+        neurons('delta', 9, captum, 5),
+        neurons('input_gradients', 5, captum, 8),
+        neurons('probes', 10, (), 1),
+        neurons('logit_gradients', 7, captum, 4),
+        neurons('ablation', 3, captum, 6),
+        neurons('memory', 0, (), 2, 'ablation_memory.png'),
+        neurons('scaling', 4, (), 4, 'neuron_scaling.png'),
+        Subject('memory', 'benchmarks.memory', (), (), 3),
+        Subject('scaling', 'benchmarks.scaling', ('--rounds', '5'), (), 8, devices=cpu),
+    )
+
+
+SUBJECTS = {subject.name: subject for subject in _subjects()}
+
+
+def chosen(names: list[str] | None) -> list[Subject]:
+    """Returns the subjects of some names, in the order of the registry; all for None.
+
+    Raises:
+        ValueError: there is no such subject.
+    """
+    unknown = [name for name in names or () if name not in SUBJECTS]
+    if unknown:
+        raise ValueError(
+            f'There is no subject {", ".join(map(repr, unknown))}; there are {", ".join(SUBJECTS)}.'
+        )
+    return [subject for subject in SUBJECTS.values() if names is None or subject.name in names]

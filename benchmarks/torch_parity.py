@@ -1,0 +1,104 @@
+"""The sides of torchattacks and foolbox in `benchmarks.attack_parity`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import foolbox
+import numpy as np
+import torch
+import torchattacks
+
+from benchmarks import published, torch_attacks
+from benchmarks.attack_settings import Setting
+
+_SMALLEST: dict[tuple[str, str], Callable[[], foolbox.Attack]] = {
+    ('deepfool', 'l2'): lambda: foolbox.attacks.L2DeepFoolAttack(steps=50),
+    ('deepfool', 'linf'): lambda: foolbox.attacks.LinfDeepFoolAttack(steps=50),
+    ('fmn', 'l2'): lambda: foolbox.attacks.L2FMNAttack(steps=100),
+    ('fmn', 'linf'): lambda: foolbox.attacks.LInfFMNAttack(steps=100),
+    ('fmn', 'l1'): lambda: foolbox.attacks.L1FMNAttack(steps=100),
+    ('carlini_wagner', 'l2'): lambda: foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=5, steps=200
+    ),
+}
+_ORDERS = {'linf': np.inf, 'l2': 2, 'l1': 1}
+
+
+def _tensors(
+    network: torch.nn.Module, x: np.ndarray, y: np.ndarray, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields images and labels in batches, where the network is."""
+    on = next(network.parameters()).device
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        labels = torch.from_numpy(np.int64(y[rows])).to(on)
+        yield published.torch_images(x[rows]).to(on), labels
+
+
+def withstood(
+    network: torch.nn.Module, attack: str, setting: Setting, seed: int, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Returns which images an attack of torchattacks leaves classified correctly `[N]`."""
+    torch.manual_seed(seed)
+    run = torch_attacks.torchattacks_attacks(network, setting, seed)[attack]
+    found = []
+    for images, labels in _tensors(network, x, y, setting.batch_size):
+        correct = network(images).argmax(1) == labels
+        still = correct.clone()
+        # Only images that are classified correctly are attacked, as in ours.
+        adversarial = run(images[correct], labels[correct])
+        still[correct] = network(adversarial).argmax(1) == labels[correct]
+        found.append(still.cpu().numpy())
+    return np.concatenate(found)
+
+
+def correct(network: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns which images are classified correctly `[N]`."""
+    ((images, labels),) = _tensors(network, x, y, len(x))
+    return (network(images).argmax(1) == labels).cpu().numpy()
+
+
+def smallest(
+    network: torch.nn.Module, attack: str, norm: str, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Returns the size of the perturbations that an attack of foolbox finds, inf for none `[N]`."""
+    ((images, labels),) = _tensors(network, x, y, len(x))
+    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    _, found, success = _SMALLEST[attack, norm]()(model, images, labels, epsilons=None)
+    change = (found - images).detach().flatten(1).cpu().numpy()
+    sizes = np.linalg.norm(change, _ORDERS[norm], axis=1)
+    return np.where(success.cpu().numpy(), sizes, np.inf)
+
+
+def broken(
+    network: torch.nn.Module,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    eps: float,
+    steps: int,
+    step_size: float,
+    random_start: bool,
+    batch_size: int,
+) -> float:
+    """Returns the share of correctly classified images that PGD of torchattacks breaks.
+
+    Args:
+        network: in PyTorch.
+        x: images.
+        y: labels.
+        eps: linf radius.
+        steps: of PGD.
+        step_size: their length.
+        random_start: whether to start at random, or from the image.
+        batch_size: images at once.
+    """
+    torch.manual_seed(0)
+    run = torchattacks.PGD(network, eps, step_size, steps, random_start)
+    found = []
+    for images, labels in _tensors(network, x, y, batch_size):
+        right = network(images).argmax(1) == labels
+        adversarial = run(images[right], labels[right])
+        found.append((network(adversarial).argmax(1) != labels[right]).cpu().numpy())
+    return float(np.concatenate(found).mean())

@@ -1,0 +1,352 @@
+"""The suite of benchmarks: its registry, its reports and the blocks of the documentation."""
+
+import argparse
+import contextlib
+import importlib
+import json
+import pathlib
+import re
+import sys
+import types
+
+import pytest
+
+from benchmarks import __main__ as suite
+from benchmarks import attack_loop, attacks, documents, harness, neurons, registry, scaling
+from benchmarks.attack_settings import Setting
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENT = (REPOSITORY / 'docs' / 'benchmarks.md').read_text(encoding='utf-8')
+TEXT = """# Title
+
+Prose.
+
+<!-- begin one -->
+| 1 |
+<!-- end one -->
+
+More prose.
+
+<!-- begin two.part -->
+<!-- end two.part -->
+The end.
+"""
+PATHS = {'weights': 'W', 'data_dir': 'D', 'output': 'O', 'plot': 'P.png'}
+
+
+def test_only_the_own_block_is_replaced():
+    text = documents.replaced(TEXT, {'one': 'new\n\ntable\n'})
+    assert text == TEXT.replace('| 1 |', 'new\n\ntable')
+    assert documents.replaced(text, {'one': '| 1 |'}) == TEXT
+
+
+def test_several_blocks_are_replaced_whatever_their_order():
+    text = documents.replaced(TEXT, {'two.part': 'second', 'one': 'a longer first block'})
+    assert text.index('a longer first block') < text.index('second') < text.index('The end.')
+    assert text.count('<!--') == 4 and '| 1 |' not in text
+
+
+def test_the_content_of_a_block_may_hold_what_patterns_and_formats_take_for_their_own():
+    content = r'\1 \g<0> {braces} %s'
+    assert content in documents.replaced(TEXT, {'one': content})
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        ('<!-- end one -->', '', 'inside the block'),
+        ('<!-- begin one -->', '', 'has not begun'),
+        ('<!-- end two.part -->', '', 'does not end'),
+        ('<!-- begin two.part -->\n<!-- end two.part -->', '', 'no markers for two.part'),
+        ('two.part', 'one', 'second time'),
+        ('<!-- end one -->', '| <!-- end one --> |', 'shares its line'),
+    ],
+)
+def test_damaged_markers_are_refused(old, new, message):
+    with pytest.raises(documents.MarkerError, match=message):
+        documents.replaced(TEXT.replace(old, new), {'two.part': 'new'})
+
+
+def test_the_documentation_has_a_block_for_every_subject_and_no_other():
+    assert documents.blocks(DOCUMENT).keys() == registry.SUBJECTS.keys()
+
+
+@pytest.mark.parametrize('subject', registry.SUBJECTS.values(), ids=lambda subject: subject.name)
+def test_commands_are_understood_by_what_they_run(subject):
+    _, module, *arguments = subject.command(PATHS, rounds=3, device=subject.devices[-1])
+    parsed = importlib.import_module(module).parse_arguments(
+        [*arguments, '--json', 'file.json', '--markdown', 'file.md']
+    )
+    assert getattr(parsed, 'rounds', 3) == 3 or '--rounds' not in subject.arguments
+    assert parsed.device == subject.devices[-1] and parsed.markdown == 'file.md'
+    assert ('--plot' in arguments) == bool(subject.plot)
+
+
+@pytest.mark.parametrize('subject', registry.SUBJECTS.values(), ids=lambda subject: subject.name)
+def test_workers_are_there(subject):
+    # Peers need packages that need not be installed; ours must be found without them.
+    source = pathlib.Path(importlib.import_module(subject.module).__file__).read_text()
+    for module, function in set(re.findall(r"'(benchmarks\.\w+):(\w+)'", source)):
+        if '.torch_' not in module:
+            assert callable(getattr(importlib.import_module(module), function))
+        else:
+            assert f'def {function}(' in (REPOSITORY / f'{module.replace(".", "/")}.py').read_text()
+
+
+def test_an_unknown_subject_is_refused_with_the_names_there_are(capsys):
+    assert suite.main(['--only', 'training_step', 'nonsense']) == 2
+    error = capsys.readouterr().err
+    assert "no subject 'nonsense'" in error and 'neurons.delta' in error
+
+
+def test_the_list_has_every_subject_with_its_command(capsys):
+    assert suite.main(['--list']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(registry.SUBJECTS)
+    assert any('python -m benchmarks.neurons delta --rounds 9' in line for line in lines)
+
+
+def test_what_a_subject_lacks_is_said():
+    subject = registry.SUBJECTS['attacks.steps']
+    assert subject.lacks({**PATHS, 'weights': ''}) == 'It needs --weights.'
+    assert subject.lacks({**PATHS, 'data_dir': ''}) == 'It needs --data_dir.'
+    missing = registry.Subject('s', 'm', (), ('no_such_package',), 1, devices=('cpu',))
+    assert 'no_such_package' in missing.lacks(PATHS)
+    alone = registry.Subject('s', 'm', (), (), 1, devices=('cpu',))
+    assert 'gpu' in alone.lacks(PATHS, 'gpu') and not alone.lacks(PATHS, 'cpu')
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Three subjects, of which the second fails, and a document with their blocks."""
+    (tmp_path / 'toy.py').write_text(
+        'import sys\n'
+        'name, markdown = sys.argv[1], sys.argv[sys.argv.index("--markdown") + 1]\n'
+        'if name == "bad":\n'
+        '    raise SystemExit("It is broken.")\n'
+        'open(markdown, "w").write("table of " + name)\n'
+        'if name == "drawn":\n'
+        '    open(sys.argv[3], "w").write("plot")\n'
+    )
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    subjects = (
+        registry.Subject('good', 'toy', ('good',), (), 1),
+        registry.Subject('bad', 'toy', ('bad',), (), 1),
+        registry.Subject('drawn', 'toy', ('drawn', '--plot', registry.PLOT), (), 1, 'figure.png'),
+    )
+    monkeypatch.setattr(registry, 'SUBJECTS', {subject.name: subject for subject in subjects})
+    docs = tmp_path / 'docs'
+    docs.mkdir()
+    blocks = (f'<!-- begin {name} -->\nold\n<!-- end {name} -->' for name in registry.SUBJECTS)
+    (docs / 'benchmarks.md').write_text('\n\n'.join(blocks))
+    return tmp_path
+
+
+def test_a_failing_subject_is_named_and_the_others_are_written(toys, capsys):
+    output, docs = toys / 'output', toys / 'docs'
+    assert suite.main(['--output', str(output), '--docs', str(docs)]) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and error.startswith('bad: ') and 'It is broken.' in error
+    text = (docs / 'benchmarks.md').read_text()
+    assert 'table of good' in text and 'table of drawn' in text
+    assert '<!-- begin bad -->\nold\n<!-- end bad -->' in text
+    assert (docs / 'figures' / 'figure.png').read_text() == 'plot'
+    assert 'It is broken.' in (output / 'bad.log').read_text()
+
+
+def test_a_missing_marker_ends_the_suite_before_anything_runs(toys, capsys):
+    document = toys / 'docs' / 'benchmarks.md'
+    damaged = document.read_text().replace('<!-- end good -->', '')
+    document.write_text(damaged)
+    assert suite.main(['--output', str(toys / 'output'), '--docs', str(toys / 'docs')]) == 2
+    assert "inside the block 'good'" in capsys.readouterr().err
+    assert document.read_text() == damaged and not (toys / 'output').exists()
+
+
+def test_reports_show_commands_without_paths():
+    shown = harness.command(
+        'benchmarks.attacks', ['steps', '--weights', '/secret', '--json', 'x', '--only', 'a b', 'c']
+    )
+    assert shown == "python -m benchmarks.attacks steps --weights DIR --only 'a b' c"
+    long = harness.command('benchmarks.attacks', ['steps', *(f'--option{i}' for i in range(20))])
+    assert all(len(line) <= 100 for line in long.splitlines())
+    assert long.replace(' \\\n ', '').split() == [
+        'python', '-m', 'benchmarks.attacks', 'steps', *(f'--option{i}' for i in range(20))
+    ]  # fmt: skip
+
+
+def test_a_report_names_command_machine_and_date(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['x.py', 'delta', '--markdown', 'y'])
+    spec = types.SimpleNamespace(name='benchmarks.neurons')
+    monkeypatch.setitem(sys.modules, '__main__', types.SimpleNamespace(__spec__=spec))
+    arguments = argparse.Namespace(
+        markdown=str(tmp_path / 'a' / 'b.md'), json=str(tmp_path / 'c.json')
+    )
+    measurement = harness.Measurement({'one': (1.0, 2.0)})
+    harness.report(arguments, 'Floor: none.', '', '| t |', measurements={'m': measurement})
+    text = (tmp_path / 'a' / 'b.md').read_text()
+    assert text.startswith('```sh\npython -m benchmarks.neurons delta\n```\n\n> 2')
+    assert text.endswith('\n\nFloor: none.\n\n| t |\n') and capsys.readouterr().out.strip()
+    written = json.loads((tmp_path / 'c.json').read_text())
+    assert written['measurements']['m']['one']['seconds'] == [1.0, 2.0]
+    assert written['machine']['date'] in text
+
+
+def test_shares_of_floors_are_formed_inside_of_rounds():
+    measurement = harness.Measurement({'one': (2.0, 4.0, 10.0), 'two': (1.0, 1.0, 1.0)})
+    assert measurement.share('one', measurement.seconds['two']) == 0.25
+    assert measurement.scaled('two', 3) == (3.0, 3.0, 3.0)
+    assert harness.percent(0.25) == '25 %' and harness.percent(0.00042) == '0.04 %'
+    floors = harness.Floors((4e9,), (2e9, 1e9), (1e9,), 'a shape')
+    assert floors.convolution_seconds(2e9) == (1.0, 2.0) and floors.matmul_seconds(2e9) == (0.5,)
+    assert harness.fastest(measurement, ['one', 'two']) == 'two'
+    assert harness.fastest(measurement, []) == ''
+
+
+def test_a_device_is_chosen_for_this_process_and_its_workers(monkeypatch):
+    updates = {}
+    monkeypatch.setattr(harness.jax.config, 'update', updates.__setitem__)
+    monkeypatch.setattr(harness.os, 'environ', {})
+    assert harness.device() == 'cpu'
+    harness.use_device('gpu')
+    assert harness.device() == 'gpu' and updates['jax_platforms'] == 'cuda,cpu'
+    assert updates['jax_default_matmul_precision'] == 'highest'
+    assert harness.os.environ['NVIDIA_TF32_OVERRIDE'] == '0'
+    harness.use_device('cpu')
+    assert harness.device() == 'cpu' and updates['jax_platforms'] == 'cpu'
+
+
+def test_a_gpu_is_left_as_it_is_when_jax_is_set_up(monkeypatch):
+    monkeypatch.setattr(harness, 'device', lambda: 'gpu')
+    monkeypatch.setattr(harness.parallel, 'use_cpu_devices', lambda *_: pytest.fail('of a CPU'))
+    monkeypatch.setattr(harness.onednn, 'use_onednn', lambda: pytest.fail('of a CPU'))
+    assert harness.start_jax(128).size == 1
+
+
+def test_the_machine_line_names_a_gpu_and_its_precision():
+    description = {
+        'cpu': 'C', 'cores': 2, 'memory_gib': 1.0, 'system': 'S', 'python': '3', 'versions': {},
+    }  # fmt: skip
+    line = harness.machine_line({**description, 'accelerator': 'NVIDIA H100'})
+    assert 'NVIDIA H100 (TF32 off on both sides)' in line
+    assert 'TF32' not in harness.machine_line({**description, 'accelerator': 'cpu'})
+
+
+def test_collectives_are_counted():
+    program = (
+        '  %a = f32[3] all-reduce(%b), replica_groups={}\n'
+        '  %c = (f32[3], f32[3]) all-reduce-start(%b)\n'
+        '  %d = f32[3] all-reduce-done(%c)\n'
+        '  %e = f32[8] all-gather(%d)\n'
+        '  %all-to-all.1 = f32[8] add(%e, %e)\n'
+    )
+    assert scaling.collectives(program) == {'all-gather': 1, 'all-reduce': 2}
+
+
+def test_the_floor_of_autoattack_counts_what_robust_images_take():
+    result = types.SimpleNamespace(
+        runs=('apgd-ce', 'fab-t 1', 'square'),
+        accuracy=[1.0, 0.5, 0.25, 0.25],
+        success=[False, True, True, True],
+    )
+    setting = Setting(steps=10, queries=100, batch_size=2)
+    # Of four images two, one and one are left, in batches of two.
+    assert attacks._necessary(result, setting) == {'gradients': 15.0, 'forwards': 50.0}
+
+
+class FakeWorker:
+    """Stands for a worker process: knows details without computing, and every unit."""
+
+    def __init__(self, details):
+        self.details = details
+
+    def unit(self, name):
+        return lambda: None
+
+
+MEASURES = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+SIZES = [f'width {size}' for size in neurons.WIDTHS] + [f'depth {size}' for size in neurons.DEPTHS]
+PROGRAM = {'flops': 1e9, 'collectives': {'all-reduce': 3}}
+DETAILS = {
+    'harness:prepare_floors': {
+        'work': {'matmul': 1e9, 'convolution': 1e9, 'memory': 1e9}, 'fastest': 'a shape'
+    },
+    'torch_training:check_agreement': {
+        'parameters': 7, 'logits': 1e-5, 'losses': 1e-5, 'steps': 3
+    },
+    'training_step:count': {'flops': 1e9},
+    'attack_loop:prepare': {'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd']},
+    'attacks:prepare': {
+        'units': [name for names in attacks.SUBJECTS.values() for name in names
+                  if 'neurosens' in name or name[0] == '2']
+    },
+    'regularizers:prepare': {'temporary': 1.0, 'peak': 2.0},
+    'torch_regularizers:prepare': {'peak': 3.0},
+    'neurons:prepare_delta': {
+        'units': ['neurosens', 'arithmetic', 'traffic'], 'multiply_compares': 100
+    },
+    'torch_neurons:prepare_delta': {
+        'units': ['slow', 'fast'], 'pairs': {'slow': 512, 'fast': 5_120_000}
+    },
+    'neurons:prepare_input_gradients': {'units': ['neurosens', 'neurosens, forward pass']},
+    'torch_neurons:prepare_input_gradients': {'units': ['loop']},
+    'neurons:prepare_probes': {'units': ['forward pass', '1 probe', '8 probes']},
+    'neurons:prepare_logit_gradients': {
+        'units': ['neurosens', '10 backward passes, one call each']
+    },
+    'torch_neurons:prepare_logit_gradients': {'units': ['loop']},
+    'neurons:prepare_ablation': {'units': ['neurosens']},
+    'torch_neurons:prepare_ablation': {'units': ['loop']},
+    'neurons:prepare_memory': {'temporary_mib': 1.0, 'grown_mib': 2.0},
+    'neurons:prepare_scaling': {
+        'units': [f'{size} {measure}' for size in SIZES for measure in MEASURES]
+    },
+    'memory:prepare_pgd': {'temporary': 1.0, 'peak': 2.0},
+    'memory:prepare_delta': {'temporary': 1.0, 'peak': 2.0},
+    'scaling:count': dict.fromkeys(('training step', 'PGD, 5 steps', 'Delta'), PROGRAM),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def fake_worker(spec):
+    factory = spec.factory.removeprefix('benchmarks.')
+    if factory == 'attacks:prepare':
+        necessary = {'gradients': 30.0, 'forwards': 50.0}
+        pathlib.Path(spec.options['output']).write_text(json.dumps(necessary))
+    yield FakeWorker(DETAILS.get(factory, {}))
+
+
+# The others compute in their own process.
+REPORTED = [
+    subject
+    for subject in registry.SUBJECTS.values()
+    if not subject.name.startswith('attack_parity')
+    and subject.name not in ('attacks.compile', 'regularizers.variance')
+]
+
+
+@pytest.mark.parametrize('subject', REPORTED, ids=lambda subject: subject.name)
+def test_every_report_is_made(subject, tmp_path, monkeypatch):
+    paths = {**PATHS, 'plot': str(tmp_path / 'figures' / 'plot.png')}
+    _, module, *arguments = subject.command(paths, rounds=2)
+    files = ['--markdown', str(tmp_path / 'a.md'), '--json', str(tmp_path / 'a.json')]
+    monkeypatch.setattr(sys, 'argv', ['x.py', *arguments, *files])
+    spec = types.SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, '__main__', types.SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(harness, 'worker', fake_worker)
+    monkeypatch.setattr(harness, 'use_device', lambda name: None)
+    monkeypatch.setattr(neurons, '_compare', lambda *_, **__: 'All agrees.')
+    script = importlib.import_module(module)
+    script.main()
+    text = (tmp_path / 'a.md').read_text()
+    assert text.startswith('```sh\npython -m benchmarks') and '\n> 2' in text
+    assert max(map(len, (line for line in text.splitlines() if line[:1] != '|'))) <= 100
+    tables = re.findall(r'(?m)^\| .*\n\| --- \|.*\n(?:\|.*\n?)+', text)
+    assert tables, 'a report has a table'
+    for table in tables:
+        assert len({line.count(' | ') for line in table.strip().splitlines()}) == 1
+    named = subject.name.rpartition('.')[2] in ('memory', 'scaling')
+    assert named or ('Floor' in text and 'share of floor' in text)
+    assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)
+    assert json.loads((tmp_path / 'a.json').read_text())['machine']
+    print(text)
