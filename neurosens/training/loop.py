@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pathlib
 import signal
 import threading
@@ -282,20 +283,27 @@ class _Clock:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying; the second one of a kind kills."""
+    """Collects SIGTERM and SIGINT in a list instead of dying; the second one of a kind kills.
+
+    With several processes it is JAX that listens to SIGTERM, and tells the others: a handler of
+    ours would take its place. SIGINT is passed on to it.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
+    shared = jax.process_count() > 1
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        received.append(number)
         signal.signal(number, previous[number])
+        if shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            received.append(number)
 
-    previous: dict[int, Any] = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    heard = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in heard}
     for number in previous:
         signal.signal(number, handle)
     try:

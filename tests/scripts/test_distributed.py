@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 import socket
 
 import jax
 import numpy as np
 import pytest
+from waiting import wait_for_step
 
 from neurosens import training
 from neurosens.training import logs
@@ -18,10 +20,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_two(scripts, *arguments):
-    """Runs a script in two processes joined through localhost; returns both outputs."""
+def start_two(scripts, *arguments):
+    """Starts a script in two processes joined through localhost."""
     port = free_port()
-    processes = [
+    return [
         scripts.start(
             *arguments,
             '--distributed',
@@ -33,10 +35,19 @@ def run_two(scripts, *arguments):
         )
         for index in range(2)
     ]
+
+
+def end_two(processes, status=0):
+    """Waits for both; returns their outputs."""
     outputs = [process.communicate(timeout=300) for process in processes]
     for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output
+        assert process.returncode == status, output
     return outputs
+
+
+def run_two(scripts, *arguments):
+    """Runs a script in two processes joined through localhost; returns both outputs."""
+    return end_two(start_two(scripts, *arguments))
 
 
 @pytest.fixture(scope='module')
@@ -100,3 +111,16 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
             assert together[key] == alone[key], key
     for name in [name for name in arrays if not name.startswith('fragile_rule')]:
         np.testing.assert_allclose(arrays_together[name], arrays[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_and_saves_both(scripts, tmp_path, number):
+    workdir = tmp_path / 'stopped'
+    endless = [*scripts.tiny, '--config.steps=1000000', '--config.checkpoint_every=0']
+    processes = start_two(scripts, 'train.py', f'--workdir={workdir}', *endless)
+    wait_for_step(workdir, 5, processes[0])
+    # Not the one that writes.
+    processes[1].send_signal(number)
+    outputs = end_two(processes, 128 + signal.SIGTERM)
+    (step,) = {int(re.search(r'Stopped by SIGTERM after step (\d+)', e)[1]) for _, e in outputs}
+    assert [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(step)]

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from waiting import wait_for_step
 
 from neurosens import training
 from neurosens.training import logs
@@ -30,21 +31,6 @@ def assert_same_training(workdir, reference):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
         assert np.array_equal(a, b), 'parameters must agree bit for bit'
     assert metrics_without_times(workdir) == metrics_without_times(reference)
-
-
-def wait_for_step(workdir, step, process):
-    """Waits until the log has a line of at least this step."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            lines = (workdir / logs.METRICS_FILE).read_text().splitlines()
-        except FileNotFoundError:
-            lines = []
-        # The last line may be half written.
-        if any(json.loads(line)['step'] >= step for line in lines[:-1]):
-            return
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()
 
 
 def test_training_ends_with_a_good_model_and_the_next_command(trained):
