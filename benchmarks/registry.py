@@ -106,7 +106,7 @@ def _subjects() -> tuple[Subject, ...]:
         Subject('convolution', 'benchmarks.convolution', ('--rounds', '8'), torch, 2, devices=cpu),
         Subject('attack_loop', 'benchmarks.attack_loop', ('--rounds', '5'), (), 3),
         attacks('steps', 3, parity, 15),
-        attacks('autoattack', 1, parity, 20),
+        attacks('autoattack', 2, parity, 40),
         attacks('neurons', 3, parity, 15),
         attacks('compile', 0, torch, 3),
         Subject(

@@ -243,6 +243,22 @@ def test_collectives_are_counted():
     assert scaling.collectives(program) == {'all-gather': 1, 'all-reduce': 2}
 
 
+def test_the_first_round_of_autoattack_stands_apart():
+    seconds = {
+        attacks.GRADIENTS: (2.0, 2.0, 2.0),
+        attacks.FORWARDS: (1.0, 1.0, 1.0),
+        'neurosens autoattack': (100.0, 40.0, 40.0),
+        'torchattacks autoattack': (50.0, 60.0, 60.0),
+    }
+    needed = {'gradients': 200.0, 'forwards': 0.0}
+    first, later = attacks.ensemble_rows('N', harness.Measurement(seconds), needed)
+    assert first[:4] == ('N', 'first', '100', '50') and later[:4] == ('N', 'later', '40', '60')
+    assert first[4].startswith('0.50') and later[4].startswith('1.50')
+    assert '20' in first[5] and '50' in later[5]
+    alone = harness.Measurement({name: values[:1] for name, values in seconds.items()})
+    assert attacks.ensemble_rows('N', alone, needed) == [first]
+
+
 def test_the_floor_of_autoattack_counts_what_robust_images_take():
     result = types.SimpleNamespace(
         runs=('apgd-ce', 'fab-t 1', 'square'),
