@@ -352,12 +352,14 @@ def test_a_changed_record_is_damage(workdir, abstract):
     assert restored.step < 30
 
 
-def test_a_key_that_the_saved_config_lacks_is_named(workdir, abstract):
+def test_a_key_that_the_saved_config_lacks_had_its_default(workdir, abstract):
     file = workdir / 'checkpoints' / '30' / '_CHECKPOINT_METADATA'
     record = json.loads(file.read_text())
     saved = record['custom_metadata']
     del saved['config']['augmentation'], saved['fingerprint']
     record['custom_metadata'] = fingerprints.signed(saved)
     file.write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="augmentation \\(None there, 'none' now\\)"):
-        resume(workdir, abstract)
+    assert resume(workdir, abstract).step == 30
+    flipped = dataclasses.replace(CONFIG, augmentation='flip')
+    with pytest.raises(CheckpointError, match="augmentation \\('none' there, 'flip' now\\)"):
+        resume(workdir, abstract, flipped)
