@@ -231,7 +231,6 @@ def smallest(arguments: argparse.Namespace) -> None:
             start = time.perf_counter()
             theirs = torch_parity.smallest(pair.network, attack, norm, x[correct], y[correct])
             theirs_seconds = time.perf_counter() - start
-            _note(f'{name} {attack} {norm}: {seconds:.0f} s, foolbox {theirs_seconds:.0f} s')
             shares = [np.isfinite(found).mean() for found in (ours, theirs)]
             both = np.isfinite(ours) & np.isfinite(theirs)
             quotient = np.quantile(ours[both] / theirs[both], (0.1, 0.5, 0.9))
@@ -245,6 +244,8 @@ def smallest(arguments: argparse.Namespace) -> None:
                     f'{quotient[1]:.3f} ({quotient[0]:.3f}-{quotient[2]:.3f})',
                 )
             )
+            # A run that is stopped leaves what it found in its log.
+            _note(f'{rows[-1]}: {seconds:.0f} s, foolbox {theirs_seconds:.0f} s')
     header = ('Network', 'Attack', 'Norm', 'median, ours', 'foolbox', 'found %, ours', 'foolbox')
     definition = (
         f'Sizes of the smallest perturbations found for the correctly classified among {_BATCH} '
