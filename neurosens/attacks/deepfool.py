@@ -79,12 +79,12 @@ def deepfool_example(
         fools = fooled(logits_of(forward, variables, moved), y)
         return _State(moved, change, fools, state.steps + 1)
 
-    def unfinished(state: _State) -> Array:
-        return (state.steps < steps) & ~state.fools
+    def advance(_: Array, state: _State) -> _State:
+        done = state.fools
+        return jax.tree.map(lambda old, new: jnp.where(done, old, new), state, step(state))
 
-    # Under vmap it runs until all examples are done, most of which are after a few steps.
     start = _State(x, jnp.zeros_like(x), fooled(clean, y), jnp.int32(0))
-    end = jax.lax.while_loop(unfinished, step, start)
+    end = jax.lax.fori_loop(0, steps, advance, start)
     distance = jnp.where(end.fools, length(threat.norm, end.x - x), jnp.inf)
     return within(forward, variables, x, y, end.x, distance, threat, 2 + 2 * end.steps)
 
@@ -104,8 +104,7 @@ def deepfool(
 ) -> MinimumResult:
     """DeepFool (Moosavi-Dezfooli et al. 2016), jit-compiled.
 
-    Each step goes to the nearest boundary of the linearised model, until the prediction changes. It
-    ends with the last example of the batch; devices exchange whether they are done after each step.
+    Each step goes to the nearest boundary of the linearised model, until the prediction changes.
 
     Args:
       forward: the model to attack.

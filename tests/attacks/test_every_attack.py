@@ -79,9 +79,7 @@ def test_eight_devices_share_the_work_of_a_users_jit_and_never_speak(net, name):
     variables, key = parallel.replicate(mesh, (net.variables, KEY))
     together = run.lower(variables, x, y, key, index).compile()
     speaking = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)'
-    said = re.findall(speaking + r'(?:-start)?\(', together.as_text())
-    # DeepFool ends once all devices are done, which each step asks.
-    assert said == (['all-reduce'] if name == 'deepfool' else [])
+    assert not re.findall(speaking + r'(?:-start)?\(', together.as_text())
     share = together.cost_analysis()['flops'] / alone.cost_analysis()['flops']
     assert share == pytest.approx(1 / 8, rel=0.1)
     one, eight = alone(*inputs), together(variables, x, y, key, index)
