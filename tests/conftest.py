@@ -10,6 +10,8 @@ import hypothesis
 import jax
 import jaxlib
 import pytest
+from jax.extend.core import primitives
+from jax.interpreters import mlir
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 COMPILATION_CACHE = pathlib.Path(os.environ.get('NEUROSENS_TEST_CACHE', REPOSITORY / '.jax_cache'))
@@ -55,6 +57,18 @@ def _bounded_programs():
     mappings = pathlib.Path('/proc/self/maps')
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _convolutions_stay():
+    """Fails where a file of tests leaves this process with other convolutions than before."""
+
+    def rule():
+        return mlir._platform_specific_lowerings['cpu'][primitives.conv_general_dilated_p].rule
+
+    before = rule()
+    yield
+    assert rule() is before, 'convolutions are lowered in another way than before this file'
 
 
 @pytest.fixture(scope='session')

@@ -4,8 +4,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
+
+from neurosens import onednn, parallel
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CACHE = os.environ.get('NEUROSENS_TEST_CACHE', str(REPOSITORY / '.jax_cache'))
@@ -53,6 +56,17 @@ class Scripts:
         out, err = process.communicate(timeout=300)
         assert process.returncode == status, (process.returncode, out, err)
         return out, err
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_this_process(monkeypatch):
+    """A script that runs in this process leaves it as the other tests need it.
+
+    Without memory mappings, programs of many tests do not fit; convolutions of oneDNN are others.
+    """
+    monkeypatch.setattr(parallel, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(onednn, 'use_onednn', lambda: False)
+    monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
 
 
 @pytest.fixture(scope='session')
