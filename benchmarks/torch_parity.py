@@ -62,10 +62,16 @@ def correct(network: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarra
 def smallest(
     network: torch.nn.Module, attack: str, norm: str, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Returns the size of the perturbations that an attack of foolbox finds, inf for none `[N]`."""
+    """Returns the size of the perturbations that an attack of foolbox finds, inf for none `[N]`.
+
+    Its attack of Carlini & Wagner returns a black image where it has found none, and names that a
+    success if the network takes black for another class; here it is none.
+    """
     ((images, labels),) = _tensors(network, x, y, len(x))
     model = foolbox.PyTorchModel(network, bounds=(0, 1))
     _, found, success = _SMALLEST[attack, norm]()(model, images, labels, epsilons=None)
+    if attack == 'carlini_wagner':
+        success &= found.flatten(1).ne(0).any(1)
     change = (found - images).detach().flatten(1).cpu().numpy()
     sizes = np.linalg.norm(change, _ORDERS[norm], axis=1)
     return np.where(success.cpu().numpy(), sizes, np.inf)

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens.attacks.threat import Threat
 from neurosens.forward import Forward, Variables
 
 
-@functools.partial(jax.jit, static_argnames=('attack', 'options'))
+@functools.partial(jax.jit, static_argnames=('attack', 'options', 'split'))
 def _run(
     attack: Callable[..., Any],
     forward: Forward,
@@ -27,13 +28,52 @@ def _run(
     each: Mapping[str, Array],
     shared: Mapping[str, Any],
     options: tuple[tuple[str, Any], ...],
+    split: NamedSharding | None,
 ) -> Any:
-    def example(x: Array, y: Array, key: PRNGKeyArray, each: Mapping[str, Array]) -> Any:
-        return attack(forward, variables, x, y, key, **each, **shared, **dict(options))
+    def batch(
+        forward: Forward,
+        variables: Variables,
+        x: Array,
+        y: Array,
+        keys: PRNGKeyArray,
+        each: Any,
+        shared: Any,
+    ) -> Any:
+        def example(x: Array, y: Array, key: PRNGKeyArray, each: Mapping[str, Array]) -> Any:
+            return attack(forward, variables, x, y, key, **each, **shared, **dict(options))
+
+        return jax.vmap(example)(x, y, keys, each)
 
     # Keys follow the example, not its place in a batch or on a device.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    return jax.vmap(example)(x, y, keys, each)
+    if split is not None:
+        whole, part = PartitionSpec(), split.spec
+        batch = jax.shard_map(
+            batch,
+            mesh=split.mesh,
+            in_specs=(whole, whole, part, part, part, part, whole),
+            out_specs=part,
+            check_vma=False,
+        )
+    return batch(forward, variables, x, y, keys, each, shared)
+
+
+def _split(x: Array, model: Any) -> NamedSharding | None:
+    """How the examples of a batch are split over devices that each hold all of the model.
+
+    Every device then runs a program of its own: one that ends early waits for no other. None where
+    that is not known, as inside a caller's jit, or where there is nothing to split.
+    """
+    if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, NamedSharding):
+        return None
+    examples, *pixels = *x.sharding.spec, None
+    if examples is None or any(pixels) or len(x.sharding.device_set) == 1:
+        return None
+    for array in jax.tree.leaves(model):
+        known = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        if known and not array.sharding.is_fully_replicated:
+            return None
+    return NamedSharding(x.sharding.mesh, PartitionSpec(examples))
 
 
 def attack_batch(
@@ -90,7 +130,19 @@ def attack_batch(
     if index is None:
         index = jnp.arange(x.shape[0])
     chosen = tuple(sorted((options or {}).items()))
-    return _run(attack, forward, variables, x, y, key, index, given, shared or {}, chosen)
+    return _run(
+        attack,
+        forward,
+        variables,
+        x,
+        y,
+        key,
+        index,
+        given,
+        shared or {},
+        chosen,
+        _split(x, (forward, variables)),
+    )
 
 
 def check_images(x: Float[Array | np.ndarray, 'batch ...'], bounds: tuple[float, float]) -> None:

@@ -38,11 +38,14 @@ def deepfool_example(
     steps: int | Int[Array, ''] = 50,
     overshoot: float | Float[Array, ''] = 0.02,
     classes: int | None = None,
+    early_end: bool = False,
 ) -> MinimumResult:
     """DeepFool on one example: the function that `deepfool` maps over a batch.
 
     It has the arguments and errors of `deepfool`, with `x` one image and `y` its label; `steps` and
-    `overshoot` may be traced. Returns one image and scalars.
+    `overshoot` may be traced. With `early_end` a batch of examples takes only as many steps as its
+    slowest, for which devices that share it have to exchange whether they are done. Returns one
+    image and scalars.
     """
     del key
     dual = DUAL[threat.norm]
@@ -63,8 +66,12 @@ def deepfool_example(
         distances = jnp.abs(differences) / (lengths + _TINY)
         best = distances.argmin()
         gradient, size = gradients[best], lengths[best] + _TINY
-        # A little more than the distance, so that rounding does not leave it on the boundary.
-        distance = distances[best] + 1e-4 * (distances[best] == 0)
+        # Where the box takes a part of every step, or on the boundary itself, the distance alone
+        # falls below what rounding leaves of it.
+        least = 1e-4 * length(threat.norm, state.change)
+        distance = jnp.maximum(
+            distances[best], jnp.where(least > 0, least, 1e-4 * (distances[best] == 0))
+        )
         if threat.norm == 'linf':
             direction = jnp.sign(gradient)
         else:
@@ -79,12 +86,18 @@ def deepfool_example(
         fools = fooled(logits_of(forward, variables, moved), y)
         return _State(moved, change, fools, state.steps + 1)
 
+    def unfinished(state: _State) -> Array:
+        return ~state.fools & (state.steps < steps)
+
     def advance(_: Array, state: _State) -> _State:
         done = state.fools
         return jax.tree.map(lambda old, new: jnp.where(done, old, new), state, step(state))
 
     start = _State(x, jnp.zeros_like(x), fooled(clean, y), jnp.int32(0))
-    end = jax.lax.fori_loop(0, steps, advance, start)
+    if early_end:
+        end = jax.lax.while_loop(unfinished, step, start)
+    else:
+        end = jax.lax.fori_loop(0, steps, advance, start)
     distance = jnp.where(end.fools, length(threat.norm, end.x - x), jnp.inf)
     return within(forward, variables, x, y, end.x, distance, threat, 2 + 2 * end.steps)
 
@@ -105,6 +118,8 @@ def deepfool(
     """DeepFool (Moosavi-Dezfooli et al. 2016), jit-compiled.
 
     Each step goes to the nearest boundary of the linearised model, until the prediction changes.
+    Each device ends once all of its examples are misclassified; inside a caller's jit, where that
+    could need exchange between devices, all steps are run.
 
     Args:
       forward: the model to attack.
@@ -139,5 +154,5 @@ def deepfool(
         threat=threat,
         index=index,
         shared={'steps': steps, 'overshoot': overshoot},
-        options={'classes': classes},
+        options={'classes': classes, 'early_end': not isinstance(x, jax.core.Tracer)},
     )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from neurosens import attacks, parallel
-from neurosens.attacks import Threat
+from neurosens.attacks import Threat, batches
 from neurosens.forward import NNXForward, with_input_transform
 
 BATCH = 16
@@ -57,6 +57,8 @@ ATTACKS = {
 EPS = {'linf': 0.1, 'l2': 0.5, 'l1': 2.0}
 ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
 
+SPEAKING = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
+
 
 def chosen(name):
     attack, norm, options = ATTACKS[name]
@@ -78,14 +80,50 @@ def test_eight_devices_share_the_work_of_a_users_jit_and_never_speak(net, name):
     x, y, index = parallel.shard(mesh, (net.x, net.y, np.arange(BATCH)))
     variables, key = parallel.replicate(mesh, (net.variables, KEY))
     together = run.lower(variables, x, y, key, index).compile()
-    speaking = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)'
-    assert not re.findall(speaking + r'(?:-start)?\(', together.as_text())
+    assert not re.findall(SPEAKING, together.as_text())
     share = together.cost_analysis()['flops'] / alone.cost_analysis()['flops']
     assert share == pytest.approx(1 / 8, rel=0.1)
     one, eight = alone(*inputs), together(variables, x, y, key, index)
     np.testing.assert_array_equal(one['success'], eight['success'])
     np.testing.assert_allclose(one['x_adv'], eight['x_adv'], atol=1e-5)
     np.testing.assert_allclose(one['margin'], eight['margin'], atol=1e-4)
+
+
+ENDING = {
+    'deepfool': functools.partial(attacks.deepfool, threat=Threat('l2', 9.0), steps=200),
+    'pgd': functools.partial(
+        attacks.pgd, threat=Threat('l2', 9.0), steps=200, step_size=0.2, keep='first'
+    ),
+}
+
+
+@pytest.mark.parametrize('name', ENDING)
+def test_every_device_ends_once_its_own_examples_have_fallen(net, name, monkeypatch):
+    attack, run, programs, passes = ENDING[name], batches._run, [], []
+
+    def recorded(*arguments):
+        programs.append(run.lower(*arguments).compile().as_text())
+        return run(*arguments)
+
+    def counted(x):
+        jax.debug.callback(lambda: passes.append(1))
+        return x
+
+    alone = attack(with_input_transform(net.forward, counted), net.variables, net.x, net.y, KEY)
+    jax.effects_barrier()
+    assert np.asarray(alone.success).all() and 2 < len(passes) < 100
+    monkeypatch.setattr(batches, '_run', recorded)
+    x, y, index = parallel.shard(parallel.data_mesh(), (net.x, net.y, np.arange(BATCH)))
+    together = attack(net.forward, net.variables, x, y, KEY, index=index)
+    assert not re.findall(SPEAKING, programs[0])
+    np.testing.assert_array_equal(alone.success, together.success)
+    # A caller's jit, which may hold a batch that is split, runs to the same end.
+    inside = jax.jit(lambda x, y: attack(net.forward, net.variables, x, y, KEY))(net.x, net.y)
+    # Those that wander for long carry differences of rounding further each step.
+    soon = np.asarray(alone.queries) <= 10 if name == 'deepfool' else slice(None)
+    assert len(alone.queries[soon]) > BATCH / 2
+    for other in (together, inside):
+        np.testing.assert_allclose(alone.x_adv[soon], other.x_adv[soon], atol=1e-5)
 
 
 class Net(nnx.Module):

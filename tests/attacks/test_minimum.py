@@ -285,3 +285,25 @@ def test_deepfool_may_look_at_the_nearest_classes_only(net):
     whole = run(net, 'deepfool', 'l2')
     assert jnp.isfinite(few.distance).all()
     assert np.median(few.distance) <= 2 * np.median(whole.distance) + 1e-6
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_deepfool_crosses_a_boundary_though_the_box_takes_half_of_its_steps(linear_forward, norm):
+    """Half of the pixels are at a bound: the steps shrink, and would end before the boundary."""
+    generator = np.random.default_rng(0)
+    free = np.arange(400) < 200
+    weight = generator.uniform(0.5, 1.5, 400) * np.where(free, generator.choice([-1, 1], 400), 1)
+    weight = weight.astype(np.float32)
+    x = np.where(free, generator.uniform(-0.6, -0.4, (40, 400)), 0).astype(np.float32)
+    # As much as the others have room for.
+    needed = 0.3 * np.abs(weight[free]).sum()
+    labels, key = np.zeros(1, np.int32), jax.random.key(0)
+    distances = []
+    for image in x:
+        bias = np.float32([0, -np.float64(image) @ weight - needed])
+        head = {'kernel': np.stack([np.zeros(400, np.float32), weight], -1), 'bias': bias}
+        variables, threat = {'params': {'head': head}}, Threat(norm, math.inf, (-1.0, 0.0))
+        found = deepfool(linear_forward, variables, image[None], labels, key, threat=threat)
+        distances.append(found.distance[0])
+    expected = needed / np.linalg.norm(weight[free], DUAL[norm])
+    np.testing.assert_allclose(distances, expected, rtol=0.03)
