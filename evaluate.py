@@ -223,6 +223,11 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport
     return defended
 
 
+def _linf_radius(settings: config_lib.Evaluation) -> float:
+    """The radius for measures of neurons under attack where they name none of their own."""
+    return max(settings.eps, default=0.0) if settings.norm == 'linf' else 0.1
+
+
 def _measure(
     job: Job, mesh: Mesh, key: PRNGKeyArray
 ) -> tuple[evaluation.NeuronReport | None, evaluation.NeuronReport | None]:
@@ -236,7 +241,7 @@ def _measure(
         mesh=mesh,
         key=parallel.replicate(mesh, key),
         split=job.split,
-        eps=settings.eps or max(job.config.evaluation.eps, default=0.0),
+        eps=settings.eps or _linf_radius(job.config.evaluation),
     )
     found = measure(job.model.forward, job.model.variables, settings=settings, progress=job.bars)
     if parallel.is_primary():

@@ -82,11 +82,15 @@ ATTACKS = (
     'fmn',
     'carlini_wagner',
     'noise',
+    'spatial',
     'autoattack',
     'autoattack_plus',
     'autoattack_rand',
 )
 NORMS = ('linf', 'l2', 'l1')
+THREATS = (*NORMS, 'l0', 'spatial')
+# Attacks that project their images, which any threat allows.
+PROJECTING = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'noise')
 
 
 @dataclasses.dataclass
@@ -100,10 +104,14 @@ class Evaluation:
       limit: evaluate only the first so many images; 0 means all.
       attacks: attacks to run, of 'fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'apgd',
         'apgd_dlr', 'square', 'fab', 'deepfool', 'fmn', 'carlini_wagner' (l2 only), 'noise' (random
-        images of the ball, as a control) and 'autoattack', 'autoattack_plus', 'autoattack_rand'.
-      norm: the threat model, 'linf', 'l2' or 'l1'.
-      eps: radii in pixels of [0, 1], smallest first. Attacks that look for the smallest
-        perturbation run once for all of them.
+        images of the ball, as a control), 'spatial' and 'autoattack', 'autoattack_plus',
+        'autoattack_rand'.
+      norm: the threat model, 'linf', 'l2' or 'l1'; 'l0' with 'fgsm' to 'ni_fgsm' and 'noise' only;
+        'spatial', rotations and translations, with the attack 'spatial' only.
+      eps: radii in pixels of [0, 1] (for 'l0' how many pixels may change, for 'spatial' the largest
+        rotation in degrees), smallest first. Attacks that look for the smallest perturbation run
+        once for all of them.
+      shift: largest translation of 'spatial' along each axis, as a share of its length.
       loss: what 'fgsm' to 'ni_fgsm' maximise, 'cross_entropy', 'margin', 'dlr' or
         'scaled_cross_entropy'.
       steps: steps of 'bim', 'pgd', 'mi_fgsm' and 'ni_fgsm'.
@@ -124,6 +132,7 @@ class Evaluation:
     attacks: tuple[str, ...] = ('fgsm', 'pgd')
     norm: str = 'linf'
     eps: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    shift: float = 0.1
     loss: str = 'cross_entropy'
     steps: int = 20
     step_size: float = 0.0
@@ -167,7 +176,7 @@ class Neurons:
       fragile: rule by which ablation calls a neuron fragile: response above the 'mean', the
         'median' or 'zero'.
       eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixels of
-        [0, 1]; 0 means the largest of `evaluation.eps`.
+        [0, 1]; 0 means the largest of `evaluation.eps` where that is of linf, else 0.1.
       probes: random directions for input gradients; 0 means exact gradients, neuron by neuron.
       thresholds: thresholds of each filtering sweep.
       attack_norm: norm of the attack through single neurons, 'l2' (the paper's), 'linf' or 'l1'.
@@ -497,8 +506,10 @@ def _check_ranges(config: Config) -> None:
     check('evaluation.queries', evaluation.queries, low=1)
     check('evaluation.examples', evaluation.examples, low=0)
     check('evaluation.masking_images', evaluation.masking_images, low=0)
+    check('evaluation.shift', evaluation.shift, low=0, high=1)
     for eps in evaluation.eps:
-        check('evaluation.eps item', eps, low=0)
+        high = 180 if evaluation.norm == 'spatial' else None
+        check('evaluation.eps item', eps, low=0, high=high)
     monitor = config.monitor
     check('monitor.images', monitor.images, low=0)
     check('monitor.eps', monitor.eps, low=0)
@@ -530,7 +541,7 @@ def _check_ranges(config: Config) -> None:
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
         'evaluation.split': (evaluation.split, ('test', 'validation')),
-        'evaluation.norm': (evaluation.norm, NORMS),
+        'evaluation.norm': (evaluation.norm, THREATS),
         'monitor.norm': (monitor.norm, NORMS),
         'evaluation.loss': (
             evaluation.loss,
@@ -552,6 +563,18 @@ def _check_ranges(config: Config) -> None:
         for attack in named:
             if attack not in ATTACKS:
                 raise ConfigError(_validate.unknown(f'{key} item', attack, ATTACKS))
+            used = key != 'defense.attacks' or config.defense.name
+            if used and (attack == 'spatial') != (evaluation.norm == 'spatial'):
+                raise ConfigError(
+                    f'{key} has {attack!r} and evaluation.norm is {evaluation.norm!r}; the attack '
+                    "'spatial' and the norm 'spatial' go together, without others."
+                )
+            counts = evaluation.norm == 'l0' and used
+            if counts and attack not in PROJECTING:
+                raise ConfigError(
+                    f"{key} has {attack!r}, which does not count pixels as evaluation.norm 'l0' "
+                    f'does; the attacks that do are {", ".join(PROJECTING)}.'
+                )
             if attack == 'carlini_wagner' and evaluation.norm != 'l2':
                 raise ConfigError(
                     f"{key} has 'carlini_wagner', which is for l2, but evaluation.norm is "

@@ -190,7 +190,10 @@ def test_a_group_cannot_be_set_as_a_whole(group):
         ('optimizer.learning_rate=1e400', 'optimizer.learning_rate is inf; it must be finite, '),
         ('seed=-1', 'seed is -1; it must be at least 0, at most '),
         ('dtype=float16', "Unknown dtype 'float16'; valid names are float32, bfloat16."),
-        ('evaluation.norm=l0', "Unknown evaluation.norm 'l0'; valid names are linf, l2, l1."),
+        (
+            'evaluation.norm=l3',
+            "Unknown evaluation.norm 'l3'; valid names are linf, l2, l1, l0, spatial.",
+        ),
         ('evaluation.attacks=("carlini_wagner",)', "evaluation.attacks has 'carlini_wagner', "),
         ('evaluation.queries=0', 'evaluation.queries is 0; it must be at least 1'),
         ('evaluation.split=train', "Unknown evaluation.split 'train'; valid names are "),

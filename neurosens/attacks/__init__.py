@@ -36,6 +36,7 @@ from neurosens.attacks.neuron_attack import (
 from neurosens.attacks.noise import noise, noise_example
 from neurosens.attacks.pgd import bim, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
 from neurosens.attacks.result import AttackResult, worst_case
+from neurosens.attacks.spatial import Motion, SpatialResult, moved, spatial, spatial_example
 from neurosens.attacks.square import square, square_example
 from neurosens.attacks.threat import (
     Threat,
@@ -55,9 +56,11 @@ __all__ = [
     'AttackResult',
     'AutoAttackResult',
     'MinimumResult',
+    'Motion',
     'NeuronAttackReport',
     'NeuronAttackResult',
     'RandomForward',
+    'SpatialResult',
     'Threat',
     'activation_attack',
     'activation_attack_example',
@@ -84,6 +87,7 @@ __all__ = [
     'losses',
     'median_distance',
     'mi_fgsm',
+    'moved',
     'neuron_attack',
     'neuron_attack_example',
     'neuron_attack_report',
@@ -97,6 +101,8 @@ __all__ = [
     'random_start',
     'redraw',
     'robust_accuracy',
+    'spatial',
+    'spatial_example',
     'square',
     'square_example',
     'steepest_ascent',

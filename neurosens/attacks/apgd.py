@@ -17,7 +17,7 @@ from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.objective import Climb, objective
 from neurosens.attacks.result import AttackResult, Iterate, choose
-from neurosens.attacks.threat import Threat, project, steepest_ascent
+from neurosens.attacks.threat import Threat, project, require_ball, steepest_ascent
 from neurosens.forward import Forward, Variables
 
 _MOMENTUM = 0.75
@@ -246,6 +246,7 @@ def apgd_example(
     It has the arguments and errors of `apgd`, with `x` one image, `y` its label and `target` one
     class; `restarts` may be traced. Returns one image and scalars.
     """
+    require_ball('apgd', threat)
     loss = losses.named(loss, targeted=target is not None)
     # Success is any other class even if the loss aims at one of them, as in AutoAttack.
     aimed = loss if target is None else lambda logits, label: loss(logits, label, target)

@@ -28,7 +28,7 @@ from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
 from neurosens.attacks.result import AttackResult
 from neurosens.attacks.square import square
-from neurosens.attacks.threat import Threat
+from neurosens.attacks.threat import Threat, require_ball
 from neurosens.forward import Forward, Variables
 
 VERSIONS = ('standard', 'plus', 'rand')
@@ -36,7 +36,8 @@ ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 # Draws over which gradients are averaged in the version for random models.
 RANDOM_DRAWS = 20
 # `broken_by` of images that are robust, and of those misclassified without an attack.
-ROBUST, CLEAN = -1, -2
+ROBUST = -1
+CLEAN = -2
 # The size of a last batch is a multiple of the full size divided by this, and of no less than that.
 _PARTS, _SMALLEST_PART = 8, 16
 
@@ -293,6 +294,7 @@ def autoattack(
     x, y = np.asarray(x), np.asarray(y)
     for name, value in (('steps', steps), ('queries', queries), ('batch_size', batch_size)):
         _validate.check_range(name, value, low=1)
+    require_ball('autoattack', threat)
     if not math.isfinite(threat.eps):
         raise ValueError('The eps of the threat is infinite; AutoAttack needs a radius.')
     if not len(x) or y.shape != x.shape[:1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from neurosens.attacks.threat import Threat
 from neurosens.forward import Forward, Variables
+
+
+class Bounded(Protocol):
+    """A threat model of any kind: it knows the smallest and largest pixel value."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest pixel value."""
 
 
 @functools.partial(jax.jit, static_argnames=('attack', 'options', 'split'))
@@ -84,7 +91,7 @@ def attack_batch(
     y: Int[Array, ' batch'],
     key: PRNGKeyArray,
     *,
-    threat: Threat | None = None,
+    threat: Bounded | None = None,
     index: Int[Array, ' batch'] | None = None,
     each: Mapping[str, Array | None] | None = None,
     shared: Mapping[str, Any] | None = None,

@@ -13,7 +13,7 @@ from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.fab import to_hyperplane
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.result import fooled, logits_of
-from neurosens.attacks.threat import DUAL, Threat, length
+from neurosens.attacks.threat import DUAL, Threat, length, require_ball
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 
@@ -48,6 +48,7 @@ def deepfool_example(
     image and scalars.
     """
     del key
+    require_ball('deepfool', threat)
     dual = DUAL[threat.norm]
     logits_fast = with_fast_input_gradients(lambda image: logits_of(forward, variables, image))
     clean = logits_of(forward, variables, x)

@@ -15,7 +15,7 @@ from neurosens import _validate
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.result import fooled, logits_of
-from neurosens.attacks.threat import DUAL, Threat, largest_float, length
+from neurosens.attacks.threat import DUAL, Threat, largest_float, length, require_ball
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 
@@ -109,6 +109,7 @@ def fab_example(
     It has the arguments and errors of `fab`, with `x` one image, `y` its label and `target` one
     class; numbers may be traced. Returns one image and scalars.
     """
+    require_ball('fab', threat)
     norm, bounds = threat.norm, threat.bounds
     logits_fast = with_fast_input_gradients(lambda image: logits_of(forward, variables, image))
 

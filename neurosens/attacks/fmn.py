@@ -13,7 +13,7 @@ from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.minimum import MinimumResult, within
 from neurosens.attacks.objective import objective
-from neurosens.attacks.threat import DUAL, Threat, length, project
+from neurosens.attacks.threat import DUAL, Threat, length, project, require_ball
 from neurosens.forward import Forward, Variables
 
 _TINY = 1e-12
@@ -46,6 +46,7 @@ def fmn_example(
     It has the arguments and errors of `fmn`, with `x` one image, `y` its label and `target` one
     class; numbers may be traced. Returns one image and scalars.
     """
+    require_ball('fmn', threat)
     loss = losses.named('margin', targeted=target is not None)
     look, climb = objective(forward, variables, y, loss, target=target)
     norm, bounds = threat.norm, threat.bounds

@@ -58,13 +58,13 @@ class Iterate(NamedTuple):
     """An image on the way of an attack, and what the model says of it.
 
     Attributes:
-      x: the image.
+      x: the image, or a tuple of it and how it was made.
       fools: whether the attack has reached its aim.
       loss: value of the attack's loss.
       margin: logit of the label minus the largest other.
     """
 
-    x: Array
+    x: Any
     fools: Bool[Array, '']
     loss: Float[Array, '']
     margin: Float[Array, '']

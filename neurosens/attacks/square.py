@@ -19,7 +19,7 @@ from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.objective import objective
 from neurosens.attacks.result import AttackResult, Iterate, choose, stronger
-from neurosens.attacks.threat import Threat, length, project
+from neurosens.attacks.threat import Threat, length, project, require_ball
 from neurosens.forward import Forward, Variables
 
 # The share of the image that a window covers is halved after so many queries of 10,000.
@@ -109,6 +109,7 @@ def square_example(
     It has the arguments and errors of `square`, with `x` one image, `y` its label and `target` one
     class; `restarts` may be traced. Returns one image and scalars.
     """
+    require_ball('square', threat)
     if x.ndim != 3:
         raise ValueError(
             f'An image has shape {x.shape}; Square needs [height, width, channels] each.'

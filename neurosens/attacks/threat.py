@@ -1,7 +1,8 @@
 """Threat models: the perturbations that an attacker may use, for one example.
 
 A threat is a norm ball of radius eps around the clean image, intersected with the box of valid
-pixels.
+pixels. Under l0 the pixels that change are counted, all channels of one together; that "ball" is
+not convex, and only attacks that project steps onto it can use it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
 
-NORMS = ('linf', 'l2', 'l1')
+NORMS = ('linf', 'l2', 'l1', 'l0')
 # The norm by which a gradient bounds how far a perturbation of the threat's norm changes a value.
 DUAL = {'linf': 'l1', 'l2': 'l2', 'l1': 'linf'}
 # Share of the pixels that a steepest l1 step moves: one pixel at a time is slow to get anywhere
@@ -36,7 +37,7 @@ class Threat:
     A pytree whose only leaf is `eps`: jitted attacks are compiled once for all radii.
 
     Attributes:
-      norm: `'linf'`, `'l2'` or `'l1'`.
+      norm: `'linf'`, `'l2'`, `'l1'` or `'l0'`.
       eps: radius per image, in the units of the pixels; infinite for attacks that look for the
         smallest perturbation.
       bounds: smallest and largest pixel value.
@@ -65,7 +66,9 @@ def project(
     """Moves an image into the ball around the clean one and into the box.
 
     For linf and l1 this is the exact Euclidean projection onto the intersection; for l2 the ball
-    comes first and the box second, the order of AutoAttack, which is inside both sets.
+    comes first and the box second, the order of AutoAttack, which is inside both sets. For l0 the
+    pixels that stay changed are those whose return would move the image furthest (Croce & Hein
+    2019, https://arxiv.org/abs/1909.05040, section 3.1); of equal ones the first.
 
     Args:
       threat: the ball and the box.
@@ -79,6 +82,10 @@ def project(
         moved = jnp.clip(moved, clean - threat.eps, clean + threat.eps)
     elif threat.norm == 'l1':
         moved = _project_l1(clean, moved, threat.eps, threat.bounds)
+    elif threat.norm == 'l0':
+        lost = jnp.square(moved - jnp.clip(moved, *threat.bounds))
+        kept = _largest_pixels(jnp.square(moved - clean) - lost, threat.eps)
+        moved = jnp.where(kept, moved, clean)
     else:
         change = moved - clean
         size = jnp.linalg.norm(change.ravel())
@@ -117,6 +124,35 @@ def _project_l1(
     return (clean + jnp.sign(moved - clean) * moved_by).reshape(shape)
 
 
+def _pixels(values: Float[Array, '...']) -> Float[Array, ' pixels channels']:
+    """Values of one image by pixel: the last axis of images holds the channels."""
+    return values.reshape(-1, values.shape[-1] if values.ndim == 3 else 1)
+
+
+def _largest_pixels(
+    values: Float[Array, '...'], count: float | Float[Array, '']
+) -> Bool[Array, '...']:
+    """Marks the given number of pixels whose values add up to most over the channels."""
+    order = jnp.argsort(_pixels(values).sum(-1), descending=True, stable=True)
+    # By rank and not by the value of the last: equal pixels must not be too many.
+    chosen = jnp.argsort(order) < jnp.floor(jnp.asarray(count))
+    return jnp.broadcast_to(chosen[:, None], _pixels(values).shape).reshape(values.shape)
+
+
+def require_ball(attack: str, threat: Threat) -> None:
+    """Raises a ValueError for an attack that needs a norm where the threat counts pixels.
+
+    Args:
+      attack: its name.
+      threat: its threat.
+    """
+    if threat.norm not in DUAL:
+        raise ValueError(
+            f'{attack} works in {", ".join(DUAL)}, not in {threat.norm}; there use pgd, or another '
+            'attack that projects its steps.'
+        )
+
+
 def inside(
     threat: Threat,
     clean: Float[Array, '...'],
@@ -135,14 +171,16 @@ def length(norm: str, change: Float[Array, '...']) -> Float[Array, '']:
     """The norm of a perturbation.
 
     Args:
-      norm: `'linf'`, `'l2'` or `'l1'`.
+      norm: `'linf'`, `'l2'`, `'l1'` or `'l0'`.
       change: the perturbation of one image.
 
     Returns:
-      Its length, in the units of the pixels.
+      Its length, in the units of the pixels; for l0 the number of changed pixels.
     """
     if norm == 'linf':
         return jnp.abs(change).max()
+    if norm == 'l0':
+        return (_pixels(change) != 0).any(-1).sum().astype(change.dtype)
     return jnp.linalg.norm(change.ravel(), ord=2 if norm == 'l2' else 1)
 
 
@@ -168,6 +206,13 @@ def random_start(
         total = size.sum() + jax.random.exponential(rest_key, (), clean.dtype)
         change = jax.random.rademacher(sign_key, clean.shape, clean.dtype) * size / total
         change = change * threat.eps
+    elif threat.norm == 'l0':
+        # Random values in as many random pixels as may change.
+        place_key, value_key = jax.random.split(key)
+        places = jax.random.uniform(place_key, _pixels(clean)[:, :1].shape)
+        places = jnp.broadcast_to(places, _pixels(clean).shape).reshape(clean.shape)
+        value = jax.random.uniform(value_key, clean.shape, clean.dtype, *threat.bounds)
+        change = jnp.where(_largest_pixels(places, threat.eps), value - clean, 0)
     else:
         # A normal direction at radius eps U^(1/n) is uniform in the ball.
         direction_key, radius_key = jax.random.split(key)
@@ -194,8 +239,8 @@ def steepest_ascent(
         not linear. Pixels of equal gradient move together.
 
     Returns:
-      sign(g) for linf, g / ||g||_2 for l2, sign(g) on the largest |g| over their number for l1; 0
-      where the gradient is 0.
+      sign(g) for linf, g / ||g||_2 for l2, sign(g) on the largest |g| over their number for l1, and
+      for l0, whose projection decides which pixels move, g / ||g||_1; 0 where the gradient is 0.
     """
     if threat.norm == 'linf':
         return jnp.sign(gradient)
@@ -208,7 +253,7 @@ def steepest_ascent(
     # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
     largest = jnp.abs(gradient).max()
     gradient = gradient / jnp.where(largest > 0, largest, 1.0)
-    norm = jnp.linalg.norm(gradient.ravel())
+    norm = jnp.linalg.norm(gradient.ravel(), ord=1 if threat.norm == 'l0' else 2)
     return gradient / jnp.where(norm > 0, norm, 1.0)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from neurosens import data, parallel
-from neurosens.attacks import AttackResult, MinimumResult
+from neurosens.attacks import AttackResult, MinimumResult, SpatialResult
 from neurosens.attacks.result import label_margin
 from neurosens.forward import Forward, Variables
 
@@ -202,7 +202,7 @@ class Attacked(NamedTuple):
 
 
 def attack(
-    run: Callable[[Array, Array, Array], AttackResult | MinimumResult],
+    run: Callable[[Array, Array, Array], AttackResult | MinimumResult | SpatialResult],
     forward: Forward,
     variables: Variables,
     source: data.Source,

@@ -394,6 +394,8 @@ def _plan(
     absent = {}
     if task.x.ndim != 4:
         absent['square'] = 'Square needs images of height, width and channels.'
+    elif threat.norm == 'l0':
+        absent['square'] = 'Square does not count pixels; other norms have it.'
     elif not queries:
         absent['square'] = 'Square was left out; give it queries.'
     else:
@@ -431,6 +433,8 @@ def _grey_radius(threat: Threat, shape: tuple[int, ...]) -> float:
     """The radius within which every image of the box has the middle of the box."""
     half = (threat.bounds[1] - threat.bounds[0]) / 2
     pixels = math.prod(shape)
+    if threat.norm == 'l0':
+        return float(pixels // shape[-1] if len(shape) == 3 else pixels)
     return half * {'linf': 1.0, 'l2': math.sqrt(pixels), 'l1': float(pixels)}[threat.norm]
 
 

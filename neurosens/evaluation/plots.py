@@ -37,6 +37,15 @@ def loggable(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values) & (values > 0)]
 
 
+_RADIUS = {
+    'linf': r'$\ell_\infty$ radius eps, pixels in [0, 1]',
+    'l2': r'$\ell_2$ radius eps, pixels in [0, 1]',
+    'l1': r'$\ell_1$ radius eps, pixels in [0, 1]',
+    'l0': r'$\ell_0$ radius eps, pixels that may change',
+    'spatial': 'largest rotation, degrees',
+}
+
+
 def accuracy_against_eps(report: RobustnessReport) -> Figure:
     """Accuracy of each attack against its radius, with 95 % Wilson bands; radius 0 is clean."""
     figure = Figure(figsize=(5.5, 3.8), layout='constrained')
@@ -57,8 +66,7 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
         axes.fill_between(eps, lows, highs, color=color, alpha=0.15, linewidth=0)
     chance = 100 / report.info.num_classes
     axes.axhline(chance, color='0.5', linestyle=':', linewidth=1, label='chance')
-    norm = {'linf': r'$\ell_\infty$', 'l2': r'$\ell_2$', 'l1': r'$\ell_1$'}[report.outcomes[0].norm]
-    axes.set_xlabel(f'{norm} radius eps, pixels in [0, 1]')
+    axes.set_xlabel(_RADIUS[report.outcomes[0].norm])
     axes.set_ylabel('accuracy (%)')
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -146,7 +146,8 @@ def evaluate(
             )
     diagnosis = None
     radii = sorted(eps for eps in settings.eps if eps)
-    if settings.masking_images and outcomes and radii:
+    # Its checks are steps of gradients, and radii of balls.
+    if settings.masking_images and outcomes and radii and settings.norm != 'spatial':
         diagnosis = _diagnose(
             forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
         )
@@ -261,6 +262,9 @@ _DIAGNOSIS_QUERIES = 500
 _MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 
 
+Found: TypeAlias = attacks.AttackResult | attacks.MinimumResult | attacks.SpatialResult
+
+
 def make_attack(
     name: str,
     forward: Forward,
@@ -269,7 +273,7 @@ def make_attack(
     eps: float,
     key: PRNGKeyArray,
     surrogate: tuple[Forward, Variables] | None = None,
-) -> Callable[[Array, Array, Array], attacks.AttackResult | attacks.MinimumResult]:
+) -> Callable[[Array, Array, Array], Found]:
     """An attack with everything bound but images, labels and their positions.
 
     Args:
@@ -315,11 +319,17 @@ def make_attack(
         method, options = attacks.fmn, {'steps': settings.auto_steps}
     elif name == 'noise':
         method, options = attacks.noise, {'restarts': settings.restarts}
+    elif name == 'spatial':
+        method = attacks.spatial
     else:
         method = attacks.deepfool if name == 'deepfool' else attacks.carlini_wagner
-    threat = attacks.Threat(settings.norm, eps)
+    threat: Any
+    if settings.norm == 'spatial':
+        threat = attacks.Motion(eps, settings.shift)
+    else:
+        threat = attacks.Threat(settings.norm, eps)
 
-    def run(x: Array, y: Array, index: Array) -> attacks.AttackResult | attacks.MinimumResult:
+    def run(x: Array, y: Array, index: Array) -> Found:
         return method(forward, variables, x, y, key, threat=threat, index=index, **options)
 
     return run

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from neurosens import _validate
 from neurosens.attacks import Threat
-from neurosens.attacks.threat import NORMS
+from neurosens.attacks.threat import DUAL
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import inner
 from neurosens.training.objective import (
@@ -66,8 +66,8 @@ def _step_size(eps: float, steps: int, share: float) -> float:
 
 
 def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> None:
-    if norm not in NORMS:
-        raise ValueError(_validate.unknown('norm', norm, NORMS))
+    if norm not in DUAL:
+        raise ValueError(_validate.unknown('norm', norm, DUAL))
     if mode not in ATTACK_MODES:
         raise ValueError(_validate.unknown('attack_mode', mode, ATTACK_MODES))
     _validate.check_range('eps', eps, low=0)

@@ -33,6 +33,7 @@ def transferred(forward, variables, x, y, key, **options):
 ATTACKS = {
     'fgsm_rs': (attacks.fgsm_rs, 'linf', {}),
     'pgd': (attacks.pgd, 'l1', {'steps': 3}),
+    'pgd_l0': (attacks.pgd, 'l0', {'steps': 3, 'step_size': 20.0}),
     'mi_fgsm': (attacks.mi_fgsm, 'linf', {'steps': 3}),
     'ni_fgsm': (attacks.ni_fgsm, 'l2', {'steps': 3}),
     'apgd': (attacks.apgd, 'linf', {'steps': 5, 'loss': 'dlr'}),
@@ -54,8 +55,8 @@ ATTACKS = {
     'neuron': (through_neurons, 'l2', {}),
     'transfer': (transferred, 'linf', {}),
 }
-EPS = {'linf': 0.1, 'l2': 0.5, 'l1': 2.0}
-ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
+EPS = {'linf': 0.1, 'l2': 0.5, 'l1': 2.0, 'l0': 4}
+ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1, 'l0': 0}
 
 SPEAKING = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
 

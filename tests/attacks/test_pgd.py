@@ -369,3 +369,17 @@ def test_an_attack_runs_unchanged_under_pmap():
     mapped = jax.pmap(attack)(split(x), split(y), split(index))
     merged = jax.tree.map(lambda leaf: leaf.reshape(devices * 2, *leaf.shape[2:]), mapped)
     chex.assert_trees_all_close(merged, plain, atol=1e-6)
+
+
+def test_steps_that_count_pixels_find_the_best_ones_of_a_linear_model(linear):
+    variables, x, y, weight, margin = linear
+    low, high = box = (-4.0, 4.0)
+    sign = np.where(y == 0, 1, -1)[:, None]
+    values = x.reshape(len(x), -1)
+    gain = np.maximum(sign * weight * (values - low), sign * weight * (values - high))
+    best = margin - np.sort(gain)[:, ::-1][:, :3].sum(1)
+    threat = Threat('l0', 3, box)
+    options = {'threat': threat, 'steps': 4, 'step_size': 400.0, 'start': 'clean'}
+    result = pgd(LINEAR, variables, x, y, jax.random.key(0), **options)
+    np.testing.assert_allclose(result.margin, best, rtol=1e-5)
+    assert ((result.x_adv != x).reshape(len(x), -1).sum(1) == 3).all()

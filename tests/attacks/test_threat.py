@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from neurosens import attacks
 from neurosens.attacks import Threat, inside, project, random_start, steepest_ascent
 from neurosens.attacks.threat import kth_largest, largest_float
+from neurosens.attacks.threat import length as attack_length
 
 SHAPE = (3, 4, 2)
 F1 = np.float32(1)
@@ -223,6 +225,47 @@ def test_inside_means_inside_the_box(value, expected):
     assert inside(Threat('linf', 1.0), clean, clean.at[1].set(value)) == expected
 
 
+# ---------------------------------------------------------------------------- counted pixels
+
+
+counted = st.integers(0, 12) | st.floats(0, 12, width=32)
+
+
+@QUICK
+@hypothesis.given(counted, bounds, images, anywhere)
+@hypothesis.example(3, (0.0, 1.0), np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32))
+def test_no_choice_of_as_many_pixels_is_nearer_than_the_l0_projection(eps, box, clean, moved):
+    projected = np.asarray(fast_project(Threat('l0', eps, box), clean, moved), np.float64)
+    changed = (projected != clean).any(-1)
+    assert changed.sum() <= eps
+    assert box[0] <= projected.min() and projected.max() <= box[1]
+    # The choice of each pixel is apart from the others, so the best are those that save most.
+    staying = ((clean - np.float64(moved)) ** 2).sum(-1)
+    going = ((np.clip(moved, *box) - np.float64(moved)) ** 2).sum(-1)
+    saved = np.sort((staying - going).ravel())[::-1][: int(eps)]
+    nearest = staying.sum() - saved.sum()
+    assert ((projected - moved) ** 2).sum() <= nearest + 1e-4
+    assert inside(Threat('l0', eps, box), clean, projected)
+
+
+@QUICK
+@hypothesis.given(counted, bounds, images, keys)
+def test_a_random_start_changes_as_many_pixels_as_it_may(eps, box, clean, seed):
+    moved = np.asarray(fast_start(Threat('l0', eps, box), clean, seed))
+    assert (moved != clean).any(-1).sum() == int(eps)
+    assert box[0] <= moved.min() and moved.max() <= box[1]
+
+
+def test_the_length_in_l0_counts_pixels_and_a_step_goes_along_the_gradient():
+    change = np.zeros(SHAPE, np.float32)
+    change[0, 1] = 1e-30, 5
+    change[2, 3, 1] = -2
+    assert attack_length('l0', change) == 2
+    # Without channels, each number is a pixel.
+    assert attack_length('l0', change.reshape(12, 2)) == 3
+    np.testing.assert_allclose(fast_ascent(Threat('l0', 1), change), change / 7, rtol=1e-6)
+
+
 def test_a_threat_carries_its_radius_as_its_only_leaf():
     leaves, structure = jax.tree.flatten(Threat('l2', 0.5, (-1.0, 1.0)))
     assert leaves == [0.5]
@@ -232,7 +275,7 @@ def test_a_threat_carries_its_radius_as_its_only_leaf():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('l0', 0.1), "Unknown norm 'l0'"),
+        (('l3', 0.1), "Unknown norm 'l3'"),
         (('linf', -0.1), 'eps is -0.1; it must be at least 0.'),
         (('linf', float('nan')), 'eps is nan; it must be finite, at least 0.'),
         (('l2', 0.1, (1.0, 0.0)), r'bounds are \(1.0, 0.0\); the first must be below the second.'),
@@ -242,3 +285,11 @@ def test_a_threat_carries_its_radius_as_its_only_leaf():
 def test_an_impossible_threat_is_refused(arguments, message):
     with pytest.raises(ValueError, match=f'^{message}'):
         Threat(*arguments)
+
+
+@pytest.mark.parametrize('attack', ['apgd', 'autoattack', 'deepfool', 'fab', 'fmn', 'square'])
+def test_attacks_that_need_a_norm_do_not_count_pixels(net, attack):
+    with pytest.raises(ValueError, match='works in linf, l2, l1, not in l0; there use pgd'):
+        getattr(attacks, attack)(
+            net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=Threat('l0', 3)
+        )

@@ -235,6 +235,44 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     assert not (report / 'masking.csv').exists() and 'masking' not in out
 
 
+@pytest.mark.parametrize(('norm', 'attack'), [('l0', 'pgd'), ('spatial', 'spatial')])
+def test_threats_that_no_norm_bounds_are_reported(trained, capsys, tmp_path, norm, attack):
+    import evaluate
+
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
+    arguments = [
+        f'--workdir={workdir}',
+        '--noprogress',
+        '--config.cpu_devices=8',
+        f'--config.evaluation.norm={norm}',
+        f'--config.evaluation.attacks={attack}',
+        '--config.evaluation.eps=(2,20)',
+        '--config.evaluation.steps=5',
+        '--config.evaluation.limit=24',
+        '--config.evaluation.masking_images=0',
+        '--config.neurons.measures=()',
+    ]
+    assert evaluate.main(arguments) == 0
+    results = json.loads((workdir / 'report' / 'results.json').read_text())
+    model, test = training.load(workdir), data.load('digits', 'test')
+    accuracy = []
+    for eps in (2, 20):
+        name = f'{attack}-{norm}-{eps}'
+        assert name in capsys.readouterr().out or accuracy
+        accuracy.append(results[f'robust_accuracy/{name}'])
+    threat = attacks.Motion(20) if norm == 'spatial' else attacks.Threat(norm, 20)
+    options = {} if norm == 'spatial' else {'steps': 5}
+    x, y = data.to_float(test.images[:24]), test.labels[:24]
+    run = getattr(attacks, attack)
+    found = run(
+        model.forward, model.variables, x, y, evaluation.fixed_key(0), threat=threat, **options
+    )
+    assert accuracy[1] == pytest.approx(np.mean(~found.success))
+    assert results['clean_accuracy'] >= accuracy[0] >= accuracy[1]
+    assert (workdir / 'report' / 'accuracy_against_eps.png').exists()
+
+
 def test_two_models_are_compared(trained, scripts, tmp_path):
     workdir, _ = trained
     other = tmp_path / 'other'
@@ -371,6 +409,14 @@ MISTAKES = [
     (['--config=configs/mnist.py'], '--config is fixed by the trained model'),
     (['--checkpoint=7'], "There is no checkpoint '7'"),
     (['--config.evaluation.norm=l3'], "Unknown evaluation.norm 'l3'; valid names are linf, l2"),
+    (
+        ['--config.evaluation.norm=l0', "--config.evaluation.attacks=('fab',)"],
+        "'fab', which does not count pixels as evaluation.norm 'l0' does; the attacks that do are",
+    ),
+    (
+        ['--config.evaluation.norm=spatial', "--config.evaluation.attacks=('pgd',)"],
+        "the attack 'spatial' and the norm 'spatial' go together",
+    ),
     (['--config.evaluation.attacks=cw'], "Unknown evaluation.attacks item 'cw'"),
     (['--config.evaluation.eps=(-1.0,)'], 'evaluation.eps item is -1.0'),
     (['--config.evaluation.masking_images=-1'], 'evaluation.masking_images is -1; it must be at'),
