@@ -90,7 +90,7 @@ ATTACKS = (
 NORMS = ('linf', 'l2', 'l1')
 THREATS = (*NORMS, 'l0', 'spatial')
 # Attacks that project their images, which any threat allows.
-PROJECTING = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'noise')
+PROJECTING = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'noise')
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ class Evaluation:
         'apgd_dlr', 'square', 'fab', 'deepfool', 'fmn', 'carlini_wagner' (l2 only), 'noise' (random
         images of the ball, as a control), 'spatial' and 'autoattack', 'autoattack_plus',
         'autoattack_rand'.
-      norm: the threat model, 'linf', 'l2' or 'l1'; 'l0' with 'fgsm' to 'ni_fgsm' and 'noise' only;
+      norm: the threat model, 'linf', 'l2' or 'l1'; 'l0' with 'fgsm' to 'mi_fgsm' and 'noise' only;
         'spatial', rotations and translations, with the attack 'spatial' only.
       eps: radii in pixels of [0, 1] (for 'l0' how many pixels may change, for 'spatial' the largest
         rotation in degrees), smallest first. Attacks that look for the smallest perturbation run
@@ -115,7 +115,8 @@ class Evaluation:
       loss: what 'fgsm' to 'ni_fgsm' maximise, 'cross_entropy', 'margin', 'dlr' or
         'scaled_cross_entropy'.
       steps: steps of 'bim', 'pgd', 'mi_fgsm' and 'ni_fgsm'.
-      step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd', 1 / steps for others.
+      step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd', 1 / steps for others,
+        and in 'l0' a step that brings the steepest pixels to their bounds.
       restarts: runs of 'pgd', 'apgd', 'fab' and 'square' from different random starts, and random
         images of 'noise'.
       auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.

@@ -16,7 +16,7 @@ from neurosens.attacks.representation import (
     l2_norm,
 )
 from neurosens.attacks.result import AttackResult, Iterate, choose, judge, stronger
-from neurosens.attacks.threat import Threat
+from neurosens.attacks.threat import Threat, default_step
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
 
@@ -144,7 +144,9 @@ def latent_attack(
         index=index,
         shared={
             'steps': steps,
-            'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
+            'step_size': default_step(threat, jnp.shape(x)[1:], 2.5 / steps)
+            if step_size is None
+            else step_size,
             'restarts': restarts,
         },
         options={'layer': layer, 'straight_layer': straight_layer},
@@ -281,7 +283,9 @@ def activation_attack(
         shared={
             'sign': sign,
             'steps': steps,
-            'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
+            'step_size': default_step(threat, jnp.shape(x)[1:], 2.5 / steps)
+            if step_size is None
+            else step_size,
             'restarts': restarts,
         },
         options={

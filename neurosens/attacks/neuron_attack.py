@@ -35,7 +35,7 @@ from neurosens.attacks.representation import (
     l2_norm,
 )
 from neurosens.attacks.result import Iterate, choose, judge, stronger
-from neurosens.attacks.threat import Threat
+from neurosens.attacks.threat import Threat, default_step
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, units
 from neurosens.neurons.ranking import KINDS, ranking, scaled_sensitivity
@@ -251,7 +251,9 @@ def neuron_attack(
         each={'neurons': neurons, 'delta': delta},
         shared={
             'steps': steps,
-            'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
+            'step_size': default_step(threat, jnp.shape(x)[1:], 2.5 / steps)
+            if step_size is None
+            else step_size,
             'weight': weight,
             'restarts': restarts,
         },

@@ -22,8 +22,10 @@ from neurosens.attacks.result import AttackResult, Iterate, choose, stronger
 from neurosens.attacks.threat import (
     SPARSE_SHARE,
     Threat,
+    default_step,
     project,
     random_start,
+    require_ball,
     steepest_ascent,
 )
 from neurosens.forward import Forward, Variables
@@ -186,7 +188,8 @@ def pgd(
       key: randomness of the starts, and of a random model.
       threat: the perturbations allowed.
       steps: gradient steps per restart, at least 1.
-      step_size: length of a step in the threat's norm; 2.5 eps / steps by default.
+      step_size: length of a step in the threat's norm, for l0 in l1; by default 2.5 eps / steps,
+        for l0 see `neurosens.attacks.threat.default_step`.
       restarts: independent runs, of which the strongest iterate counts, at least 1.
       start: `'random'` (uniform in the ball) or `'clean'`.
       loss: what to maximise, a name of `losses.UNTARGETED` (with a target: `losses.TARGETED`) or a
@@ -218,7 +221,9 @@ def pgd(
     losses.named(loss, targeted=target is not None)
     shared = {
         'steps': steps,
-        'step_size': 2.5 * threat.eps / steps if step_size is None else step_size,
+        'step_size': default_step(threat, jnp.shape(x)[1:], 2.5 / steps)
+        if step_size is None
+        else step_size,
         'restarts': restarts,
         'share': share,
     }
@@ -273,7 +278,7 @@ def bim(
     Returns:
       As of `pgd`.
     """
-    options.setdefault('step_size', threat.eps / steps)
+    options.setdefault('step_size', default_step(threat, jnp.shape(x)[1:], 1 / steps))
     return pgd(forward, variables, x, y, key, threat=threat, steps=steps, start='clean', **options)
 
 
@@ -359,6 +364,8 @@ def ni_fgsm(
     _validate.check_range('steps', steps, low=1)
     _validate.check_range('draws', draws, low=1)
     _check_choices('clean', keep)
+    # Looking ahead needs steps that stay near.
+    require_ball('ni_fgsm', threat)
     return attack_batch(
         pgd_example,
         forward,
@@ -435,5 +442,5 @@ def fgsm_rs(
     Returns:
       As of `pgd`.
     """
-    options.setdefault('step_size', 1.25 * threat.eps)
+    options.setdefault('step_size', default_step(threat, jnp.shape(x)[1:], 1.25))
     return pgd(forward, variables, x, y, key, threat=threat, steps=1, **options)

@@ -257,6 +257,25 @@ def steepest_ascent(
     return gradient / jnp.where(norm > 0, norm, 1.0)
 
 
+def default_step(
+    threat: Threat, shape: tuple[int, ...], share: float | Array
+) -> float | Float[Array, '']:
+    """How long a step is where the caller names no length.
+
+    Args:
+      threat: the ball and the box.
+      shape: shape of one image.
+      share: the length as a share of eps.
+
+    Returns:
+      That length. Under l0, where only pixels at a bound of the box do what they can, one that
+      moves values by three widths of the box on average, whatever eps is.
+    """
+    if threat.norm == 'l0':
+        return 3.0 * math.prod(shape) * (threat.bounds[1] - threat.bounds[0])
+    return share * threat.eps
+
+
 def kth_largest(values: Float[Array, '...'], k: Int[Array, '']) -> Float[Array, '']:
     """The k-th largest of non-negative values, for a traced k.
 

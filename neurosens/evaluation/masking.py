@@ -37,7 +37,7 @@ from neurosens.attacks import (
 from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.objective import objective
 from neurosens.attacks.result import logits_of
-from neurosens.attacks.threat import SPARSE_SHARE
+from neurosens.attacks.threat import SPARSE_SHARE, default_step
 from neurosens.evaluation.masking_checks import Check, Evidence, judge, slack
 from neurosens.evaluation.masking_models import (
     EDITS,
@@ -115,7 +115,9 @@ def _view_example(
 ) -> _View:
     look, climb = objective(forward, variables, y, losses.cross_entropy, draws=draws)
     gradient, clean = climb(x, key)
-    moved = project(threat, x, x + threat.eps * steepest_ascent(threat, gradient))
+    moved = project(
+        threat, x, x + default_step(threat, x.shape, 1.0) * steepest_ascent(threat, gradient)
+    )
     keys = jax.random.split(key)
     # Traced twice: randomness that a model draws while it is traced shows too.
     one, two = (logits_of(redraw(forward, keys[draw]), variables, x) for draw in range(2))
@@ -211,9 +213,10 @@ class _Task:
         """PGD on each image, by default as the evaluation runs it; the fields of its result."""
         radius = float(self.threat.eps) if radius is None else radius
         steps = self.steps if steps is None else steps
+        threat = dataclasses.replace(self.threat, eps=radius)
         shared = {
             'steps': steps,
-            'step_size': 2.5 * radius / max(steps, 1),
+            'step_size': default_step(threat, self.x.shape[1:], 2.5 / max(steps, 1)),
             'restarts': self.restarts if restarts is None else restarts,
             'weights': weights,
             'share': max(SPARSE_SHARE, _SPARSE_PIXELS / self.x[0].size) if share is None else share,
@@ -223,7 +226,7 @@ class _Task:
             return attack_batch(
                 _pgd_example,
                 *arguments,
-                threat=dataclasses.replace(self.threat, eps=radius),
+                threat=threat,
                 index=index,
                 shared=shared,
                 options={'draws': self.draws},

@@ -33,7 +33,7 @@ def transferred(forward, variables, x, y, key, **options):
 ATTACKS = {
     'fgsm_rs': (attacks.fgsm_rs, 'linf', {}),
     'pgd': (attacks.pgd, 'l1', {'steps': 3}),
-    'pgd_l0': (attacks.pgd, 'l0', {'steps': 3, 'step_size': 20.0}),
+    'pgd_l0': (attacks.pgd, 'l0', {'steps': 3}),
     'mi_fgsm': (attacks.mi_fgsm, 'linf', {'steps': 3}),
     'ni_fgsm': (attacks.ni_fgsm, 'l2', {'steps': 3}),
     'apgd': (attacks.apgd, 'linf', {'steps': 5, 'loss': 'dlr'}),

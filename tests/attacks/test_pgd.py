@@ -383,3 +383,14 @@ def test_steps_that_count_pixels_find_the_best_ones_of_a_linear_model(linear):
     result = pgd(LINEAR, variables, x, y, jax.random.key(0), **options)
     np.testing.assert_allclose(result.margin, best, rtol=1e-5)
     assert ((result.x_adv != x).reshape(len(x), -1).sum(1) == 3).all()
+
+
+def test_steps_that_count_pixels_are_long_enough_by_default(net):
+    """Against every single pixel, black or white: few images may need a value in between."""
+    single = np.repeat(np.asarray(net.x).reshape(BATCH, 1, 36), 72, 1)
+    single[:, np.arange(72), np.arange(72) % 36] = (np.arange(72) // 36)[None]
+    logits = np.asarray(net.forward(net.variables, single.reshape(-1, 6, 6, 1))[0])
+    wrong = (logits.argmax(-1).reshape(BATCH, 72) != np.asarray(net.y)[:, None]).any(1)
+    found = attack(net, Threat('l0', 1), steps=40, restarts=5)
+    assert (net.correct & wrong).any()
+    assert (found.success >= wrong).all()

@@ -287,7 +287,9 @@ def test_an_impossible_threat_is_refused(arguments, message):
         Threat(*arguments)
 
 
-@pytest.mark.parametrize('attack', ['apgd', 'autoattack', 'deepfool', 'fab', 'fmn', 'square'])
+@pytest.mark.parametrize(
+    'attack', ['apgd', 'autoattack', 'deepfool', 'fab', 'fmn', 'ni_fgsm', 'square']
+)
 def test_attacks_that_need_a_norm_do_not_count_pixels(net, attack):
     with pytest.raises(ValueError, match='works in linf, l2, l1, not in l0; there use pgd'):
         getattr(attacks, attack)(
