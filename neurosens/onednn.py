@@ -56,7 +56,8 @@ def use_onednn() -> bool:
     once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
     they are: of other types than float32, in other than two spatial dimensions, of single pixels,
     grouped or dilated, those of the gradients of kernels, and where `shard_map` leaves some mesh
-    axes automatic. `jax.export` cannot serialise what is lowered so.
+    axes automatic. `jax.export` cannot serialise what is lowered so, and JAX's
+    compilation cache cannot keep it: XLA fails at that, of which JAX warns as of a `MemoryError`.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
