@@ -166,6 +166,11 @@ def _open(arguments: Sequence[str]) -> Job:
             '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
         )
     surrogate = _load_other('--transfer_from', values['transfer_from'], model)
+    if surrogate is not None and config.evaluation.norm == 'spatial':
+        raise ValueError(
+            '--transfer_from makes images by PGD, which has no norm spatial; leave it out, or '
+            'choose another --config.evaluation.norm.'
+        )
     # What is wrong with a layer should not show only after long attacks.
     benign = None
     if config.defense.name:

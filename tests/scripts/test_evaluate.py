@@ -417,6 +417,10 @@ MISTAKES = [
         ['--config.evaluation.norm=spatial', "--config.evaluation.attacks=('pgd',)"],
         "the attack 'spatial' and the norm 'spatial' go together",
     ),
+    (
+        ['--config.evaluation.norm=spatial', '--transfer_from=SELF'],
+        '--transfer_from makes images by PGD, which has no norm spatial; leave it out',
+    ),
     (['--config.evaluation.attacks=cw'], "Unknown evaluation.attacks item 'cw'"),
     (['--config.evaluation.eps=(-1.0,)'], 'evaluation.eps item is -1.0'),
     (['--config.evaluation.masking_images=-1'], 'evaluation.masking_images is -1; it must be at'),
