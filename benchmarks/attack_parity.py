@@ -1,14 +1,17 @@
 """Do our attacks find what their PyTorch originals find? Robust accuracy, image by image.
 
     python -m benchmarks.attack_parity compare --weights DIR --data_dir DIR --output DIR
+    python -m benchmarks.attack_parity starts --weights DIR --data_dir DIR
     python -m benchmarks.attack_parity smallest --weights DIR --data_dir DIR
     python -m benchmarks.attack_parity published --weights DIR --data_dir DIR
 
 `compare` runs both sides with equal budgets on the first test images and keeps what every run found
 in the output folder, so that an interrupted comparison goes on where it stopped. Random attacks
 differ from seed to seed: how much torchattacks differs from itself is the yardstick for how much we
-may differ from it. `smallest` compares the perturbations found by attacks that look for the
-smallest one with those of foolbox. `published` repeats figures published with the weights.
+may differ from it. `starts` gives Auto-PGD of both sides the same random starts, so that only
+rounding is left to make outcomes differ. `smallest` compares the perturbations found by attacks
+that look for the smallest one with those of foolbox. `published` repeats figures published with
+the weights.
 """
 
 from __future__ import annotations
@@ -190,6 +193,72 @@ def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[str, ..
     )
 
 
+def from_same_starts(arguments: argparse.Namespace) -> None:
+    """Reports outcomes of Auto-PGD where both sides begin at the same points."""
+    from benchmarks import published, torch_device, torch_parity
+
+    on = torch_device.start()
+    mesh = harness.mesh()
+    rows = []
+    for name in arguments.networks:
+        pair = published.load(name, arguments.weights)
+        pair.network.to(on)
+        x, y = published.images(pair.data_set, arguments.data_dir, arguments.images)
+        setting = Setting('linf', _SETTINGS[name, 'linf'], batch_size=_BATCH)
+        variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
+        for attack, loss in (('apgd-ce', 'cross_entropy'), ('apgd-dlr', 'dlr')):
+            both = []
+            for seed in range(arguments.seeds):
+                draws = np.random.default_rng(seed).random(x.shape, np.float32)
+                ours = []
+                for part in batches(len(x)):
+                    images, labels, starts = parallel.shard(
+                        mesh, (x[part], y[part], _starts(x[part], draws[part], setting.eps))
+                    )
+                    result = attacks.apgd(
+                        pair.forward,
+                        variables,
+                        images,
+                        labels,
+                        jax.random.key(seed),
+                        threat=attacks.Threat('linf', setting.eps),
+                        steps=setting.steps,
+                        loss=loss,
+                        start=starts,
+                        first_rises=True,
+                    )
+                    ours.append(~np.asarray(result.success))
+                theirs = torch_parity.withstood(
+                    pair.network, attack, setting, seed, x, y, draws=draws
+                )
+                both.append((np.concatenate(ours), theirs))
+            means = [100 * np.mean(runs) for runs in zip(*both, strict=True)]
+            same = 100 * np.mean([one == other for one, other in both])
+            rows.append(
+                (
+                    _title(name, 'linf'),
+                    _ATTACK_TITLES[attack],
+                    *(f'{mean:.2f}' for mean in means),
+                    f'{means[0] - means[1]:+.2f}',
+                    f'{same:.2f}',
+                )
+            )
+            _note(str(rows[-1]))
+    header = ('Network', 'Attack', 'ours', 'torchattacks', 'difference', 'same outcome')
+    definition = (
+        f'Robust accuracy of the first {arguments.images:,} test images in per cent after '
+        f'{setting.steps} steps of Auto-PGD from the same starts, seeds: {arguments.seeds}.'
+    )
+    harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
+
+
+def _starts(x: np.ndarray, draws: np.ndarray, eps: float) -> np.ndarray:
+    """Where Auto-PGD of torchattacks begins if `draws` are its random numbers from 0 to 1."""
+    change = 2 * draws - 1
+    largest = np.abs(change).max(tuple(range(1, x.ndim)), keepdims=True)
+    return np.clip(x + eps * change / largest, 0, 1)
+
+
 # Attack, norm and our options; `benchmarks.torch_parity` has the same budgets.
 _SMALLEST: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ('deepfool', 'l2', {'steps': 50}),
@@ -329,7 +398,12 @@ def figures(arguments: argparse.Namespace) -> None:
     harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
 
 
-_SUBJECTS = {'compare': compare, 'smallest': smallest, 'published': figures}
+_SUBJECTS = {
+    'compare': compare,
+    'starts': from_same_starts,
+    'smallest': smallest,
+    'published': figures,
+}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

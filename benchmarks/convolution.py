@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolution [--rounds N]
 
-Forward passes and gradients with respect to the images, of the shapes of small image classifiers,
-in batches of 128, with one XLA device per core.
+Forward passes and gradients with respect to images and to kernels, of the shapes of small image
+classifiers, in batches of 128, with one XLA device per core.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from benchmarks import harness
 from neurosens import onednn, parallel
 
 BATCH_SIZE = 128
+# What is timed, and its operations relative to those of a forward pass.
+KINDS = {'forward': 1, 'gradient': 2, 'kernel gradient': 1}
 
 
 class Shape(NamedTuple):
@@ -45,9 +47,15 @@ class Shape(NamedTuple):
         kernel = random.standard_normal((self.window, self.window, self.inputs, self.outputs), 'f4')
         return images, kernel
 
+    def cotangents(self) -> np.ndarray:
+        """Derivatives with respect to what the convolution returns."""
+        side = -(-self.side // self.stride)
+        random = np.random.default_rng(1)
+        return random.standard_normal((BATCH_SIZE, side, side, self.outputs), 'f4')
+
     def flops(self) -> float:
         """Operations of a forward pass."""
-        pixels = (self.side // self.stride) ** 2
+        pixels = (-(-self.side // self.stride)) ** 2
         return 2.0 * BATCH_SIZE * pixels * self.window**2 * self.inputs * self.outputs
 
 
@@ -60,6 +68,7 @@ SHAPES = (
     Shape(28, 1, 32, 3, 1),
     Shape(14, 32, 64, 3, 1),
     Shape(28, 1, 6, 5, 1),
+    Shape(16, 32, 128, 1, 1),
 )
 
 
@@ -80,6 +89,11 @@ def prepare(*, by_onednn: bool) -> harness.Prepared:
         gradient = jax.grad(lambda x, w, run=run: (run(x, w) ** 2).sum())
         units[f'{shape} forward'] = _blocking(jax.jit(run), x, w)
         units[f'{shape} gradient'] = _blocking(jax.jit(gradient), x, w)
+        cotangents = parallel.shard(mesh, shape.cotangents())
+        units[f'{shape} kernel gradient'] = _blocking(
+            jax.jit(lambda x, w, y, run=run: jax.vjp(lambda w: run(x, w), w)[1](y)),
+            *(x, w, cotangents),
+        )
     return harness.Prepared(units, {'devices': mesh.size})
 
 
@@ -112,7 +126,7 @@ def main() -> None:
         'oneDNN': harness.WorkerSpec(ours, {'by_onednn': True}),
         'PyTorch': harness.WorkerSpec(theirs),
     }
-    cases = [(shape, kind) for shape in SHAPES for kind in ('forward', 'gradient')]
+    cases = [(shape, kind) for shape in SHAPES for kind in KINDS]
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(harness.worker(spec)) for name, spec in specs.items()}
         units = {
@@ -126,7 +140,7 @@ def main() -> None:
         names = {name: f'{name}: {shape} {kind}' for name in specs}
         fastest = harness.fastest(measured, list(names.values()))
         times = {unit: f'{1000 * measured.summary(unit).median:.2f}' for unit in names.values()}
-        floor = floors.convolution_seconds(shape.flops() * (1 if kind == 'forward' else 2))
+        floor = floors.convolution_seconds(shape.flops() * KINDS[kind])
         rows.append(
             (
                 f'{shape} {kind}',
@@ -138,8 +152,9 @@ def main() -> None:
         )
     header = ('Convolution', 'XLA, ms', 'oneDNN, ms', 'PyTorch, ms', 'XLA / oneDNN')
     definition = (
-        f'Batches of {BATCH_SIZE}. Floor, of oneDNN: the operations of a convolution, twice as '
-        f'many for a gradient, at the peak rate of convolutions. {floors}'
+        f'Batches of {BATCH_SIZE}. A gradient is a forward pass, a square and the gradient with '
+        'respect to the images; that of the kernel is alone. Floor, of oneDNN: the operations of '
+        f'the convolutions in it, at the peak rate of convolutions. {floors}'
     )
     harness.report(
         arguments,

@@ -36,5 +36,21 @@ def prepare() -> harness.Prepared:
             leaf = x.detach().requires_grad_()
             torch.autograd.grad((run(leaf) ** 2).sum(), leaf)
 
+        cotangents = torch.from_numpy(shape.cotangents()).permute(0, 3, 1, 2)
+        strides, edges = (shape.stride,) * 2, (edge,) * 2
+
+        def kernel_gradient(
+            x: torch.Tensor = x,
+            w: torch.Tensor = w,
+            cotangents: torch.Tensor = cotangents,
+            strides: tuple[int, int] = strides,
+            edges: tuple[int, int] = edges,
+        ) -> None:
+            torch.ops.aten.convolution_backward(
+                *(cotangents, x, w, None, strides, edges, (1, 1), False, (0, 0), 1),
+                (False, True, False),
+            )
+
         units[f'{shape} forward'], units[f'{shape} gradient'] = forward, gradient
+        units[f'{shape} kernel gradient'] = kernel_gradient
     return harness.Prepared(units, {'threads': torch.get_num_threads()})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import foolbox
 import numpy as np
@@ -37,17 +39,40 @@ def _tensors(
 
 
 def withstood(
-    network: torch.nn.Module, attack: str, setting: Setting, seed: int, x: np.ndarray, y: np.ndarray
+    network: torch.nn.Module,
+    attack: str,
+    setting: Setting,
+    seed: int,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    draws: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns which images an attack of torchattacks leaves classified correctly `[N]`."""
+    """Returns which images an attack of torchattacks leaves classified correctly `[N]`.
+
+    Args:
+        network: in PyTorch.
+        attack: one of `attack_settings.ATTACKS`.
+        setting: threat and budgets.
+        seed: of its randomness.
+        x: images `[N, ...]`.
+        y: labels `[N]`.
+        draws: what Auto-PGD takes from `torch.rand` for each image, shaped as the images.
+    """
     torch.manual_seed(seed)
     run = torch_attacks.torchattacks_attacks(network, setting, seed)[attack]
+    given = None if draws is None else published.torch_images(draws)
     found = []
     for images, labels in _tensors(network, x, y, setting.batch_size):
         correct = network(images).argmax(1) == labels
         still = correct.clone()
+        own = contextlib.nullcontext()
+        if given is not None:
+            rows, given = given[: len(images)], given[len(images) :]
+            own = mock.patch('torch.rand', return_value=rows[correct.cpu()])
         # Only images that are classified correctly are attacked, as in ours.
-        adversarial = run(images[correct], labels[correct])
+        with own:
+            adversarial = run(images[correct], labels[correct])
         still[correct] = network(adversarial).argmax(1) == labels[correct]
         found.append(still.cpu().numpy())
     return np.concatenate(found)

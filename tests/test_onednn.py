@@ -15,6 +15,7 @@ from jax.interpreters import mlir
 from neurosens import onednn, parallel
 
 CALL = 'custom_call_target="__onednn$convolution"'
+PRODUCT = 'custom_call_target="__onednn$matmul"'
 CASES = {
     'same': {},
     'valid': {'padding': 'VALID'},
@@ -51,7 +52,7 @@ def convolution(case):
     }
     images = jax.random.normal(jax.random.key(0), (8, 9, 8, 4))
     channels = 4 // options.get('feature_group_count', 1)
-    kernel = jax.random.normal(jax.random.key(1), (3, 2, channels, 6))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, channels, 8))
     if case == 'channels first':
         images, kernel = images.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
     return lambda x, w: lax.conv_general_dilated(x, w, **options), images, kernel
@@ -114,6 +115,54 @@ def test_gradients_of_images_use_it_too_unless_strided(case):
     assert text.count(CALL) == (1 if case in ('strided', 'uneven') else 2)
 
 
+@pytest.mark.parametrize('case', [*CASES, 'dilated kernel', 'cropped images'])
+def test_gradients_of_kernels_are_products_and_those_of_xla(case):
+    run, images, kernel = convolution(case)
+    cotangents = jax.random.normal(jax.random.key(2), jax.eval_shape(run, images, kernel).shape)
+
+    def gradient(kernel, cotangents):
+        return jax.vjp(lambda kernel: run(images, kernel), kernel)[1](cotangents)[0]
+
+    program = jax.jit(gradient).lower(kernel, cotangents).compile()
+    assert program.as_text().count(PRODUCT) == 6
+    # Linear in the kernel: its derivative in the direction of a position is the position's value.
+    one = jax.jit(lambda kernel: jnp.vdot(run(images, kernel), cotangents))
+    basis = jnp.eye(kernel.size).reshape(kernel.size, *kernel.shape)
+    expected = lax.map(one, basis).reshape(kernel.shape)
+    found = program(kernel, cotangents)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('images', 'count'), [(1, 1), (2, 2), (3, 2), (5, 4), (99, 8)])
+def test_images_are_taken_as_many_at_once_as_the_cache_holds(images, count, monkeypatch):
+    run, x, kernel = convolution('strided')
+    cotangents = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, kernel).shape)
+    size = (x.nbytes + cotangents.nbytes) // 8
+    monkeypatch.setattr(onednn, '_CACHE_BYTES', images * size + 1)
+    assert onednn._images_at_once(8, size) == count
+    options = {'steps': (1, 1), 'spacing': (2, 2), 'padding': ((1, 1), (0, 0))}
+    found = jax.jit(functools.partial(onednn._products, **options))(x, cotangents)
+    expected = jax.jit(functools.partial(onednn._sums, **options))(x, cotangents)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert onednn._images_at_once(7, onednn._CACHE_BYTES // 5) == 7, 'one at a time is too few'
+
+
+def test_gradients_of_large_kernels_and_of_few_channels_are_left_to_xla():
+    images = jax.random.normal(jax.random.key(0), (2, 14, 14, 4))
+    kernel = jax.random.normal(jax.random.key(1), (12, 11, 4, 8))
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+
+    def loss(kernel, padding):
+        found = lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=numbers)
+        return jnp.sin(found).sum()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    assert PRODUCT not in gradient.lower(kernel, 'VALID').compile().as_text()
+    assert PRODUCT in gradient.lower(kernel[:11], 'VALID').compile().as_text()
+    assert PRODUCT in gradient.lower(kernel[:1, :1], 'VALID').compile().as_text()
+    assert PRODUCT not in gradient.lower(kernel[:3, :3, :, :7], 'VALID').compile().as_text()
+
+
 @pytest.mark.parametrize('case', OTHERS)
 def test_other_convolutions_are_left_to_xla(case):
     run, images, kernel = convolution(case)
@@ -151,16 +200,18 @@ def test_further_batch_axes_and_loops():
 def test_a_split_batch_stays_split():
     mesh = parallel.data_mesh()
     run, images, kernel = convolution('same')
-    gradient = jax.jit(jax.value_and_grad(lambda x, w: jnp.sin(run(x, w)).sum()))
+    gradient = jax.jit(jax.value_and_grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1)))
     placed = parallel.shard(mesh, images), parallel.replicate(mesh, kernel)
     program = gradient.lower(*placed).compile()
     text = program.as_text()
     assert mesh.size == 8
-    assert text.count(CALL) == 2 and 'all-gather' not in text and 'all-to-all' not in text
-    value, slope = program(*placed)
-    assert slope.sharding.spec[0] == parallel.DATA_AXIS
+    assert text.count(CALL) == 2 and text.count(PRODUCT) == 6
+    assert 'all-gather' not in text and 'all-to-all' not in text
+    value, slopes = program(*placed)
+    assert slopes[0].sharding.spec[0] == parallel.DATA_AXIS
+    assert slopes[1].sharding.is_fully_replicated
     expected = gradient(images, kernel)
-    chex.assert_trees_all_close((value, slope), expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close((value, slopes), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_split_over_devices_is_gathered():
@@ -182,6 +233,18 @@ def test_maps_over_some_and_over_all_axes_of_a_mesh(axes):
     found = jax.jit(mapped)(images, kernel)
     chex.assert_trees_all_close(found, run(images, kernel), rtol=1e-4, atol=1e-5)
 
+    def slope(images):
+        return jax.grad(lambda kernel: jnp.sin(run(images, kernel)).sum())(kernel)
+
+    def added(images):
+        return lax.psum(slope(images), 'a')
+
+    in_all = jax.shard_map(
+        added, mesh=mesh, in_specs=jax.P('a'), out_specs=jax.P(), axis_names=axes, check_vma=False
+    )
+    found = jax.jit(in_all)(images)
+    chex.assert_trees_all_close(found, slope(images), rtol=1e-4, atol=1e-4)
+
 
 def test_unknown_versions_keep_what_xla_chooses(monkeypatch):
     monkeypatch.setattr(onednn.jaxlib, '__version__', '99.0.0')
@@ -196,6 +259,11 @@ def test_wrong_results_of_the_probe_keep_what_xla_chooses(monkeypatch):
     def swapped(strides, padding):
         return config(strides, tuple(pair[::-1] for pair in padding))
 
-    monkeypatch.setattr(onednn, '_config', swapped)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(onednn, '_config', swapped)
+        wrong.setattr(onednn, '_available', onednn._available.__wrapped__)
+        assert not onednn.use_onednn()
+    products = onednn._products
+    monkeypatch.setattr(onednn, '_products', lambda *args, **kw: -products(*args, **kw))
     monkeypatch.setattr(onednn, '_available', onednn._available.__wrapped__)
     assert not onednn.use_onednn()

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
 from neurosens.attacks import losses
-from neurosens.attacks.batches import attack_batch
+from neurosens.attacks.batches import attack_batch, check_images
 from neurosens.attacks.objective import Climb, objective
 from neurosens.attacks.result import AttackResult, Iterate, choose
 from neurosens.attacks.threat import Threat, project, require_ball, steepest_ascent
@@ -237,14 +237,15 @@ def apgd_example(
     restarts: int | Int[Array, ''] = 1,
     loss: str | losses.Loss = 'cross_entropy',
     target: Int[Array, ''] | None = None,
+    start: Float[Array, '...'] | None = None,
     large_start: bool = False,
     draws: int = 1,
     first_rises: bool = False,
 ) -> AttackResult:
     """Auto-PGD on one example: the function that `apgd` maps over a batch.
 
-    It has the arguments and errors of `apgd`, with `x` one image, `y` its label and `target` one
-    class; `restarts` may be traced. Returns one image and scalars.
+    It has the arguments and errors of `apgd`, with `x` and `start` one image, `y` its label and
+    `target` one class; `restarts` may be traced. Returns one image and scalars.
     """
     require_ball('apgd', threat)
     loss = losses.named(loss, targeted=target is not None)
@@ -256,15 +257,17 @@ def apgd_example(
     def restart(number: Array, best: Iterate) -> Iterate:
         own = jax.random.fold_in(key, number)
         wide = Threat(threat.norm, stages[0][0] * threat.eps, threat.bounds)
-        start = _start(wide, x, jax.random.fold_in(own, len(stages)))
+        first = _start(wide, x, jax.random.fold_in(own, len(stages)))
+        if start is not None:
+            first = jnp.where(number == 0, project(wide, x, start.astype(x.dtype)), first)
         for place, (factor, count) in enumerate(stages):
             ball = Threat(threat.norm, factor * threat.eps, threat.bounds)
             if place > 0:
-                start = project(ball, x, start)
+                first = project(ball, x, first)
             stage_key = jax.random.fold_in(own, place)
             fresh = not large_start
-            state = _run(ball, x, start, climb, count, rho, first_rises, stage_key, fresh)
-            start = state.best.x
+            state = _run(ball, x, first, climb, count, rho, first_rises, stage_key, fresh)
+            first = state.best.x
         found = choose(state.fooling.fools, state.fooling, state.best)
         replace = (found.fools & ~best.fools) | (~best.fools & (found.loss > best.loss))
         return choose(replace, found, best)
@@ -296,6 +299,7 @@ def apgd(
     restarts: int = 1,
     loss: str | losses.Loss = 'cross_entropy',
     target: Int[Array, ' batch'] | None = None,
+    start: Float[Array, 'batch ...'] | None = None,
     large_start: bool = False,
     draws: int = 1,
     first_rises: bool = False,
@@ -321,6 +325,8 @@ def apgd(
       loss: what to maximise: `'cross_entropy'`, `'dlr'`, another name of `losses.UNTARGETED`
         (with a target: `losses.TARGETED`), or a function.
       target: classes that the loss aims at `[B]` (APGD-T). Success is any class but the label.
+      start: images `[B, ...]` inside the threat's bounds from which the first run begins, projected
+        into the ball; by default it begins at random, as the others do.
       large_start: spend 30 % of the steps in a ball of 3 eps, 30 % of 2 eps and the rest in the
         ball itself, each from the best iterate before; what AutoAttack does for l1.
       draws: how many draws of a random model each gradient is averaged over.
@@ -339,6 +345,13 @@ def apgd(
         _validate.check_range(name, value, low=1)
     _validate.check_range('rho', rho, low=0, high=1)
     losses.named(loss, targeted=target is not None)
+    if start is not None:
+        if jnp.shape(start) != jnp.shape(x):
+            raise ValueError(
+                f'start has shape {jnp.shape(start)}; it must have that of the images, '
+                f'{jnp.shape(x)}.'
+            )
+        check_images(start, threat.bounds)
     return attack_batch(
         apgd_example,
         forward,
@@ -348,7 +361,7 @@ def apgd(
         key,
         threat=threat,
         index=index,
-        each={'target': target},
+        each={'target': target, 'start': start},
         shared={'rho': rho, 'restarts': restarts},
         options={
             'steps': steps,

@@ -170,6 +170,35 @@ def test_iterates_are_those_of_the_plain_program(net, norm, first_rises):
         assert gradient_of(result.x_adv)[0] == pytest.approx(loss, rel=1e-9)
 
 
+def random_starts(net, key):
+    """Where linf runs with this key begin, drawn as the attack draws it."""
+
+    def draw(x, number):
+        own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, number), 0), 1)
+        change = jax.random.uniform(own, x.shape, x.dtype, -1.0, 1.0)
+        return jnp.clip(x + EPS['linf'] * change / jnp.abs(change).max(), 0, 1)
+
+    return jax.vmap(draw)(net.x, jnp.arange(len(net.x)))
+
+
+def test_the_first_run_begins_where_it_is_told(net):
+    random = attack(net, 'linf', steps=8)
+    starts = random_starts(net, jax.random.key(0))
+    given = attack(net, 'linf', seed=9, steps=8, start=starts)
+    np.testing.assert_allclose(given.x_adv, random.x_adv, atol=1e-6)
+    np.testing.assert_array_equal(given.success, random.success)
+    # Further runs do not repeat it, and a start outside the ball counts as its projection.
+    far = np.clip(net.x + 3 * (starts - net.x), 0, 1)
+    nearest = np.clip(far, net.x - EPS['linf'], net.x + EPS['linf'])
+    outside = attack(net, 'linf', steps=8, start=far)
+    np.testing.assert_allclose(
+        outside.x_adv, attack(net, 'linf', steps=8, start=nearest).x_adv, atol=1e-6
+    )
+    again = attack(net, 'linf', seed=9, steps=8, restarts=2, start=starts)
+    assert (again.margin <= given.margin + 1e-6)[~again.success].all()
+    assert (again.margin < given.margin - 1e-6).any()
+
+
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_it_is_not_weaker_than_pgd_with_as_many_steps(net, norm):
     threat = Threat(norm, EPS[norm])
@@ -211,9 +240,13 @@ def test_an_example_gets_the_same_result_in_any_batch(net, norm):
         ({'restarts': 0}, 'restarts is 0; it must be at least 1'),
         ({'rho': 1.5}, 'rho is 1.5; it must be at least 0, at most 1'),
         ({'loss': 'hinge'}, "Unknown loss 'hinge'"),
+        ({'start': np.zeros((1, 2, 2, 1))}, r'start has shape \(1, 2, 2, 1\); it must have that'),
+        ({'start': 'nan'}, 'pixels that are NaN'),
     ],
 )
 def test_an_impossible_attack_is_refused(net, options, message):
+    if isinstance(options.get('start'), str):
+        options = {'start': np.full_like(net.x, np.nan)}
     with pytest.raises(ValueError, match=message):
         attack(net, 'linf', **options)
 
