@@ -119,9 +119,16 @@ def _subjects() -> tuple[Subject, ...]:
         Subject(
             'attack_parity.smallest',
             'benchmarks.attack_parity',
-            ('smallest', *real, *networks),
+            ('smallest', *real),
             parity,
-            20,
+            60,
+        ),
+        Subject(
+            'attack_parity.starts',
+            'benchmarks.attack_parity',
+            ('starts', *real, '--seeds', '2'),
+            parity,
+            15,
         ),
         Subject(
             'attack_parity.published',

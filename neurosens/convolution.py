@@ -109,13 +109,14 @@ def _convolution(**params: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
         images, kernel = residuals
         # Dead code unless the kernel is differentiated too.
         (kernel_gradient,) = jax.vjp(functools.partial(plain, images), kernel)[1](cotangent)
-        return _input_gradient(images, kernel, cotangent, **params), kernel_gradient
+        return _input_gradient(plain, images, kernel, cotangent, **params), kernel_gradient
 
     convolve.defvjp(forward, backward)
     return convolve
 
 
 def _input_gradient(
+    plain: Callable[[jax.Array, jax.Array], jax.Array],
     images: jax.Array,
     kernel: jax.Array,
     cotangent: jax.Array,
@@ -135,15 +136,15 @@ def _input_gradient(
     common &= min(itertools.chain(*padding), default=0) >= 0
     places = math.prod(kernel.shape[axis] for axis in window_axes)
     if common and images.shape[images_spec[1]] <= _FEW_CHANNELS and places <= _FEW_PLACES:
-        return _collected(
-            images,
-            kernel,
-            cotangent,
+        collected = functools.partial(
+            _collected,
+            images.shape,
             dimension_numbers=dimension_numbers,
             window_strides=window_strides,
             padding=padding,
             precision=rest['precision'],
         )
+        return _with_derivatives_of(plain, collected)(kernel, cotangent)
     flipped = lax.rev(kernel, window_axes)
     if feature_group_count > 1:
         flipped = _split_axis(flipped, out_axis, feature_group_count, in_axis)
@@ -182,8 +183,34 @@ def _input_gradient(
     )
 
 
+def _with_derivatives_of(
+    plain: Callable[[jax.Array, jax.Array], jax.Array],
+    input_gradient: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """An input gradient, of a kernel and a cotangent, whose own gradients are convolutions.
+
+    It is linear in both: the gradient with respect to the cotangent is the convolution of what
+    comes in place of images, and that with respect to the kernel is the convolution's.
+    """
+
+    @jax.custom_vjp
+    def gradient(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return input_gradient(kernel, cotangent)
+
+    def forward(kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, tuple]:
+        return input_gradient(kernel, cotangent), (kernel, cotangent)
+
+    def backward(residuals: tuple, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel, cotangent = residuals
+        value, pull = jax.vjp(functools.partial(plain, images), kernel)
+        return pull(cotangent)[0], value
+
+    gradient.defvjp(forward, backward)
+    return gradient
+
+
 def _collected(
-    images: jax.Array,
+    shape: tuple[int, ...],
     kernel: jax.Array,
     cotangent: jax.Array,
     *,
@@ -203,10 +230,10 @@ def _collected(
         kernel,
         (((cotangent.ndim - 1,), (kernel.ndim - 1,)), ((), ())),
         precision=precision,
-        preferred_element_type=images.dtype,
+        preferred_element_type=cotangent.dtype,
     )
     batch, *positions = cotangent.shape[:-1]
-    sizes = [images.shape[axis] for axis in images_spec[2:]]
+    sizes = [shape[axis] for axis in images_spec[2:]]
     # The input with its padding, and further where the last window starts a stride later.
     covered = [
         max(low + size, stride * (count - 1) + width)
@@ -215,7 +242,7 @@ def _collected(
         )
     ]
     places = tuple(range(1 + len(positions), 1 + 2 * len(positions)))
-    total = jax.numpy.zeros((batch, *covered, channels), images.dtype)
+    total = jax.numpy.zeros((batch, *covered, channels), cotangent.dtype)
     for offset in itertools.product(*map(range, window)):
         part = sent
         for axis, place in zip(reversed(places), reversed(offset)):
@@ -224,7 +251,7 @@ def _collected(
             (place, end - place - stride * (count - 1) - 1, stride - 1)
             for place, end, count, stride in zip(offset, covered, positions, window_strides)
         ]
-        zero = jax.numpy.zeros((), images.dtype)
+        zero = jax.numpy.zeros((), cotangent.dtype)
         total += lax.pad(part, zero, [(0, 0, 0), *spread, (0, 0, 0)])
     for axis, (size, (low, _)) in enumerate(zip(sizes, padding), start=1):
         total = lax.slice_in_dim(total, low, low + size, axis=axis)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -64,10 +65,10 @@ def use_onednn() -> bool:
     It changes how this process lowers `lax.conv_general_dilated`, for all of its code: call it
     once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
     they are: of other types than float32, in other than two spatial dimensions, of single pixels,
-    grouped or dilated, the gradients of kernels larger than 11 x 11 or of fewer than 32 pairs of
-    channels, and where `shard_map` leaves some mesh axes automatic. `jax.export` cannot serialise
-    what is lowered so, and JAX's compilation cache cannot keep it: XLA fails at that, of which JAX
-    warns as of a `MemoryError`.
+    grouped, of dilated kernels, the gradients of kernels larger than 11 x 11 or of fewer than 32
+    pairs of channels, and where `shard_map` leaves some mesh axes automatic. `jax.export` cannot
+    serialise what is lowered so, and JAX's compilation cache cannot keep it: XLA fails at that, of
+    which JAX warns as of a `MemoryError`.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
@@ -83,7 +84,7 @@ def use_onednn() -> bool:
         # The partitioning of `custom_partitioning` knows all axes manual or none.
         mixed = manual and manual != set(ctx.module_context.axis_context.mesh.axis_names)
         rule = _XLA_RULE
-        if not mixed and _is_plain(*ctx.avals_in, **params):
+        if not mixed and _is_plain(*ctx.avals_in, *ctx.avals_out, **params):
             if _is_convolution(*ctx.avals_in, **params):
                 rule = convolution
             elif _is_kernel_gradient(*ctx.avals_in, **params):
@@ -141,10 +142,63 @@ def _convolution(images: jax.Array, kernel: jax.Array, **params: Any) -> jax.Arr
     kernel_order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     result_order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
     images, kernel = images.transpose(images_order), kernel.transpose(kernel_order)
-    padding = tuple((int(low), int(high)) for low, high in params['padding'])
-    rows, columns = params['window_strides']
-    found = _split_over_devices((int(rows), int(columns)), padding)(images, kernel)
+    strides, dilation, padding = _integers(params, 'window_strides', 'lhs_dilation', 'padding')
+    if dilation == (1, 1):
+        found = _split_over_devices(strides, padding)(images, kernel)
+    else:
+        found = _by_phases(images, kernel, dilation, padding)
     return found.transpose(np.argsort(result_order))
+
+
+def _by_phases(
+    images: jax.Array, kernel: jax.Array, dilation: Strides, padding: Padding
+) -> jax.Array:
+    """Convolves images that have zeros between their pixels, as gradients of strided ones do.
+
+    A pixel of the result meets pixels of the images only at every so many places of the kernel.
+    These are the same for all that are `dilation` apart, which are one convolution without zeros.
+
+    Args:
+      images: without the zeros `[N, H, W, C]`.
+      kernel: `[I, J, C, D]`.
+      dilation: distance of two pixels among the zeros.
+      padding: of the images with the zeros, at least 0.
+
+    Returns:
+      `[N, Y, X, D]`.
+    """
+    sizes = [
+        (images.shape[1 + axis] - 1) * dilation[axis] + 2 + sum(padding[axis]) - kernel.shape[axis]
+        for axis in range(2)
+    ]
+    counts = [-(-size // apart) for size, apart in zip(sizes, dilation, strict=True)]
+
+    def phase(axis: int, number: int) -> tuple[int, int, int]:
+        """The first place of the kernel that is met, and the padding without zeros."""
+        apart, low = dilation[axis], padding[axis][0]
+        first = (low - number) % apart
+        before = (low - number - first) // apart
+        places = len(range(first, kernel.shape[axis], apart))
+        return first, before, counts[axis] + places - 1 - images.shape[1 + axis] - before
+
+    def part(row: int, column: int) -> jax.Array:
+        (top, *rows), (left, *columns) = phase(0, row), phase(1, column)
+        taps = kernel[top :: dilation[0], left :: dilation[1]]
+        if not taps.size:
+            return jnp.zeros((len(images), *counts, kernel.shape[-1]), images.dtype)
+        edges = (rows[0], rows[1]), (columns[0], columns[1])
+        cut = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in edges), (0, 0, 0)]
+        seen = lax.pad(images, jnp.zeros((), images.dtype), cut)
+        added = (max(rows[0], 0), max(rows[1], 0)), (max(columns[0], 0), max(columns[1], 0))
+        return _split_over_devices((1, 1), added)(seen, taps)
+
+    lines = [
+        jnp.stack([part(row, column) for column in range(dilation[1])], 3)
+        for row in range(dilation[0])
+    ]
+    found = jnp.stack(lines, 2)
+    whole = (len(images), counts[0] * dilation[0], counts[1] * dilation[1], kernel.shape[-1])
+    return found.reshape(whole)[:, : sizes[0], : sizes[1]]
 
 
 def _kernel_gradient(images: jax.Array, cotangents: jax.Array, **params: Any) -> jax.Array:
@@ -153,23 +207,57 @@ def _kernel_gradient(images: jax.Array, cotangents: jax.Array, **params: Any) ->
     images_order = (numbers.lhs_spec[1], *numbers.lhs_spec[2:], numbers.lhs_spec[0])
     cotangents_order = (numbers.rhs_spec[1], *numbers.rhs_spec[2:], numbers.rhs_spec[0])
     result_order = (*numbers.out_spec[2:], *numbers.out_spec[:2])
-    steps, spacing = (
-        (int(rows), int(columns))
-        for rows, columns in (params['window_strides'], params['rhs_dilation'])
-    )
-    padding = tuple((int(low), int(high)) for low, high in params['padding'])
-    summed = _summed_over_devices(steps, spacing, padding)
-    found = summed(images.transpose(images_order), cotangents.transpose(cotangents_order))
+    positions = _positions(images, cotangents, **params)
+    images, cotangents = images.transpose(images_order), cotangents.transpose(cotangents_order)
+    names = ('window_strides', 'rhs_dilation', 'lhs_dilation', 'padding')
+    steps, spacing, dilation, padding = _integers(params, *names)
+    if dilation == (1, 1):
+        found = _summed_over_devices(steps, spacing, padding)(images, cotangents)
+    else:
+        # Zeros between pixels: seen from the pixels, these are the cotangents of a strided
+        # convolution, whose images are the others, with the kernel's positions in reverse.
+        edges = tuple(
+            (count - 1 - low, count - 1 - high)
+            for count, (low, high) in zip(positions, padding, strict=True)
+        )
+        found = _summed_over_devices(steps, dilation, edges)(cotangents, images)
+        found = found[::-1, ::-1].swapaxes(2, 3)
     return found.transpose(np.argsort(result_order))
+
+
+def _positions(images: Any, kernel: Any, **params: Any) -> tuple[int, int]:
+    """Rows and columns of the result of a convolution."""
+    numbers = params['dimension_numbers']
+    found = []
+    for axis in range(2):
+        size = (images.shape[numbers.lhs_spec[2 + axis]] - 1) * params['lhs_dilation'][axis] + 1
+        window = (kernel.shape[numbers.rhs_spec[2 + axis]] - 1) * params['rhs_dilation'][axis] + 1
+        moves = size + sum(params['padding'][axis]) - window
+        found.append(int(moves // params['window_strides'][axis] + 1))
+    return found[0], found[1]
+
+
+def _integers(params: dict[str, Any], *names: str) -> Any:
+    """Pairs of numbers, or of pairs, as hashable integers."""
+    return (
+        tuple(
+            tuple(map(int, entry)) if isinstance(entry, Sequence) else int(entry)
+            for entry in params[name]
+        )
+        for name in names
+    )
 
 
 def _is_plain(
     images: Any,
     kernel: Any,
+    result: Any,
     *,
     feature_group_count: int,
     batch_group_count: int,
     lhs_dilation: Sequence[int],
+    window_strides: Sequence[int],
+    rhs_dilation: Sequence[int],
     preferred_element_type: Any,
     **rest: Any,
 ) -> bool:
@@ -178,9 +266,10 @@ def _is_plain(
     types = {images.dtype, kernel.dtype, jnp.dtype(preferred_element_type or jnp.float32)}
     return (
         images.ndim == 4
-        and bool(images.size and kernel.size)
+        and bool(images.size and kernel.size and result.size)
         and types == {jnp.dtype(jnp.float32)}
-        and {*lhs_dilation, feature_group_count, batch_group_count} == {1}
+        and feature_group_count == batch_group_count == 1
+        and ({*lhs_dilation} == {1} or {*window_strides, *rhs_dilation} == {1})
     )
 
 
@@ -190,6 +279,7 @@ def _is_convolution(
     *,
     dimension_numbers: lax.ConvDimensionNumbers,
     padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     **rest: Any,
 ) -> bool:
@@ -198,36 +288,19 @@ def _is_convolution(
     single = max(kernel.shape[axis] for axis in dimension_numbers.rhs_spec[2:]) == 1
     return (
         _is_batch_first(dimension_numbers)
-        and set(rhs_dilation) == {1}
-        and not single
+        and {*rhs_dilation} == {1}
+        and not (single and {*lhs_dilation} == {1})
         and min(itertools.chain(*padding)) >= 0
     )
 
 
-def _is_kernel_gradient(
-    images: Any,
-    kernel: Any,
-    *,
-    dimension_numbers: lax.ConvDimensionNumbers,
-    padding: Sequence[tuple[int, int]],
-    window_strides: Sequence[int],
-    rhs_dilation: Sequence[int],
-    **rest: Any,
-) -> bool:
+def _is_kernel_gradient(images: Any, kernel: Any, **params: Any) -> bool:
     """Whether a plain convolution is the gradient of a kernel that products are faster for."""
-    del rest
-    numbers = dimension_numbers
+    numbers = params['dimension_numbers']
     channels = images.shape[numbers.lhs_spec[0]] * kernel.shape[numbers.rhs_spec[0]]
-    positions = 1
-    for axis, (low, high), stride, dilation in zip(
-        range(2), padding, window_strides, rhs_dilation, strict=True
-    ):
-        size = images.shape[numbers.lhs_spec[2 + axis]] + low + high
-        window = (kernel.shape[numbers.rhs_spec[2 + axis]] - 1) * dilation + 1
-        positions *= (size - window) // stride + 1
     return (
         not _is_batch_first(numbers)
-        and 1 <= positions <= _MOST_POSITIONS
+        and math.prod(_positions(images, kernel, **params)) <= _MOST_POSITIONS
         and channels >= _LEAST_CHANNELS
     )
 

@@ -1,5 +1,7 @@
 """The loop-safe convolution gradient equals JAX's own for every kind of convolution."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -24,10 +26,8 @@ CASES = {
 }
 
 
-# Few channels take a way of their own.
-@pytest.mark.parametrize('channels', [4, 8])
-@pytest.mark.parametrize('case', CASES)
-def test_gradients_equal_the_plain_ones(case, channels):
+def problem(case, channels):
+    """A loss of images and a kernel, and the two."""
     options = {
         'window_strides': (1, 1),
         'padding': 'SAME',
@@ -43,9 +43,44 @@ def test_gradients_equal_the_plain_ones(case, channels):
     def loss(images, kernel):
         return jnp.sin(lax.conv_general_dilated(images, kernel, **options)).sum()
 
+    return loss, images, kernel
+
+
+# Few channels take a way of their own.
+@pytest.mark.parametrize('channels', [4, 8])
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_equal_the_plain_ones(case, channels):
+    loss, images, kernel = problem(case, channels)
     plain = jax.value_and_grad(loss, (0, 1))(images, kernel)
     fast = jax.jit(jax.value_and_grad(with_fast_input_gradients(loss), (0, 1)))(images, kernel)
     chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('channels', [4, 8])
+@pytest.mark.parametrize('case', ['plain', 'uneven stride and padding', 'channels first'])
+def test_gradients_of_gradients_equal_the_plain_ones(case, channels):
+    loss, images, kernel = problem(case, channels)
+
+    def penalty(loss, images, kernel):
+        return (jax.grad(loss)(images, kernel) ** 2).sum()
+
+    def slopes(loss):
+        return jax.jit(jax.grad(functools.partial(penalty, loss), (0, 1)))(images, kernel)
+
+    chex.assert_trees_all_close(
+        slopes(with_fast_input_gradients(loss)), slopes(loss), rtol=1e-4, atol=1e-4
+    )
+
+    def further(loss):
+        # Once more: what trains a model by the gradient of a penalty's gradient.
+        def norm(kernel):
+            return (jax.grad(functools.partial(penalty, loss), 0)(images, kernel) ** 2).sum()
+
+        return jax.jit(jax.grad(norm))(kernel)
+
+    chex.assert_trees_all_close(
+        further(with_fast_input_gradients(loss)), further(loss), rtol=1e-3, atol=1e-2
+    )
 
 
 POOLS = {

@@ -22,10 +22,11 @@ CASES = {
     'strided': {'window_strides': (2, 2)},
     'uneven': {'window_strides': (3, 2), 'padding': ((0, 2), (1, 0))},
     'channels first': {'dimension_numbers': ('NCHW', 'OIHW', 'NCHW')},
+    'dilated images': {'lhs_dilation': (1, 2), 'padding': ((1, 1), (1, 0))},
+    'far dilated images': {'lhs_dilation': (4, 3), 'padding': ((0, 2), (3, 1))},
 }
 OTHERS = {
     'dilated kernel': {'rhs_dilation': (2, 1)},
-    'dilated images': {'lhs_dilation': (1, 2), 'padding': ((1, 1), (1, 0))},
     'grouped': {'feature_group_count': 2},
     'cropped images': {'padding': ((-1, 2), (1, -2))},
 }
@@ -98,6 +99,34 @@ def test_values_are_those_of_the_definition(strides, padding):
     np.testing.assert_allclose(jax.jit(run)(images, kernel), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('dilation', 'padding'),
+    [
+        ((2, 2), ((1, 2), (1, 1))),
+        ((2, 2), ((0, 0), (0, 1))),
+        ((1, 3), ((2, 0), (5, 4))),
+        ((5, 2), ((0, 0), (2, 3))),
+    ],
+)
+@pytest.mark.parametrize('size', [(9, 8), (2, 1)])
+def test_dilated_images_are_those_with_zeros_between(size, dilation, padding):
+    _, images, kernel = convolution('same')
+    images = images[:, : size[0], : size[1]]
+    apart = np.zeros((8, *((n - 1) * d + 1 for n, d in zip(size, dilation)), 4))
+    apart[:, :: dilation[0], :: dilation[1]] = images
+    expected = in_numpy(apart, np.float64(kernel), (1, 1), padding)
+    run = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=padding,
+        lhs_dilation=dilation,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    found = jax.jit(run).lower(images, kernel).compile()
+    assert CALL in found.as_text()
+    np.testing.assert_allclose(found(images, kernel), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_derivatives_are_those_of_finite_differences(case):
     run, images, kernel = convolution(case)
@@ -108,11 +137,18 @@ def test_derivatives_are_those_of_finite_differences(case):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_gradients_of_images_use_it_too_unless_strided(case):
+def test_gradients_of_images_use_it_too(case):
     run, images, kernel = convolution(case)
     gradient = jax.jit(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum()))
     text = gradient.lower(images, kernel).compile().as_text()
-    assert text.count(CALL) == (1 if case in ('strided', 'uneven') else 2)
+    # One for each phase that meets the kernel of 3 x 2.
+    calls = {
+        'strided': 1 + 4,
+        'uneven': 1 + 6,
+        'dilated images': 2 + 1,
+        'far dilated images': 6,
+    }
+    assert text.count(CALL) == calls.get(case, 2)
 
 
 @pytest.mark.parametrize('case', [*CASES, 'dilated kernel', 'cropped images'])
