@@ -199,7 +199,8 @@ def _converged(evidence: Evidence) -> Check:
         {f'gained_by_{name}': count for name, count in gained.items()},
         'More steps and more restarts fool no further images.',
         'More steps or restarts fool further images, so that accuracy under this attack is too '
-        'good: raise steps or restarts, or take apgd or autoattack, before you report a figure.',
+        'good: raise steps or restarts, or take apgd or autoattack (not for l0), before you report '
+        'a figure.',
     )
 
 
@@ -300,7 +301,7 @@ def _losses(evidence: Evidence) -> Check:
         },
         'Other losses find no more.',
         'A loss that does not saturate fools images that cross-entropy does not: attack with '
-        "loss='margin', 'dlr' or 'scaled_cross_entropy' (apgd_dlr, autoattack).",
+        "loss='margin', 'dlr' or 'scaled_cross_entropy' (apgd_dlr, autoattack; not for l0).",
     )
 
 
