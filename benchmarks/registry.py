@@ -126,7 +126,7 @@ def _subjects() -> tuple[Subject, ...]:
         Subject(
             'attack_parity.starts',
             'benchmarks.attack_parity',
-            ('starts', *real, '--seeds', '2'),
+            ('starts', *real, '--seeds', '2', '--networks', 'lenet5_robust'),
             parity,
             15,
         ),
