@@ -193,19 +193,27 @@ def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[str, ..
     )
 
 
+def _loaded(
+    name: str, arguments: argparse.Namespace, images: int
+) -> tuple[published.Published, Any, np.ndarray, np.ndarray]:
+    """A network on the devices of both sides, its variables on ours, and test images."""
+    from benchmarks import published, torch_device
+
+    pair = published.load(name, arguments.weights)
+    pair.network.to(torch_device.start())
+    variables = parallel.replicate(harness.mesh(), jax.tree.map(jnp.asarray, pair.variables))
+    return pair, variables, *published.images(pair.data_set, arguments.data_dir, images)
+
+
 def from_same_starts(arguments: argparse.Namespace) -> None:
     """Reports outcomes of Auto-PGD where both sides begin at the same points."""
-    from benchmarks import published, torch_device, torch_parity
+    from benchmarks import torch_parity
 
-    on = torch_device.start()
     mesh = harness.mesh()
     rows = []
     for name in arguments.networks:
-        pair = published.load(name, arguments.weights)
-        pair.network.to(on)
-        x, y = published.images(pair.data_set, arguments.data_dir, arguments.images)
+        pair, variables, x, y = _loaded(name, arguments, arguments.images)
         setting = Setting('linf', _SETTINGS[name, 'linf'], batch_size=_BATCH)
-        variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
         for attack, loss in (('apgd-ce', 'cross_entropy'), ('apgd-dlr', 'dlr')):
             both = []
             for seed in range(arguments.seeds):
@@ -272,17 +280,13 @@ _SMALLEST: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def smallest(arguments: argparse.Namespace) -> None:
     """Reports the smallest perturbations found, ours and foolbox's."""
-    from benchmarks import published, torch_device, torch_parity
+    from benchmarks import torch_parity
 
-    on = torch_device.start()
     mesh = harness.mesh()
     rows = []
     for name in arguments.networks:
-        pair = published.load(name, arguments.weights)
-        pair.network.to(on)
-        x, y = published.images(pair.data_set, arguments.data_dir, _BATCH)
+        pair, variables, x, y = _loaded(name, arguments, _BATCH)
         correct = torch_parity.correct(pair.network, x, y)
-        variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
         images, labels = parallel.shard(mesh, (x, y))
         for attack, norm, options in _SMALLEST:
             start = time.perf_counter()
