@@ -1,0 +1,117 @@
+"""The custom calls of jaxlib's runtime that oneDNN answers, as functions of arrays."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, TypeAlias
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax import lax
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+
+DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
+
+Pair: TypeAlias = tuple[int, int]
+Padding: TypeAlias = tuple[Pair, Pair]
+
+_convolution_p = jex.Primitive('onednn_convolution')
+_product_p = jex.Primitive('onednn_product')
+
+
+def convolve(images: jax.Array, kernel: jax.Array, *, strides: Pair, padding: Padding) -> jax.Array:
+    """Convolves, in one call.
+
+    Args:
+      images: `[N, H, W, C]`.
+      kernel: `[I, J, C, D]`.
+      strides: of rows and columns.
+      padding: of the images, at least 0.
+
+    Returns:
+      `[N, Y, X, D]`.
+    """
+    return _convolution_p.bind(images, kernel, strides=strides, padding=padding)
+
+
+def convolve_by_xla(images: Any, kernel: Any, *, strides: Pair, padding: Padding) -> jax.Array:
+    """What `convolve` computes, by XLA."""
+    return lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=DIMENSION_NUMBERS
+    )
+
+
+def transposed_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiplies the transpose of `left` `[R, A]` with `right` `[R, B]`, to `[A, B]`."""
+    return _product_p.bind(left, right)
+
+
+@_convolution_p.def_abstract_eval
+def _convolved(images: Any, kernel: Any, *, strides: Pair, padding: Padding) -> Any:
+    found = jax.eval_shape(
+        functools.partial(convolve_by_xla, strides=strides, padding=padding),
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (images, kernel)),
+    )
+    return images.update(shape=found.shape, dtype=found.dtype)
+
+
+@_product_p.def_abstract_eval
+def _multiplied(left: Any, right: Any) -> Any:
+    return left.update(shape=(left.shape[1], right.shape[1]), dtype=left.dtype)
+
+
+def convolution_config(strides: Pair, padding: Padding) -> dict[str, Any]:
+    """What a convolution is to do, as XLA's message has it; numbers are strings there."""
+    images = {'batch_dim': '0', 'spatial_dims': ['1', '2'], 'feature_dim': '3'}
+    kernel = {'spatial_dims': ['0', '1'], 'input_feature_dim': '2', 'output_feature_dim': '3'}
+    (top, bottom), (left, right) = padding
+    window = {
+        'strides': [str(stride) for stride in strides],
+        'pad_left': [str(top), str(left)],
+        'pad_right': [str(bottom), str(right)],
+        'window_dilations': ['1', '1'],
+    }
+    return {
+        'dims': '4',
+        'input': {'data': images},
+        'kernel': {'filter': kernel},
+        'output': {'data': images},
+        'window': window,
+        'feature_groups': '1',
+    }
+
+
+def _lower_convolution(
+    ctx: Any, images: Any, kernel: Any, *, strides: Pair, padding: Padding
+) -> Any:
+    config = {'onednn_conv_config': convolution_config(strides, padding)}
+    return _custom_call(ctx, '__onednn$convolution', config, images, kernel)
+
+
+def _lower_product(ctx: Any, left: Any, right: Any) -> Any:
+    config = {'onednn_matmul_config': {'transpose_a': True, 'transpose_b': False}}
+    return _custom_call(ctx, '__onednn$matmul', config, left, right)
+
+
+def _custom_call(ctx: Any, target: str, config: dict[str, Any], *arrays: Any) -> Any:
+    """A call on arrays of one rank, whose last axis is contiguous, as is that of the result."""
+    order = np.arange(ctx.avals_out[0].ndim)[::-1].copy()
+    rows_first = ir.DenseIntElementsAttr.get(order, type=ir.IndexType.get())  # type: ignore[call-overload]
+    text = json.dumps({'outer_dimension_partitions': [], **config})
+    return stablehlo.CustomCallOp(
+        [mlir.aval_to_ir_type(ctx.module_context, ctx.avals_out[0])],
+        list(arrays),
+        call_target_name=ir.StringAttr.get(target),
+        backend_config=ir.StringAttr.get(text),
+        api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 2),
+        operand_layouts=ir.ArrayAttr.get([rows_first] * len(arrays)),
+        result_layouts=ir.ArrayAttr.get([rows_first]),
+    ).results
+
+
+mlir.register_lowering(_convolution_p, _lower_convolution, platform='cpu')
+mlir.register_lowering(_product_p, _lower_product, platform='cpu')

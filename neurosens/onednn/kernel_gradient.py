@@ -1,0 +1,125 @@
+"""Gradients with respect to kernels, as products of matrices.
+
+A kernel's gradient is the sum over all pixels of the outer products of a window of the images and
+the cotangent of its pixel: the windows, written out as one matrix, times the cotangents.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from neurosens.onednn import calls, partitioning
+from neurosens.onednn.calls import Padding, Pair
+
+# Windows that stay in a core's cache until they are multiplied.
+_CACHE_BYTES = 3 * 2**19
+
+
+class Windows(NamedTuple):
+    """Which pixels of an image meet those of its cotangent.
+
+    Attributes:
+      steps: between positions of the kernel, the dilation of the convolution.
+      spacing: of cotangents among pixels, the stride of the convolution.
+      padding: of the images, at least 0 where pixels are not to be left out.
+    """
+
+    steps: Pair
+    spacing: Pair
+    padding: Padding
+
+    def positions(self, images: jax.Array, cotangents: jax.Array) -> tuple[range, range]:
+        """First rows and columns, in the padded images, of what each position meets."""
+        rows, columns = (
+            range(
+                0,
+                images.shape[1 + axis]
+                + sum(self.padding[axis])
+                - (cotangents.shape[1 + axis] - 1) * self.spacing[axis],
+                self.steps[axis],
+            )
+            for axis in range(2)
+        )
+        return rows, columns
+
+
+def kernel_gradient(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """Differentiates a convolution with respect to its kernel.
+
+    Args:
+      images: `[N, H, W, C]`.
+      cotangents: of the convolution's result `[N, Y, X, D]`.
+      windows: the convolution's parameters.
+
+    Returns:
+      Gradients `[I, J, C, D]`.
+    """
+    return _over_devices(windows)(images, cotangents)
+
+
+@functools.cache
+def _over_devices(windows: Windows) -> partitioning.Local:
+    numbers = (*windows.steps, *windows.spacing, *windows.padding[0], *windows.padding[1])
+    name = '_'.join(['onednn_kernel_gradient', *map(str, numbers)])
+    return partitioning.summed_over_images(name, functools.partial(products, windows=windows))
+
+
+def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """`kernel_gradient` on one device, of as many images at once as the cache holds."""
+    rows, columns = windows.positions(images, cotangents)
+    size = len(rows) * len(columns) * _position_bytes(images, cotangents)
+    size += (images.nbytes + cotangents.nbytes) // len(images)
+    parts = -(-len(images) // max(_CACHE_BYTES // size, 1))
+    if parts == 1:
+        return _multiply(images, cotangents, windows)
+    count = -(-len(images) // parts)
+    # Images of zeros add nothing.
+    images, cotangents = (
+        jnp.pad(array, ((0, parts * count - len(array)), (0, 0), (0, 0), (0, 0)))
+        for array in (images, cotangents)
+    )
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        one, other = (
+            lax.dynamic_slice_in_dim(array, number * count, count) for array in (images, cotangents)
+        )
+        return total + _multiply(one, other, windows)
+
+    shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
+    return lax.fori_loop(0, parts, add, jnp.zeros(shape, images.dtype))
+
+
+def _multiply(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """`products` of images taken at once, in groups of positions that the cache holds."""
+    rows, columns = windows.positions(images, cotangents)
+    edges = ((0, 0, 0), *((*ends, 0) for ends in windows.padding), (0, 0, 0))
+    # Kept apart from the windows: fused, padding would be done again for each position.
+    padded = lax.optimization_barrier(lax.pad(images, jnp.zeros((), images.dtype), edges))
+    flat = cotangents.reshape(-1, cotangents.shape[-1])
+    spans = [(cotangents.shape[1 + axis] - 1) * windows.spacing[axis] + 1 for axis in range(2)]
+
+    def met(row: int, column: int) -> jax.Array:
+        ends = (len(images), row + spans[0], column + spans[1], images.shape[-1])
+        return lax.slice(padded, (0, row, column, 0), ends, (1, *windows.spacing, 1))
+
+    positions = [(row, column) for row in rows for column in columns]
+    size = len(images) * _position_bytes(images, cotangents)
+    groups = -(-len(positions) // max(_CACHE_BYTES // size, 1))
+    count = -(-len(positions) // groups)
+    found = []
+    for start in range(0, len(positions), count):
+        matrix = jnp.concatenate([met(*one) for one in positions[start : start + count]], -1)
+        found.append(calls.transposed_product(matrix.reshape(len(flat), -1), flat))
+    shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
+    return jnp.concatenate(found).reshape(shape)
+
+
+def _position_bytes(images: jax.Array, cotangents: jax.Array) -> int:
+    """What all pixels of one image hold that meet one position of the kernel."""
+    _, height, width, _ = cotangents.shape
+    return height * width * images.shape[-1] * images.dtype.itemsize
