@@ -67,12 +67,21 @@ class Term(NamedTuple):
 
 
 _PLAIN: tuple[str, dict[str, Any]] = ('standard', {})
+# Of terms that use the pass of the objective.
+SHARED = ', shared pass'
+_DERIVATIVES = {
+    'activation sensitivity': ('activation_sensitivity', {}, 2.2),
+    'Jacobian, one projection': ('jacobian', {'projections': 1}, 2.5),
+    'both in one pass': ('sensitivity_and_jacobian', {}, 2.7),
+}
 TERMS = {
     'plain': Term(_PLAIN, None, 1.0),
-    'T1 + T2': Term(_PLAIN, ('neuron_contribution', {'shared': ('head:in',)}), 1.1),
-    'activation sensitivity': Term(_PLAIN, ('activation_sensitivity', {}), 2.2),
-    'Jacobian, one projection': Term(_PLAIN, ('jacobian', {'projections': 1}), 2.5),
-    'both in one pass': Term(_PLAIN, ('sensitivity_and_jacobian', {}), 2.7),
+    'T1 + T2': Term(_PLAIN, ('neuron_contribution', {'shared': True}), 1.1),
+    **{
+        f'{term}{suffix}': Term(_PLAIN, (name, {**options, 'shared': bool(suffix)}), limit)
+        for term, (name, options, limit) in _DERIVATIVES.items()
+        for suffix in ('', SHARED)
+    },
     f'PGD-{PGD_STEPS}': Term(('pgd', {'steps': PGD_STEPS}), None, 1.1 * (PGD_STEPS + 1)),
 }
 
@@ -122,7 +131,7 @@ def _make_step(
     terms = []
     if term.regularizer is not None:
         options_of = dict(term.regularizer[1])
-        shared = options_of.pop('shared', ())
+        shared = options_of.pop('shared', False)
         made = objectives.REGULARIZERS[term.regularizer[0]](**options_of)
         terms.append(step.WeightedRegularizer('term', made, 1e-4, 0, shared=shared))
     train_step = step.make_train_step(

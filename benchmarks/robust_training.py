@@ -68,7 +68,7 @@ _RAMP = {'ramp': 0.15}
 
 def _methods(eps: float, jacobian: float, steps: int) -> dict[str, Method]:
     contribution = {'weight_difference_weight': 10.0, 'contribution_weight': 100.0, 'top': 16}
-    shared = {**contribution, 'shared': ('head:in',), **_RAMP}
+    shared = {**contribution, 'shared': True, **_RAMP}
     both = {'sensitivity': 0.1, 'jacobian': jacobian, **_RAMP}
     attack = {'eps': eps, 'steps': steps}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -65,36 +66,52 @@ def contribution(network: torch.nn.Module, features: torch.Tensor, y: torch.Tens
     return _D1 * pairs.max() + _D2 * shares.mean()
 
 
-def sensitivity(network: torch.nn.Module, x: torch.Tensor, jacobian: float = 0.0) -> torch.Tensor:
-    """Activation sensitivity by one pullback of random signs, and with it that of the logits."""
+class Pass(NamedTuple):
+    """A forward pass of images that can be differentiated."""
+
+    x: torch.Tensor
+    logits: torch.Tensor
+    activations: list[torch.Tensor]
+
+
+def run(network: torch.nn.Module, x: torch.Tensor, *, train: bool) -> Pass:
+    """Runs a network in training or in evaluation mode, and leaves it in training mode."""
     x = x.detach().requires_grad_()
-    network.eval()
+    network.train(train)
     with _Hidden(network) as hidden:
         logits = network(x)
     network.train()
-    total = logits.new_zeros(())
-    layers = len(hidden.activations)
-    for activation in hidden.activations:
+    return Pass(x, logits, hidden.activations)
+
+
+def sensitivity(found: Pass, jacobian: float = 0.0) -> torch.Tensor:
+    """Activation sensitivity by one pullback of random signs, and with it that of the logits."""
+    total = found.logits.new_zeros(())
+    layers = len(found.activations)
+    for activation in found.activations:
         signs = torch.randint_like(activation, 2) * 2 - 1
         size = activation[0].numel()
         total = total + (signs * activation).sum() / math.sqrt(layers * size)
     if jacobian:
-        signs = torch.randint_like(logits, 2) * 2 - 1
-        total = total + math.sqrt(jacobian) * (signs * logits).sum()
-    (slope,) = torch.autograd.grad(total, x, create_graph=True)
-    return (slope**2).sum() / len(x)
+        signs = torch.randint_like(found.logits, 2) * 2 - 1
+        total = total + math.sqrt(jacobian) * (signs * found.logits).sum()
+    (slope,) = torch.autograd.grad(total, found.x, create_graph=True)
+    return (slope**2).sum() / len(found.x)
 
 
-def jacobian(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def jacobian(found: Pass) -> torch.Tensor:
     """The Jacobian penalty with one random projection, as the released program computes it."""
-    x = x.detach().requires_grad_()
-    network.eval()
-    logits = network(x)
-    network.train()
-    direction = torch.randn_like(logits)
+    direction = torch.randn_like(found.logits)
     direction = direction / direction.norm(dim=1, keepdim=True)
-    (slope,) = torch.autograd.grad(logits, x, direction, create_graph=True)
-    return logits.shape[1] * (slope**2).sum() / len(x) / 2
+    (slope,) = torch.autograd.grad(found.logits, found.x, direction, create_graph=True)
+    return found.logits.shape[1] * (slope**2).sum() / len(found.x) / 2
+
+
+_PENALTIES: dict[str, Callable[[Pass], torch.Tensor]] = {
+    'activation sensitivity': sensitivity,
+    'Jacobian, one projection': jacobian,
+    'both in one pass': lambda found: sensitivity(found, 0.5),
+}
 
 
 def attacked(
@@ -128,14 +145,14 @@ def _loss(
             with _Hidden(network) as hidden:
                 fit = functional.cross_entropy(network(x), y)
             return fit + _WEIGHT * contribution(network, hidden.features[0], y)
-        fit = functional.cross_entropy(network(x), y)
-        if name == 'activation sensitivity':
-            return fit + _WEIGHT * sensitivity(network, x)
-        if name == 'Jacobian, one projection':
-            return fit + _WEIGHT * jacobian(network, x)
-        if name == 'both in one pass':
-            return fit + _WEIGHT * sensitivity(network, x, 0.5)
-        return fit
+        kind = name.removesuffix(regularizers.SHARED)
+        if kind not in _PENALTIES:
+            return functional.cross_entropy(network(x), y)
+        if kind == name:
+            fit = functional.cross_entropy(network(x), y)
+            return fit + _WEIGHT * _PENALTIES[kind](run(network, x, train=False))
+        found = run(network, x, train=True)
+        return functional.cross_entropy(found.logits, y) + _WEIGHT * _PENALTIES[kind](found)
 
     return loss
 

@@ -290,8 +290,8 @@ class Config:
       objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.
       regularizers: for each regularizer name its options, its `'weight'`, and, as shares of
         training, `'start'` (before which the weight is 0) and `'ramp'` (over which it then rises
-        linearly). `'shared'` names layers that it takes from the objective's pass over the clean
-        images, in training mode, in place of a pass of its own in evaluation mode.
+        linearly). With `'shared': True` it uses the objective's pass over the clean images, in
+        training mode, in place of a pass of its own in evaluation mode.
       initial_weights: work directory of a trained model of the same kind to start from, with a
         fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
         network of the same kind that was trained in PyTorch, by images of the same `mean` and

@@ -22,7 +22,7 @@ def get_config() -> Config:
                 'weight_difference_weight': 10.0,
                 'contribution_weight': 100.0,
                 'top': 16,
-                'shared': ('head:in',),
+                'shared': True,
             }
         },
         epochs=100,

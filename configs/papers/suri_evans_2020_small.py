@@ -15,7 +15,7 @@ def get_config() -> Config:
         model='cnn',
         model_options={'features': (16, 32), 'hidden': (100,)},
         regularizers={
-            'neuron_contribution': {'top': 16, 'shared': ('head:in',), 'weight': 0.02, 'ramp': 0.2}
+            'neuron_contribution': {'top': 16, 'shared': True, 'weight': 0.02, 'ramp': 0.2}
         },
         epochs=4,
         batch_size=128,

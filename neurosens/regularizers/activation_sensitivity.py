@@ -12,7 +12,9 @@ smaller R alone does not mean a more robust classifier.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +24,26 @@ from neurosens import _validate
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks
+from neurosens.regularizers import passes
 from neurosens.regularizers.regularizer import (
     POSITIONS,
     Regularizer,
     hidden,
+    hidden_of,
+    hidden_taps,
     keys_of,
     mean_over_layers,
     mean_square,
     single,
+    zeros_of,
 )
 
 ESTIMATORS = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference', 'exact')
 DISTRIBUTIONS = ('rademacher', 'normal')
 
 _Activations = Callable[[Array], dict[str, Array]]
+# Estimates by layer, and which activations were 0.
+_Estimates = tuple[dict[str, Array], dict[str, Array]]
 
 
 def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
@@ -43,25 +51,67 @@ def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
     return draw(key, like.shape).astype(like.dtype)
 
 
-# Estimates by layer, and the activations that were computed on the way.
-_Estimates = tuple[dict[str, Array], dict[str, Array]]
+def _draws(key: PRNGKeyArray, x: Array, samples: int) -> PRNGKeyArray:
+    """Keys `[samples, B]`."""
+    return jax.vmap(lambda own: jax.random.split(own, samples), out_axes=1)(keys_of(key, x))
 
 
-def _tangent(function: _Activations, x: Array, key: PRNGKeyArray, distribution: str) -> _Estimates:
-    """One direction gives every neuron of every layer: (1/N_l) ||J_l u||^2."""
-    values, tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))
-    return {name: mean_square(tangent) for name, tangent in tangents.items()}, values
+def _tangents(
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    key: PRNGKeyArray,
+    *,
+    samples: int,
+    layers: Sequence[str] | None,
+    position: str,
+    distribution: str,
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Array]]:
+    """Derivatives of a batch along random directions, for every neuron of every layer at once.
+
+    Returns:
+      Derivatives of the logits `[samples, B, K]` and of activations `[samples, B, ...]`, and which
+      activations were 0.
+    """
+
+    def read(logits: Array, tapped: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        return single(logits), hidden_of(tapped, layers)
+
+    taps = hidden_taps(layers, position)
+    values, push = passes.linearize(forward, variables, x, read, taps)
+    draw = functools.partial(_direction, distribution=distribution)
+    directions = jax.vmap(jax.vmap(draw), (0, None))(_draws(key, x, samples), x)
+    return jax.vmap(push)(directions), zeros_of(values[1])
 
 
-def _cotangent(function: _Activations, x: Array, key: PRNGKeyArray) -> _Estimates:
+def _cotangent(
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    key: PRNGKeyArray,
+    *,
+    samples: int,
+    layers: Sequence[str] | None,
+    position: str,
+) -> _Estimates:
     """Signs over all neurons of all layers, in one pass back; terms between layers cancel."""
-    values, pull = jax.vjp(with_fast_input_gradients(function), x)
-    keys = jax.random.split(key, len(values))
-    signs = {
-        name: _direction(own, value, 'rademacher') / jnp.sqrt(float(len(values) * value.size))
-        for own, (name, value) in zip(keys, values.items())
-    }
-    return {'': (single(pull(signs)[0]) ** 2).sum()}, values
+
+    def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
+        del logits
+        return hidden_of(tapped, layers)
+
+    values, pull = passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
+
+    def signs(key: PRNGKeyArray, values: dict[str, Array]) -> dict[str, Array]:
+        keys = jax.random.split(key, len(values))
+        return {
+            name: _direction(own, value, 'rademacher') / jnp.sqrt(float(len(values) * value.size))
+            for own, (name, value) in zip(keys, values.items())
+        }
+
+    drawn = jax.vmap(jax.vmap(signs), (0, None))(_draws(key, x, samples), values)
+    squares = single(jax.vmap(pull)(drawn)) ** 2
+    return {'': squares.sum() / (samples * x.shape[0])}, zeros_of(values)
 
 
 def _neuron_sampling(
@@ -80,17 +130,26 @@ def _neuron_sampling(
             return (single(pull(cotangents)[0]) ** 2).sum()
 
         found[name] = jax.vmap(norm)(chosen).mean()
-    return found, values
+    return found, zeros_of(values)
 
 
 def _finite_difference(
-    function: _Activations, x: Array, key: PRNGKeyArray, sigma: float, distribution: str
+    function: _Activations,
+    x: Array,
+    key: PRNGKeyArray,
+    samples: int,
+    sigma: float,
+    distribution: str,
 ) -> _Estimates:
-    """The change under a small random one; biased by O(sigma^2)."""
+    """The change under small random ones; biased by O(sigma^2)."""
     before = function(x)
-    after = function(x + sigma * _direction(key, x, distribution))
-    changes = {name: mean_square(after[name] - before[name]) for name in before}
-    return {name: change / sigma**2 for name, change in changes.items()}, before
+
+    def change(key: PRNGKeyArray) -> dict[str, Array]:
+        after = function(x + sigma * _direction(key, x, distribution))
+        return {name: mean_square(after[name] - before[name]) / sigma**2 for name in before}
+
+    changes = jax.vmap(change)(jax.random.split(key, samples))
+    return jax.tree.map(lambda change: change.mean(), changes), zeros_of(before)
 
 
 def _exact(function: _Activations, x: Array) -> _Estimates:
@@ -102,7 +161,7 @@ def _exact(function: _Activations, x: Array) -> _Estimates:
         return jax.tree.map(mean_square, push(direction))
 
     parts = chunks.map_chunks(along, x.size, chunks.DEFAULT)
-    return jax.tree.map(lambda part: part.sum(0), parts), values
+    return jax.tree.map(lambda part: part.sum(0), parts), zeros_of(values)
 
 
 def activation_sensitivity(
@@ -122,7 +181,8 @@ def activation_sensitivity(
         layers at once; `'cotangent'`: a vector-Jacobian product of random signs over all of them;
         `'neuron_sampling'`: exact gradients of `samples` random neurons of each layer;
         `'finite_difference'`: activations at a random point nearby, with a bias of the order of
-        sigma^2; `'exact'`: one direction per entry of the input, for tests and probes.
+        sigma^2; `'exact'`: one direction per entry of the input, for tests and probes. The first
+        two can share the pass of a training objective.
       layers: names of layers; None for every nonlinearity that is a module, by its name.
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
@@ -152,28 +212,25 @@ def activation_sensitivity(
     ) -> tuple[Array, Mapping[str, Array]]:
         del y
 
-        def function(x: Array) -> dict[str, Array]:
-            return hidden(forward, variables, x, layers, position)[1]
+        def example(x: Array, key: PRNGKeyArray) -> _Estimates:
+            def function(x: Array) -> dict[str, Array]:
+                return hidden(forward, variables, x, layers, position)
 
-        def once(x: Array, key: PRNGKeyArray) -> _Estimates:
-            if estimator == 'tangent':
-                return _tangent(function, x, key, distribution)
-            if estimator == 'cotangent':
-                return _cotangent(function, x, key)
-            return _finite_difference(function, x, key, sigma, distribution)
-
-        def example(x: Array, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array]]:
             if estimator == 'exact':
-                parts, values = _exact(function, x)
-            elif estimator == 'neuron_sampling':
-                parts, values = _neuron_sampling(function, x, key, samples)
-            else:
-                draws, same = jax.vmap(once, (None, 0))(x, jax.random.split(key, samples))
-                parts = jax.tree.map(lambda part: part.mean(0), draws)
-                values = jax.tree.map(lambda value: value[0], same)
-            return parts, jax.tree.map(lambda value: value == 0, values)
+                return _exact(function, x)
+            if estimator == 'neuron_sampling':
+                return _neuron_sampling(function, x, key, samples)
+            return _finite_difference(function, x, key, samples, sigma, distribution)
 
-        parts, zero = jax.vmap(example)(x, keys_of(key, x))
+        common: Any = {'samples': samples, 'layers': layers, 'position': position}
+        if estimator == 'tangent':
+            common['distribution'] = distribution
+            (_, tangents), zero = _tangents(forward, variables, x, key, **common)
+            parts = {name: mean_square(tangent) for name, tangent in tangents.items()}
+        elif estimator == 'cotangent':
+            parts, zero = _cotangent(forward, variables, x, key, **common)
+        else:
+            parts, zero = jax.vmap(example)(x, keys_of(key, x))
         means = {name: part.mean() for name, part in parts.items()}
         return mean_over_layers(means), {
             **{name: value for name, value in means.items() if name},
@@ -228,17 +285,15 @@ def sensitivity_and_jacobian(
     ) -> tuple[Array, Mapping[str, Array]]:
         del y
 
-        def example(x: Array, key: PRNGKeyArray) -> tuple[Array, Array, dict[str, Array]]:
-            def function(x: Array) -> tuple[Array, dict[str, Array]]:
-                return hidden(forward, variables, x, layers, position)
-
-            values, tangents = jax.jvp(function, (x,), (_direction(key, x, distribution),))
-            part = mean_over_layers(jax.tree.map(mean_square, tangents[1]))
-            zero = jax.tree.map(lambda value: value == 0, values[1])
-            return part, (tangents[0] ** 2).sum() / 2, zero
-
-        hidden_part, logit_part, zero = jax.vmap(example)(x, keys_of(key, x))
-        found = {'sensitivity': hidden_part.mean(), 'jacobian': logit_part.mean()}
+        (logits, tangents), zero = _tangents(
+            forward, variables, x, key,
+            samples=1, layers=layers, position=position, distribution=distribution,
+        )  # fmt: skip
+        parts = {name: mean_square(tangent) for name, tangent in tangents.items()}
+        found = {
+            'sensitivity': mean_over_layers(parts),
+            'jacobian': (logits**2).sum() / (2 * x.shape[0]),
+        }
         penalty = sensitivity * found['sensitivity'] + jacobian * found['jacobian']
         return penalty, {**found, 'dead': dead_share(zero)}
 

@@ -81,7 +81,7 @@ def activation_norm(
         del y, key
 
         def example(x: Array) -> dict[str, Array]:
-            values = hidden(forward, variables, x, layers, position)[1]
+            values = hidden(forward, variables, x, layers, position)
             return {
                 name: ((value**2) if order == 2 else jnp.abs(value)).mean()
                 for name, value in values.items()

@@ -7,6 +7,7 @@ that normalises inside has J per unit of pixels in [0, 1].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from neurosens import _validate
-from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, Variables
+from neurosens.regularizers import passes
 from neurosens.regularizers.regularizer import Regularizer, keys_of, single
 
 PROBES = ('output', 'input')
@@ -26,51 +27,60 @@ EXACT = -1
 def squared_jacobian_norm(
     forward: Forward,
     variables: Variables,
-    x: Float[Array, '...'],
+    x: Float[Array, 'batch ...'],
     key: PRNGKeyArray,
     *,
     projections: int = 1,
     probe: str = 'output',
-) -> Float[Array, '']:
-    """||J(x)||_F^2 of one example, exactly or by an unbiased estimate.
+) -> Float[Array, ' batch']:
+    """||J(x)||_F^2 of every image, exactly or by an unbiased estimate.
 
     Args:
       forward: the model.
       variables: its variables.
-      x: one input.
+      x: images `[B, ...]`.
       key: randomness of the directions.
-      projections: random directions; -1 sums over all classes, which is exact.
+      projections: random directions per image; -1 sums over all classes, which is exact.
       probe: `'output'`, C ||J^T v||^2 for v uniform on the unit sphere of the C logits (reverse
         mode, Hoffman et al.), or `'input'`, ||J u||^2 for signs u (forward mode, ours).
 
     Returns:
-      The norm, or the mean of the estimates.
+      The norms, or means of the estimates, `[B]`.
     """
 
-    def logits(x: Array) -> Array:
-        return single(forward(variables, x[None])[0][0])
+    def read(logits: Array, tapped: Mapping[str, Array]) -> Array:
+        del tapped
+        return single(logits)
 
+    def squares(values: Array) -> Array:
+        """Sums over directions and entries of `[directions, B, ...]`."""
+        return (single(values) ** 2).sum((0, *range(2, values.ndim)))
+
+    keys = keys_of(key, x)
     if probe == 'input' and projections != EXACT:
 
-        def along(key: PRNGKeyArray) -> Array:
-            direction = jax.random.rademacher(key, x.shape).astype(x.dtype)
-            return (jax.jvp(logits, (x,), (direction,))[1] ** 2).sum()
+        def signs(key: PRNGKeyArray, x: Array) -> Array:
+            draw = functools.partial(jax.random.rademacher, shape=x.shape, dtype=x.dtype)
+            return jax.vmap(draw)(jax.random.split(key, projections))
 
-        return jax.vmap(along)(jax.random.split(key, projections)).mean()
-    values, pull = jax.vjp(with_fast_input_gradients(logits), x)
-    classes = values.shape[0]
+        _, push = passes.linearize(forward, variables, x, read)
+        return squares(jax.vmap(push)(jax.vmap(signs, out_axes=1)(keys, x))) / projections
+    logits, pull = passes.vjp(forward, variables, x, read)
+    classes = logits.shape[-1]
     if projections == EXACT:
-        directions = jnp.eye(classes, dtype=values.dtype)
+        basis = jnp.eye(classes, dtype=logits.dtype)[:, None]
+        directions = jnp.broadcast_to(basis, (classes, *logits.shape))
         scale = 1.0
     else:
-        directions = jax.random.normal(key, (projections, classes), values.dtype)
-        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+        directions = jax.vmap(
+            lambda key: jax.random.normal(key, (projections, classes), logits.dtype), out_axes=1
+        )(keys)
+        directions /= jnp.linalg.norm(directions, axis=-1, keepdims=True)
         if classes == 1:
             # The only directions are 1 and -1: no randomness is left.
             directions = jnp.ones_like(directions)
         scale = classes / projections
-    gradients = jax.vmap(lambda direction: pull(direction)[0])(directions)
-    return scale * (single(gradients) ** 2).sum()
+    return scale * squares(jax.vmap(pull)(directions))
 
 
 def jacobian(*, projections: int = 1, probe: str = 'output') -> Regularizer:
@@ -94,12 +104,9 @@ def jacobian(*, projections: int = 1, probe: str = 'output') -> Regularizer:
     ) -> tuple[Array, Mapping[str, Array]]:
         del y
 
-        def example(x: Array, key: PRNGKeyArray) -> Array:
-            return squared_jacobian_norm(
-                forward, variables, x, key, projections=projections, probe=probe
-            )
-
-        mean = jax.vmap(example)(x, keys_of(key, x)).mean()
+        mean = squared_jacobian_norm(
+            forward, variables, x, key, projections=projections, probe=probe
+        ).mean()
         return mean / 2, {'norm': jnp.sqrt(jax.lax.stop_gradient(mean))}
 
     return regularizer
@@ -132,13 +139,10 @@ def jacobian_root(
     ) -> tuple[Array, Mapping[str, Array]]:
         del y
 
-        def example(x: Array, key: PRNGKeyArray) -> Array:
-            return squared_jacobian_norm(
-                forward, variables, x, key, projections=projections, probe=probe
-            )
-
         chosen = x[:1] if first_sample_only else x
-        total = jax.vmap(example)(chosen, keys_of(key, chosen)).sum()
+        total = squared_jacobian_norm(
+            forward, variables, chosen, key, projections=projections, probe=probe
+        ).sum()
         # The root has no derivative at 0, where nothing is left to reduce.
         positive = total > 0
         return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0), {}

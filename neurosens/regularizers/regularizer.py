@@ -47,27 +47,55 @@ def hidden(
     x: Float[Array, '...'],
     layers: Sequence[str] | None,
     position: str = 'post',
-) -> tuple[Float[Array, ' classes'], dict[str, Array]]:
-    """Logits and hidden activations of one example.
+) -> dict[str, Array]:
+    """Hidden activations of one example.
 
     Args:
       forward: the model.
       variables: its variables.
       x: one input.
-      layers: names of layers; None for every nonlinearity that is a module, by its name.
-      position: `'post'` for what the layers return, `'pre'` for what enters them.
+      layers: as of `hidden_taps`.
+      position: as of `hidden_taps`.
 
     Returns:
-      Logits `[K]`, and by layer its activation, all in single precision at least.
+      By layer its activation, in single precision at least.
 
     Raises:
       LayerError: a layer cannot be tapped.
       ValueError: layers are not named and no module has the name of a nonlinearity.
     """
-    suffix = ':in' if position == 'pre' else ''
-    pattern = EVERY_INPUT if position == 'pre' else EVERY_OUTPUT
-    taps = (pattern,) if layers is None else tuple(f'{name}{suffix}' for name in layers)
-    logits, tapped = forward(variables, x[None], taps=taps)
+    tapped = forward(variables, x[None], taps=hidden_taps(layers, position))[1]
+    return {name: value[0] for name, value in hidden_of(tapped, layers).items()}
+
+
+def hidden_taps(layers: Sequence[str] | None, position: str) -> tuple[str, ...]:
+    """The taps for hidden activations.
+
+    Args:
+      layers: names of layers; None for every nonlinearity that is a module, by its name.
+      position: `'post'` for what the layers return, `'pre'` for what enters them.
+
+    Returns:
+      Names or a pattern.
+    """
+    if layers is None:
+        return (EVERY_INPUT if position == 'pre' else EVERY_OUTPUT,)
+    return tuple(f'{name}:in' if position == 'pre' else name for name in layers)
+
+
+def hidden_of(tapped: Mapping[str, Array], layers: Sequence[str] | None) -> dict[str, Array]:
+    """Hidden activations among tapped ones.
+
+    Args:
+      tapped: what `hidden_taps` of these layers gave.
+      layers: as there.
+
+    Returns:
+      By layer its activation, in single precision at least.
+
+    Raises:
+      ValueError: layers are not named and no module has the name of a nonlinearity.
+    """
     named = {name.removesuffix(':in'): value for name, value in tapped.items()}
     if layers is None:
         named = {
@@ -80,12 +108,17 @@ def hidden(
                 'No layer of this model has the name of a nonlinearity (act, relu, ...); name the '
                 'layers to regularize.'
             )
-    return single(logits[0]), {name: single(value[0]) for name, value in named.items()}
+    return {name: single(value) for name, value in named.items()}
 
 
 def mean_square(values: Array) -> Float[Array, '']:
     """Mean of the squares of all entries."""
     return (values**2).mean()
+
+
+def zeros_of(values: Mapping[str, Array]) -> dict[str, Array]:
+    """Which entries of activations are 0."""
+    return {name: value == 0 for name, value in values.items()}
 
 
 def mean_over_layers(parts: Mapping[str, Float[Array, '']]) -> Float[Array, '']:

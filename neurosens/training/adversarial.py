@@ -154,21 +154,23 @@ def _against_one_threat(
         x: Array,
         y: Array,
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Array, Outcome]:
         if not clean_pass:
             refuse_taps(taps)
-        if taps and weight_gamma:
+        if taps is not None and weight_gamma:
             raise ValueError(
-                "A regularizer with 'shared' would see activations of perturbed weights; leave out "
+                "A regularizer with 'shared' would see a model of perturbed weights; leave out "
                 "'shared' or weight_gamma."
             )
         start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
         seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        # What is attacked has no derivatives: those of a shared pass are of the clean images alone.
+        fixed = jax.lax.stop_gradient(x)
         x_adv = inner.maximize(
-            aim(seen, x, y),
-            x,
-            start(threat, x, start_key),
+            aim(seen, fixed, y),
+            fixed,
+            start(threat, fixed, start_key),
             threat=threat,
             steps=steps,
             step_size=_step_size(eps, steps, step_size),
@@ -180,7 +182,9 @@ def _against_one_threat(
             clean: Array | None = None
             tapped: dict[str, Array] = {}
             if clean_pass:
-                clean, tapped, changed = tap_training_mode(module, variables, x, clean_key, taps)
+                clean, tapped, changed = tap_training_mode(
+                    module, variables, x, clean_key, taps or ()
+                )
                 variables = {**variables, **changed}
             attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
             return loss(clean, attacked, y), (clean, attacked, updates, tapped)
@@ -327,7 +331,7 @@ def free(
         x: Array,
         y: Array,
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Array, Outcome]:
         refuse_taps(taps)
         attacked, updates = run_training_mode(module, variables, x, key)
@@ -496,7 +500,7 @@ def multi_norm(
         x: Array,
         y: Array,
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Array, Outcome]:
         refuse_taps(taps)
         start_key, attack_key, loss_key = jax.random.split(key, 3)

@@ -209,15 +209,14 @@ def _weighted_regularizer(
                 f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
                 'number from 0 to 1.'
             )
-    shared = options.pop('shared', ())
-    if not isinstance(shared, (tuple, list)) or not all(isinstance(one, str) for one in shared):
+    shared = options.pop('shared', False)
+    if not isinstance(shared, bool):
         raise config_lib.ConfigError(
-            f"The 'shared' of regularizer {name!r} is {shared!r}; it is a tuple of layer names, "
-            "such as ('head:in',)."
+            f"The 'shared' of regularizer {name!r} is {shared!r}; it is True or False."
         )
     regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
     ramp, start = (round(share * total_steps) for share in shares.values())
-    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, tuple(shared))
+    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, shared)
 
 
 def initial_state(experiment: Experiment) -> TrainState:

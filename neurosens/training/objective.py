@@ -2,9 +2,10 @@
 
 objective(module, variables, x, y, key) -> (loss, Outcome)
 
-A sixth argument `taps` asks for activations, where a regularizer shares the objective's pass. An
-objective that is a `Replayed` one besides takes each batch several times in a row, at images that
-the training step moves by the gradient of the same backward pass.
+A sixth argument `taps`, where it is not None, says that regularizers share the objective's pass
+over the clean images, and which activations they want of it. An objective that is a `Replayed` one
+besides takes each batch several times in a row, at images that the training step moves by the
+gradient of the same backward pass.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Objective(Protocol):
         x: Float[Array, 'batch ...'],
         y: Int[Array, ' batch'],
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Float[Array, ''], Outcome]:
         """Computes the mean loss of a batch and its outcome.
 
         Raises:
-          ValueError: there are taps, and the objective runs no clean images in training mode.
+          ValueError: `taps` is not None, and the objective runs no clean images in training mode.
         """
 
 
@@ -84,19 +85,19 @@ class Replayed:
         x: Float[Array, 'batch ...'],
         y: Int[Array, ' batch'],
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Float[Array, ''], Outcome]:
         """The objective of perturbed images."""
         return self.objective(module, variables, x, y, key, taps)
 
 
-def refuse_taps(taps: Collection[str]) -> None:
-    """Raises a ValueError where an objective without a clean pass is asked for activations."""
-    if taps:
+def refuse_taps(taps: Collection[str] | None) -> None:
+    """Raises a ValueError where an objective without a clean pass is to share it."""
+    if taps is not None:
         raise ValueError(
-            f'A regularizer shares the pass of the objective ({", ".join(sorted(taps))}), but this '
-            "objective runs no clean images in training mode; use 'standard', 'trades', 'mart' or "
-            "'pgd' with a clean_share, or leave out 'shared'."
+            "A regularizer shares the objective's pass over clean images, but this objective runs "
+            "none in training mode; use 'standard', 'trades', 'mart' or 'pgd' with a clean_share, "
+            "or leave out 'shared'."
         )
 
 

@@ -67,9 +67,9 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
         x: Array,
         y: Array,
         key: PRNGKeyArray,
-        taps: Collection[str] = (),
+        taps: Collection[str] | None = None,
     ) -> tuple[Array, Outcome]:
-        logits, tapped, updates = tap_training_mode(module, variables, x, key, taps)
+        logits, tapped, updates = tap_training_mode(module, variables, x, key, taps or ())
         targets = jax.nn.one_hot(y, logits.shape[-1])
         targets = optax.smooth_labels(targets, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()

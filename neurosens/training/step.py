@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import data, parallel
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, LinenForward, Variables
 from neurosens.regularizers import Regularizer
 from neurosens.training import inner
 from neurosens.training.objectives import Objective, Outcome, Replayed
+from neurosens.training.shared_pass import ObjectivePass, Requests
 
 
 class TrainState(NamedTuple):
@@ -47,8 +49,9 @@ class WeightedRegularizer(NamedTuple):
       weight: its factor in the loss, after the ramp.
       ramp: steps over which the factor rises linearly from 0.
       start: steps before the ramp, in which the factor is 0.
-      shared: layers whose activations it takes from the objective's pass over the clean images, in
-        training mode, in place of a pass of its own on running statistics.
+      shared: whether it uses the objective's pass over the clean images, in training mode, in place
+        of a pass of its own on running statistics. Of the regularizers of a step one at most can
+        take derivatives of that pass.
     """
 
     name: str
@@ -56,7 +59,7 @@ class WeightedRegularizer(NamedTuple):
     weight: float
     ramp: int
     start: int = 0
-    shared: tuple[str, ...] = ()
+    shared: bool = False
 
     def factor(self, step: Array | int) -> Array:
         """The factor in the loss of a step, counted from 0."""
@@ -284,56 +287,69 @@ def _make_losses(
     ) -> tuple[dict[str, Array], Outcome, dict[str, Array]]:
         variables = {**rest, 'params': params}
         keys = jax.random.split(key, 1 + len(regularizers))
-        taps = tuple(dict.fromkeys(name for term in regularizers for name in term.shared))
-        asked = (taps,) if taps else ()
-        loss, outcome = objective(module, variables, images, y, keys[0], *asked)
+        terms = list(zip(regularizers, keys[1:]))
+        wanted = {
+            term.name: _wanted(term, forward, variables, x, y, own)
+            for term, own in terms
+            if term.shared
+        }
+        _check_derivatives(wanted)
+        taps = sorted(set().union(*(one.taps for one in wanted.values()))) if wanted else None
+
+        def run(x: Array) -> tuple[Array, Outcome]:
+            # Without a shared pass the objective's images may be others.
+            return objective(module, variables, x if wanted else images, y, keys[0], taps)
+
+        shared = ObjectivePass(forward, x, run)
+        # The objective is differentiated where it is first asked for.
+        order = sorted(terms, key=lambda pair: not _derivatives(wanted, pair[0]))
+        found = {
+            term.name: term.regularizer(shared if term.shared else forward, variables, x, y, own)
+            for term, own in order
+        }
+        loss, outcome = shared.objective()
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
-        for term, term_key in zip(regularizers, keys[1:]):
-            recalled = Recalled(forward, x, outcome.clean_logits, outcome.tapped)
-            seen: Forward = recalled if term.shared else forward
-            penalty, own = term.regularizer(seen, variables, x, y, term_key)
-            unused = set(term.shared) - recalled.recalled
-            if unused:
-                raise ValueError(
-                    f'The regularizer {term.name!r} does not ask for {", ".join(sorted(unused))} '
-                    "of whole batches, so it cannot share that of the objective's pass; leave it "
-                    "out of 'shared'."
-                )
+        for term in regularizers:
+            penalty, others = found[term.name]
             parts[term.name] = term.factor(step) * penalty
             metrics[f'{term.name}/penalty'] = penalty
-            metrics.update({f'{term.name}/{name}': value for name, value in own.items()})
+            metrics.update({f'{term.name}/{name}': value for name, value in others.items()})
         return parts, outcome, metrics
 
-    return losses
+    # Derivatives that a term takes itself, also in forward mode, are traced before it is rewritten.
+    return with_fast_input_gradients(losses)
 
 
-class Recalled:
-    """A forward that gives what a pass over the same batch has found, and else runs the model.
+def _wanted(
+    term: WeightedRegularizer,
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    y: Array,
+    key: PRNGKeyArray,
+) -> Requests:
+    """What a regularizer wants of the pass that it shares."""
+    requests = Requests(forward, x)
+    jax.eval_shape(lambda: term.regularizer(requests, variables, x, y, key))
+    if not requests.passes:
+        raise ValueError(
+            f'The regularizer {term.name!r} runs the model on one image at a time, so it cannot '
+            "share the objective's pass over the batch; leave out its 'shared'."
+        )
+    return requests
 
-    Attributes:
-      recalled: names of the layers that were asked for and given.
-    """
 
-    def __init__(
-        self, forward: Forward, x: Array, logits: Array | None, tapped: Mapping[str, Array]
-    ) -> None:
-        """Remembers logits `[B, K]` and activations of the batch `x`, by object."""
-        self._forward, self._x, self._logits, self._tapped = forward, x, logits, tapped
-        self.recalled: set[str] = set()
+def _check_derivatives(wanted: Mapping[str, Requests]) -> None:
+    names = [name for name, requests in wanted.items() if requests.derivatives]
+    if len(names) > 1 or any(wanted[name].derivatives > 1 for name in names):
+        raise ValueError(
+            f"Only one derivative of the objective's pass can be shared, not those of "
+            f"{' and '.join(names)}; leave out 'shared' of all but one."
+        )
 
-    def __call__(
-        self,
-        variables: Variables,
-        x: Array,
-        edits: Mapping[str, Any] = {},
-        taps: Collection[str] = (),
-    ) -> tuple[Array, dict[str, Array]]:
-        """Recalls or runs; see `Forward`."""
-        known = self._logits is not None and set(taps) <= set(self._tapped)
-        if x is self._x and not edits and taps and known:
-            self.recalled |= set(taps)
-            return cast(Array, self._logits), {name: self._tapped[name] for name in taps}
-        return self._forward(variables, x, edits=edits, taps=taps)
+
+def _derivatives(wanted: Mapping[str, Requests], term: WeightedRegularizer) -> int:
+    return wanted[term.name].derivatives if term.shared else 0
 
 
 def _make_images(

@@ -76,8 +76,8 @@ def test_estimates_are_unbiased_with_the_variance_known(relu, probe):
     estimate = jax.jit(
         jax.vmap(
             lambda key: squared_jacobian_norm(
-                relu.forward, relu.variables, relu.x[0], key, probe=probe
-            )
+                relu.forward, relu.variables, relu.x[:1], key, probe=probe
+            )[0]
         )
     )
     draws = np.float64(estimate(jax.random.split(KEY, DRAWS)))
@@ -98,8 +98,8 @@ def test_more_projections_have_less_variance(relu):
     def estimates(projections):
         return jax.vmap(
             lambda key: squared_jacobian_norm(
-                relu.forward, relu.variables, relu.x[0], key, projections=projections
-            )
+                relu.forward, relu.variables, relu.x[:1], key, projections=projections
+            )[0]
         )(jax.random.split(KEY, 2000))
 
     assert estimates(4).var() == pytest.approx(float(estimates(1).var()) / 4, rel=0.25)
@@ -111,9 +111,9 @@ def test_a_single_logit_has_no_variance(relu):
         return logits[:, :1], tapped
 
     keys = jax.random.split(KEY, 5)
-    draws = jax.vmap(lambda key: squared_jacobian_norm(forward, relu.variables, relu.x[0], key))(
-        keys
-    )
+    draws = jax.vmap(
+        lambda key: squared_jacobian_norm(forward, relu.variables, relu.x[:1], key)[0]
+    )(keys)
     jacobians, _ = relu.jacobians()
     np.testing.assert_allclose(draws, (jacobians[0, 0] ** 2).sum(), rtol=1e-5)
 

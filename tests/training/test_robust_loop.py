@@ -216,15 +216,45 @@ def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
     assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
 
 
-SHARED = {'neuron_contribution': {'weight': 0.01, 'top': 2, 'shared': ('head:in',)}}
+CONTRIBUTION = {'neuron_contribution': {'weight': 0.01, 'top': 2}}
+SHARING = {
+    'values': CONTRIBUTION,
+    'tangents': {'activation_sensitivity': {'weight': 0.5}},
+    'several tangents': {'activation_sensitivity': {'weight': 0.5, 'samples': 2}},
+    'pre-activations': {'activation_sensitivity': {'weight': 0.5, 'position': 'pre'}},
+    'cotangents': {'activation_sensitivity': {'weight': 0.5, 'estimator': 'cotangent'}},
+    'tangents of all': {'sensitivity_and_jacobian': {'weight': 1.0}},
+    'gradients of logits': {'jacobian': {'weight': 0.5}},
+    'derivatives of logits': {'jacobian': {'weight': 0.5, 'probe': 'input'}},
+    'values and tangents': {**CONTRIBUTION, 'activation_sensitivity': {'weight': 0.5}},
+    'values and gradients': {**CONTRIBUTION, 'jacobian': {'weight': 0.5}},
+}
 
 
-@pytest.mark.parametrize('objective', ['standard', 'trades'])
-def test_a_regularizer_shares_the_pass_of_the_objective(objective):
+def shared(regularizers):
+    return {name: {**options, 'shared': True} for name, options in regularizers.items()}
+
+
+SHARED = shared(CONTRIBUTION)
+
+
+@pytest.mark.parametrize(
+    ('objective', 'terms'),
+    [
+        *(('standard', terms) for terms in SHARING),
+        ('trades', 'values and tangents'),
+        ('trades', 'values and gradients'),
+        ('mart', 'tangents of all'),
+        ('pgd', 'tangents of all'),
+    ],
+)
+def test_regularizers_share_the_pass_of_the_objective(objective, terms):
     """Without BatchNorm and dropout, training and evaluation mode are the same."""
+    options = {'objective_options': {'clean_share': 0.5}} if objective == 'pgd' else {}
+    config = dataclasses.replace(CONFIG, objective=objective, **options)
     experiments = [
-        training.prepare(dataclasses.replace(CONFIG, objective=objective, regularizers=options))
-        for options in (SHARED, {'neuron_contribution': {'weight': 0.01, 'top': 2}})
+        training.prepare(dataclasses.replace(config, regularizers=regularizers))
+        for regularizers in (shared(SHARING[terms]), SHARING[terms])
     ]
     batch = next(experiments[0].source.train_batches(batch_size=32, seed=0))
     results = []
@@ -235,6 +265,30 @@ def test_a_regularizer_shares_the_pass_of_the_objective(objective):
         results.append(experiment.train_step(state, parallel.shard(mesh, batch), key))
     for a, b in zip(*map(jax.tree.leaves, results)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('terms', 'saved'),
+    [
+        # A term's own forward pass; its gradient is that of derivatives, which stay.
+        ('tangents', 1),
+        ('gradients of logits', 1),
+        # Of values the gradient too.
+        ('values', 2),
+        ('values and gradients', 3),
+    ],
+)
+def test_a_shared_pass_is_not_run_again(terms, saved):
+    """Convolutions of a network with one, in the traced step."""
+    counts = []
+    for regularizers in (SHARING[terms], shared(SHARING[terms])):
+        experiment = training.prepare(dataclasses.replace(CONFIG, regularizers=regularizers))
+        batch = next(experiment.source.train_batches(batch_size=32, seed=0))
+        state = training.experiment.initial_state(experiment)
+        jaxpr = jax.make_jaxpr(experiment.train_step)(state, batch, jax.random.key(0))
+        counts.append(str(jaxpr).count('conv_general_dilated['))
+    # Traced gradients of kernels carry unused forward passes besides.
+    assert counts[0] - counts[1] >= saved
 
 
 def test_a_shared_pass_has_the_statistics_of_the_batch():
@@ -263,25 +317,25 @@ def chex_equal(a, b):
 @pytest.mark.parametrize(
     ('changes', 'sentence'),
     [
-        ({'objective': 'pgd'}, 'runs no clean images in training mode'),
-        ({'objective': 'free'}, 'runs no clean images in training mode'),
-        ({'regularizers': {'jacobian': {'shared': ('head:in',)}}}, 'does not ask for head:in'),
+        ({'objective': 'pgd'}, 'this objective runs none in training mode'),
+        ({'objective': 'free'}, 'this objective runs none in training mode'),
+        ({'regularizers': {'direct_sensitivity': {'shared': True}}}, 'one image at a time'),
         (
-            {'regularizers': {'neuron_contribution': {'shared': ('head:in', 'act1')}}},
-            'does not ask for act1',
+            {'regularizers': shared({'jacobian': {}, 'activation_sensitivity': {}})},
+            'not those of jacobian and activation_sensitivity',
         ),
         (
             {'objective': 'trades', 'objective_options': {'weight_gamma': 0.01}},
-            'activations of perturbed weights',
+            'a model of perturbed weights',
         ),
-        ({'regularizers': {'jacobian': {'shared': (3,)}}}, 'is a tuple of layer names'),
+        ({'objective': 'pgd', 'regularizers': shared({'jacobian': {}})}, 'runs none in'),
         ({'regularizers': {'jacobian': {'weight': 'a'}}}, 'The weight of regularizer'),
         ({'regularizers': {'jacobian': {'weight': None}}}, 'it must be a number'),
         ({'regularizers': {'jacobian': {'weight': -1}}}, 'at least 0'),
         ({'objective': 'free', 'objective_options': {'step_size': 0}}, 'greater than 0'),
         ({'objective': 'free', 'objective_options': {'replays': 2.5}}, 'a whole number'),
         ({'objective': 'pgd', 'objective_options': {'steps': 2.5}}, 'a whole number'),
-        ({'regularizers': {'jacobian': {'shared': 'head:in'}}}, 'is a tuple of layer names'),
+        ({'regularizers': {'jacobian': {'shared': 'head:in'}}}, 'it is True or False'),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(changes, sentence):
@@ -291,8 +345,8 @@ def test_what_cannot_be_trained_is_one_sentence(changes, sentence):
 
 
 def test_an_unknown_layer_to_share_is_named():
-    regularizers = {'neuron_contribution': {'shared': ('nowhere:in',)}}
-    with pytest.raises(LayerError, match='nowhere:in'):
+    regularizers = {'activation_sensitivity': {'layers': ('nowhere',), 'shared': True}}
+    with pytest.raises(LayerError, match='nowhere'):
         training.prepare(dataclasses.replace(CONFIG, regularizers=regularizers))
 
 

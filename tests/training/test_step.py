@@ -363,6 +363,16 @@ def test_a_batch_normalisation_adds_one_sum_forward_and_one_backward():
     assert not [name for name in COMMUNICATION if instructions(FULL['batch', 8], name)]
 
 
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only slow on a CPU')
+def test_no_gradient_of_pooling_scatters():
+    batch = random_batch(64)
+    variables = initial_variables('none')
+    plain = jax.jit(jax.grad(cross_entropy, has_aux=True))
+    slow = plain.lower(variables['params'], {}, batch).as_text()
+    assert 'select_and_scatter' in slow
+    assert 'select_and_scatter' not in BARE.step.lower(*BARE.place(batch)).as_text()
+
+
 @pytest.mark.parametrize('norm', ['none', 'batch'])
 def test_each_of_eight_devices_does_an_eighth_of_the_work(norm):
     alone, together = (FULL[norm, devices].compiled.cost_analysis()['flops'] for devices in (1, 8))
