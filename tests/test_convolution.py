@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from neurosens.convolution import with_fast_input_gradients
+from neurosens.convolution import with_fast_input_gradients, with_fast_pooling
 
 CASES = {
     'plain': {},
@@ -110,6 +110,29 @@ def test_gradients_of_pooling_equal_the_plain_ones(case, ties):
     chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-3)
     gradient = jax.make_jaxpr(jax.grad(with_fast_input_gradients(loss)))(images)
     assert 'select_and_scatter' not in str(gradient)
+
+
+@pytest.mark.parametrize('case', POOLS)
+@pytest.mark.parametrize('ties', [False, True])
+def test_derivatives_of_pooling_are_transposed_by_its_gradients(case, ties):
+    window, strides, padding = POOLS[case]
+    images, direction = jax.random.normal(jax.random.key(0), (2, 2, 9, 8, 3))
+    images = jnp.round(images) if ties else images
+
+    def pool(images):
+        return jnp.sin(nn.max_pool(images, window, strides, padding))
+
+    value, push = jax.linearize(with_fast_pooling(pool), images)
+    chex.assert_trees_all_close(value, pool(images), rtol=1e-6)
+    weights = jnp.arange(value.size, dtype=jnp.float32).reshape(value.shape)
+    (gradient,) = jax.vjp(pool, images)[1](weights)
+    along = jnp.vdot(weights, jax.jit(push)(direction))
+    assert along == pytest.approx(float(jnp.vdot(gradient, direction)), rel=1e-4)
+    assert 'select_and_gather' not in str(jax.make_jaxpr(push)(direction))
+    # Reverse mode over forward mode, as a regularizer's training step.
+    chex.assert_trees_all_close(
+        jax.linear_transpose(push, direction)(weights)[0], gradient, rtol=1e-5, atol=1e-3
+    )
 
 
 def test_other_windows_stay_as_they_are():
