@@ -42,15 +42,18 @@ def max_pool(**params: Any) -> Callable[[jax.Array], jax.Array]:
 
     @jax.custom_jvp
     def pool(images: jax.Array) -> jax.Array:
+        if apart:
+            return _largest_and_place(images, params['window_dimensions'])[0]
         return plain(images)
 
     @pool.defjvp
     def derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         (images,), (tangent,) = primals, tangents
+        # Itself, so that its derivatives of higher order are these too.
+        largest = pool(images)
         if apart:
-            largest, place = _largest_and_place(images, params['window_dimensions'])
+            _, place = _largest_and_place(images, params['window_dimensions'])
             return largest, _of_places(place, tangent, params['window_dimensions'])
-        largest = plain(images)
         return largest, _of_first(images, largest, tangent, **params)
 
     return pool

@@ -6,6 +6,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -133,6 +134,25 @@ def test_derivatives_of_pooling_are_transposed_by_its_gradients(case, ties):
     chex.assert_trees_all_close(
         jax.linear_transpose(push, direction)(weights)[0], gradient, rtol=1e-5, atol=1e-3
     )
+
+
+@pytest.mark.parametrize('case', ['halves', 'overlapping'])
+def test_of_ties_the_first_takes_all_where_a_derivative_has_been_taken_before(case):
+    """As in the gradient of a loss that shares its pass with a derivative."""
+    window, strides, padding = POOLS[case]
+    images = jnp.round(jax.random.normal(jax.random.key(0), (2, 9, 8, 3)))
+
+    def pool(images):
+        return nn.max_pool(images, window, strides, padding)
+
+    def loss(images):
+        pooled, push = jax.linearize(with_fast_pooling(pool), images)
+        return (jnp.arange(pooled.size).reshape(pooled.shape) * pooled + push(0 * images)).sum()
+
+    weights = jnp.arange(float(pool(images).size)).reshape(pool(images).shape)
+    (expected,) = jax.vjp(pool, images)[1](weights)
+    for found in (jax.grad(loss)(images), jax.grad(with_fast_input_gradients(loss))(images)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_other_windows_stay_as_they_are():

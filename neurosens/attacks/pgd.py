@@ -98,7 +98,8 @@ def pgd_example(
     def _kept(new: Iterate, best: Iterate) -> Iterate:
         return choose(~best.fools, new, best) if keep == 'first' else stronger(new, best)
 
-    def restart(number: Array, best: Iterate) -> Iterate:
+    def restart(number: Array, carry: tuple[Iterate, Array]) -> tuple[Iterate, Array]:
+        best, taken = carry
         own = jax.random.fold_in(key, number)
         first = random_start(threat, x, own) if start == 'random' else x
         carried: Any = () if momentum is None else jnp.zeros_like(x)
@@ -108,27 +109,31 @@ def pgd_example(
         def step(number: Array, state: _State) -> _State:
             return ascend(state, number, jax.random.fold_in(own, number))
 
-        state = _repeat(steps, step, _State(first, carried, best), until_fooled=keep == 'first')
+        state = _State(first, carried, best)
+        done, state = _repeat(steps, step, state, until_fooled=keep == 'first')
         last = look(state.x, jax.random.fold_in(own, steps))
-        return last if keep == 'last' else _kept(last, state.best)
+        return last if keep == 'last' else _kept(last, state.best), taken + done
 
     clean = look(x, key)
-    best = jax.lax.fori_loop(0, restarts, restart, clean)
+    best, taken = jax.lax.fori_loop(0, restarts, restart, (clean, jnp.int32(0)))
     best = choose(clean.fools, clean, best)
     passes = draws * (2 if look_ahead else 1)
-    queries = jnp.int32(draws) + restarts * (steps * passes + draws)
+    queries = jnp.int32(draws) + taken * passes + restarts * draws
     return AttackResult(best.x, best.fools, best.margin, queries)
 
 
 def _repeat(
     steps: int | Array, step: Callable[[Array, _State], _State], state: _State, until_fooled: bool
-) -> _State:
+) -> tuple[Array, _State]:
     """Applies a step several times; optionally only until the best iterate fools the model.
 
     Under vmap the latter runs until all examples are done, of which those that are rest.
+
+    Returns:
+      The number of steps taken, and the last state.
     """
     if not until_fooled:
-        return jax.lax.fori_loop(0, steps, step, state)
+        return jnp.int32(steps), jax.lax.fori_loop(0, steps, step, state)
 
     def unfinished(carry: tuple[Array, _State]) -> Array:
         number, state = carry
@@ -138,7 +143,7 @@ def _repeat(
         number, state = carry
         return number + 1, step(number, state)
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
 
 
 def _unit_mean(gradient: Float[Array, '...']) -> Float[Array, '...']:

@@ -170,3 +170,23 @@ def test_a_defended_half_precision_nnx_model_is_attacked_like_any_other(half, na
     assert clear.any()
     success = np.asarray(result.success).reshape(BATCH)
     np.testing.assert_array_equal(success[clear], (logits.argmax(-1) != y)[clear])
+    assert_edge_cases(name, half)
+
+
+def assert_edge_cases(name, half):
+    """Constant and saturated images, no room at all, and what is no image; of the same program."""
+    attack, norm = chosen(name)
+    forward, state, x, _ = half
+    flat = jnp.broadcast_to(
+        jnp.array([0.0, 1.0, 0.5, 0.25])[:, None, None, None], (4, *x.shape[1:])
+    )
+    edges = jnp.concatenate([flat, jnp.round(x[:12])])
+    y = jax.jit(forward)(state, edges)[0].argmax(-1)
+    x_adv = np.asarray(attack(forward, state, edges, y, KEY).x_adv).reshape(BATCH, 6, 6, 1)
+    assert np.isfinite(x_adv).all() and x_adv.min() >= 0 and x_adv.max() <= 1
+    change = (np.float64(x_adv) - edges).reshape(BATCH, -1)
+    assert (np.linalg.norm(change, ORDER[norm], axis=1) <= EPS[norm] * (1 + 1e-5)).all()
+    still = attack(forward, state, edges, y, KEY, threat=Threat(norm, 0))
+    np.testing.assert_array_equal(np.asarray(still.x_adv).reshape(edges.shape), edges)
+    with pytest.raises(ValueError, match=r'not finite|NaN'):
+        attack(forward, state, edges.at[0, 0, 0, 0].set(jnp.nan), y, KEY)

@@ -11,12 +11,13 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import strategies as st
 
 from neurosens import models, parallel
-from neurosens.attacks import Threat, fgsm, pgd, pgd_example
+from neurosens.attacks import Threat, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
 from neurosens.forward import LinenForward, NNXForward
 
 BATCH = 16
@@ -185,6 +186,98 @@ def test_the_step_size_is_a_length_in_pixels(linear):
     )
     expected = margin - 3 * 0.02 * np.linalg.norm(weight)
     np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_schedule_scales_the_steps(linear):
+    variables, x, y, weight, margin = linear
+    result = pgd(
+        LINEAR, variables, x, y, jax.random.key(0), threat=Threat('l2', 1.0, (-10.0, 10.0)),
+        steps=3, step_size=0.02, start='clean', schedule=lambda number: 1 / (1 + number),
+    )  # fmt: skip
+    expected = margin - (1 + 1 / 2 + 1 / 3) * 0.02 * np.linalg.norm(weight)
+    np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_optax_transformation_makes_the_steps(linear):
+    variables, x, y, weight, margin = linear
+    result = pgd(
+        LINEAR, variables, x, y, jax.random.key(0), threat=Threat('l2', 5.0, (-10.0, 10.0)),
+        steps=3, start='clean', loss='margin', optimizer=optax.sgd(0.01, momentum=0.5),
+    )  # fmt: skip
+    # Steps of 1, 1.5 and 1.75 gradients, each the difference of the two classes' weights.
+    expected = margin - 0.01 * (1 + 1.5 + 1.75) * np.linalg.norm(weight) ** 2
+    np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+
+
+def lower_own_logit(logits, y):
+    return -logits[y]
+
+
+def test_a_users_loss_is_climbed(linear):
+    variables, x, y, _, _ = linear
+    result = pgd(
+        LINEAR, variables, x, y, jax.random.key(0), threat=Threat('l2', 0.3, (-10.0, 10.0)),
+        steps=1, step_size=0.3, start='clean', loss=lower_own_logit, keep='last',
+    )  # fmt: skip
+    own = np.asarray(variables['params']['head']['kernel']).T[y]
+    expected = x.reshape(8, -1) - 0.3 * own / np.linalg.norm(own, axis=1, keepdims=True)
+    np.testing.assert_allclose(result.x_adv.reshape(8, -1), expected, atol=1e-5)
+
+
+def test_a_target_is_reached_and_nothing_else_counts(net):
+    target = (np.asarray(net.y) + 1) % 3
+    threat = Threat('l2', 5.0)
+    result = attack(net, threat, steps=30, target=target)
+    found = np.asarray(net.forward(net.variables, result.x_adv)[0]).argmax(-1)
+    np.testing.assert_array_equal(result.success, found == target)
+    away = attack(net, threat, steps=30)
+    others = np.asarray(net.forward(net.variables, away.x_adv)[0]).argmax(-1)
+    assert result.success.sum() > (others == target).sum()
+
+
+@pytest.mark.parametrize('method', [mi_fgsm, ni_fgsm])
+def test_momentum_follows_its_definition(net, method):
+    """Against plain loops over images and steps; of the second, with gradients taken ahead."""
+    eps, steps, momentum = 0.1, 4, 0.7
+    result = method(
+        net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=Threat('linf', eps),
+        steps=steps, momentum=momentum, keep='last',
+    )  # fmt: skip
+
+    @jax.jit
+    def slope(x):
+        return jax.grad(lambda x: evaluate(net.forward, net.variables, x, net.y)[0].sum())(x)
+
+    x, carried = np.asarray(net.x), np.zeros_like(net.x)
+    for _ in range(steps):
+        ahead = eps / steps * momentum * carried if method is ni_fgsm else 0
+        gradient = np.asarray(slope(x + ahead))
+        carried = momentum * carried + gradient / np.abs(gradient).mean((1, 2, 3), keepdims=True)
+        moved = x + eps / steps * np.sign(carried)
+        x = np.clip(np.clip(moved, net.x - eps, net.x + eps), 0, 1)
+    np.testing.assert_allclose(result.x_adv[net.correct], x[net.correct], atol=1e-5)
+
+
+def test_a_random_start_is_followed_by_one_long_step(linear):
+    variables, x, y, weight, _ = linear
+    threat = Threat('linf', 0.2, (-10.0, 10.0))
+    result = fgsm_rs(LINEAR, variables, x, y, jax.random.key(0), threat=threat, keep='last')
+    uphill = np.where(y == 0, -1, 1)[:, None] * np.sign(weight)
+    # From anywhere in the ball 1.25 eps uphill: at least a quarter of it, at most all.
+    change = (result.x_adv - x).reshape(8, -1) * uphill
+    assert (change >= 0.25 * 0.2 - 1e-6).all() and (change <= 0.2 + 1e-6).all()
+    assert len(np.unique(np.round(change, 4))) > 10
+
+
+def test_who_has_fallen_asks_no_more(net):
+    threat = Threat('l2', 5.0)
+    first = attack(net, threat, steps=40, step_size=0.1, start='clean', keep='first')
+    whole = attack(net, threat, steps=40, step_size=0.1, start='clean')
+    assert first.success.all() and (whole.queries == 42).all()
+    # Misclassified images take no step.
+    np.testing.assert_array_equal(first.queries[~net.correct], 2)
+    fallen = first.queries[net.correct]
+    assert (fallen > 2).all() and (fallen < 42).all() and len(set(fallen)) > 1
 
 
 def test_an_nnx_model_is_attacked_like_a_linen_one(linear):
