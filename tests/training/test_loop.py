@@ -294,7 +294,10 @@ def test_a_regularizer_takes_its_weight_ramp_and_options_from_the_config(monkeyp
     training.prepare(dataclasses.replace(CONFIG, regularizers={'small': {'power': 3}}))
     penalty = 'penalty of power 3'
     ramp, start = round(STEPS / 2), round(STEPS / 4)
-    first, second = ('small', penalty, 2.0, ramp, start, ()), ('small', penalty, 1.0, 0, 0, ())
+    first, second = (
+        ('small', penalty, 2.0, ramp, start, False),
+        ('small', penalty, 1.0, 0, 0, False),
+    )
     assert made == [[first], [second]]
     assert options == {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
     with pytest.raises(ValueError, match="The regularizer 'small' needs the option 'power'"):
