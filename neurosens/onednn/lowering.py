@@ -34,6 +34,8 @@ except (ImportError, AttributeError, KeyError):
 _TESTED_JAXLIB = ('0.10.2', '0.12.0')
 # More positions of a kernel than this (11 x 11) would make long programs.
 _MOST_POSITIONS = 121
+# Input times output channels; XLA is faster than products of fewer.
+_LEAST_CHANNELS = 32
 
 
 def use_onednn() -> bool:
@@ -42,9 +44,10 @@ def use_onednn() -> bool:
     It changes how this process lowers `lax.conv_general_dilated`, for all of its code: call it
     once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
     they are: of other types than float32, in other than two spatial dimensions, of single pixels,
-    grouped, of dilated kernels, the gradients of kernels larger than 11 x 11, and where `shard_map`
-    leaves some mesh axes automatic. `jax.export` cannot serialise what is lowered so, and JAX's
-    compilation cache cannot keep it: XLA fails at that, of which JAX warns as of a `MemoryError`.
+    grouped, of dilated kernels, the gradients of kernels larger than 11 x 11 or of fewer than 32
+    pairs of channels, and where `shard_map` leaves some mesh axes automatic. `jax.export` cannot
+    serialise what is lowered so, and JAX's compilation cache cannot keep it: XLA fails at that, of
+    which JAX warns as of a `MemoryError`.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
@@ -215,9 +218,14 @@ def _is_convolution(
 
 
 def _is_kernel_gradient(images: Any, kernel: Any, **params: Any) -> bool:
-    """Whether a plain convolution is the gradient of a kernel that products are for."""
-    few = math.prod(_positions(images, kernel, **params)) <= _MOST_POSITIONS
-    return few and not _is_batch_first(params['dimension_numbers'])
+    """Whether a plain convolution is the gradient of a kernel that products are faster for."""
+    numbers = params['dimension_numbers']
+    channels = images.shape[numbers.lhs_spec[0]] * kernel.shape[numbers.rhs_spec[0]]
+    return (
+        not _is_batch_first(numbers)
+        and math.prod(_positions(images, kernel, **params)) <= _MOST_POSITIONS
+        and channels >= _LEAST_CHANNELS
+    )
 
 
 def _is_batch_first(numbers: lax.ConvDimensionNumbers) -> bool:
