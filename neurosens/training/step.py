@@ -294,11 +294,13 @@ def _make_losses(
             if term.shared
         }
         _check_derivatives(wanted)
-        taps = sorted(set().union(*(one.taps for one in wanted.values()))) if wanted else None
+        taps = sorted(set().union(*(one.taps for one in wanted.values())))
+        # Objectives that no regularizer shares need not know of taps.
+        asked = (taps,) if wanted else ()
 
         def run(x: Array) -> tuple[Array, Outcome]:
             # Without a shared pass the objective's images may be others.
-            return objective(module, variables, x if wanted else images, y, keys[0], taps)
+            return objective(module, variables, x if wanted else images, y, keys[0], *asked)
 
         shared = ObjectivePass(forward, x, run)
         # The objective is differentiated where it is first asked for.

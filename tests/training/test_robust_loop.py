@@ -13,7 +13,8 @@ from interruptions import Killed, assert_same_bits, interrupted, lines, train
 from neurosens import config as config_lib
 from neurosens import data, fingerprints, neurons, parallel, training
 from neurosens.attacks import Threat, pgd
-from neurosens.forward import LayerError
+from neurosens.forward import LayerError, LinenForward
+from neurosens.regularizers import activation_norm
 from neurosens.training import adversarial, checkpoints, loop, monitor, step
 
 CONFIG = config_lib.Config(
@@ -307,6 +308,61 @@ def test_a_shared_pass_has_the_statistics_of_the_batch():
     head = variables['params']['head']
     again = tapped['head:in'] @ head['kernel'] + head['bias']
     np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_derivatives_are_those_of_training_mode():
+    """With BatchNorm, of the batch as a whole; against a derivative of the pass taken here."""
+    options = {'features': (4,), 'hidden': (8,), 'norm': 'batch'}
+    terms = {'activation_sensitivity': {'weight': 1.0, 'layers': ('act1',), 'shared': True}}
+    config = dataclasses.replace(CONFIG, regularizers=terms, model_options=options)
+    experiment = training.prepare(config)
+    mesh = experiment.mesh
+    batch = next(experiment.source.train_batches(batch_size=32, seed=0))
+    state, key = training.experiment.initial_state(experiment), jax.random.key(0)
+    # The step donates its state.
+    variables = jax.device_get(state.variables)
+    placed = parallel.shard(mesh, batch), parallel.replicate(mesh, key)
+    metrics = experiment.train_step(state, *placed)[1]
+    x = jnp.asarray(batch.image, jnp.float32) / 255
+
+    def in_training(x):
+        return training.tap_training_mode(experiment.module, variables, x, key, ('act1',))[1]
+
+    def in_evaluation(x):
+        forward = LinenForward(experiment.module, {'train': False})
+        return forward(variables, x, taps=('act1',))[1]
+
+    def draws(activations):
+        def draw(key):
+            signs = jax.random.rademacher(key, x.shape).astype(x.dtype)
+            return (jax.jvp(activations, (x,), (signs,))[1]['act1'] ** 2).mean()
+
+        return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 100)))
+
+    found = float(metrics['activation_sensitivity/penalty'])
+    same, other = draws(in_training), draws(in_evaluation)
+    # Other signs were drawn there.
+    assert abs(found - same.mean()) <= 3 * same.std()
+    assert abs(found - other.mean()) > 5 * other.std()
+
+
+def test_an_objective_need_not_know_of_taps():
+    plain = training.standard()
+
+    def objective(module, variables, x, y, key):
+        return plain(module, variables, x, y, key)
+
+    experiment = training.prepare(CONFIG)
+    optimizer = training.make_optimizer(CONFIG.optimizer, CONFIG.schedule, 12)
+    terms = [training.WeightedRegularizer('norm', activation_norm(), 0.1, 0)]
+    step = training.make_train_step(
+        experiment.module, *optimizer, objective, terms, experiment.mesh
+    )
+    batch = next(experiment.source.train_batches(batch_size=32, seed=0))
+    shapes = jax.eval_shape(
+        step, training.experiment.initial_state(experiment), batch, jax.random.key(0)
+    )
+    assert 'norm/penalty' in shapes[1]
 
 
 def chex_equal(a, b):
