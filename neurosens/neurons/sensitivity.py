@@ -104,19 +104,50 @@ def nearest_flip(
     gradients, logits = jnp.asarray(gradients, dtype), jnp.asarray(logits, dtype)
     classes, neurons = gradients.shape
     inverse = _inverse_margins(logits)
-    own = gradients[logits.argmax()]
-    best = _nothing_yet(neurons, dtype)
     if classes <= 2 * _CLASSES_AT_ONCE:
-        for number in range(classes):
-            best = _compare(best, number, gradients[number] - own, inverse[number])
-    else:
-        padded = jnp.pad(gradients, ((0, -classes % _CLASSES_AT_ONCE), (0, 0)))
+        return _nearest_of_few(gradients, inverse, logits, room_below, room_above)
+    own = gradients[logits.argmax()]
+    padded = jnp.pad(gradients, ((0, -classes % _CLASSES_AT_ONCE), (0, 0)))
 
-        def piece(numbers: Array) -> Array:
-            return padded[numbers] - own
+    def piece(numbers: Array) -> Array:
+        return padded[numbers] - own
 
-        best = _compare_in_pieces(best, piece, inverse, _CLASSES_AT_ONCE)
+    best = _compare_in_pieces(_nothing_yet(neurons, dtype), piece, inverse, _CLASSES_AT_ONCE)
     return _nearest(best, logits, room_below, room_above)
+
+
+def _nearest_of_few(
+    gradients: Array,
+    inverse: Array,
+    logits: Array,
+    room_below: Array | float,
+    room_above: Array | float,
+) -> Sensitivity:
+    """Delta in straight-line code, in two passes over the classes.
+
+    XLA computes each output in a loop of its own. So the first pass finds the change alone, and the
+    second the class from the change alone, not both with all of the work of the other.
+    """
+    classes, neurons = gradients.shape
+    predicted = logits.argmax()
+    own = gradients[predicted]
+    up = down = jnp.zeros(neurons, gradients.dtype)
+    for number in range(classes):
+        rate = (gradients[number] - own) * inverse[number]
+        up, down = jnp.maximum(up, rate), jnp.maximum(down, -rate)
+    up, down = _in_range(up, down, room_below, room_above)
+    delta = _change(jnp.where(up >= down, up, -down), logits)
+    # What the change must add to the margin of a class; without bound for the predicted one.
+    needed = (1 - 8 * jnp.finfo(delta.dtype).eps) / inverse
+    # A change of 0, whose sign is its direction, reaches the classes that are tied.
+    step = jnp.where(delta == 0, jnp.copysign(_SMALLEST_ROOM, delta), delta)
+    # Read again, from other values: one row with two readers would be written out per example.
+    minus_own = (-gradients)[predicted]
+    flips_to = jnp.full(neurons, UNREACHABLE, jnp.int32)
+    for number in reversed(range(classes)):
+        gained = (gradients[number] + minus_own) * step
+        flips_to = jnp.where(gained >= needed[number], number, flips_to)
+    return Sensitivity(delta, jnp.where(jnp.isfinite(delta), flips_to, UNREACHABLE))
 
 
 def _inverse_margins(logits: Array) -> Array:
@@ -178,23 +209,35 @@ def _nearest(
     best: _Nearest, logits: Array, room_below: Array | float, room_above: Array | float
 ) -> Sensitivity:
     """Delta from the best of all classes in either direction."""
-    dtype = best.up.dtype
+    up, down = _in_range(best.up, best.down, room_below, room_above)
+    upwards = up >= down
+    delta = _change(jnp.where(upwards, up, -down), logits)
+    flips_to = jnp.where(upwards, best.up_class, best.down_class)
+    return Sensitivity(delta, jnp.where(jnp.isfinite(delta), flips_to, UNREACHABLE))
+
+
+def _in_range(
+    up: Array, down: Array, room_below: Array | float, room_above: Array | float
+) -> tuple[Array, Array]:
+    """The inverse changes, 0 where the change has no room."""
     # All in inverse changes, so that there is one division and one pass over memory. A change that
     # ends exactly at the border of the range must not be lost to rounding.
-    enough = 1 - 8 * jnp.finfo(dtype).eps
+    enough = 1 - 8 * jnp.finfo(up.dtype).eps
     up, down = (
         rate
         if isinstance(room, float) and math.isinf(room)
         else jnp.where(rate * jnp.maximum(room, _SMALLEST_ROOM) >= enough, rate, 0.0)
-        for rate, room in ((best.up, room_above), (best.down, room_below))
+        for rate, room in ((up, room_above), (down, room_below))
     )
-    upwards = up >= down
-    rate = jnp.where(upwards, up, -down)
-    tied = jnp.abs(rate) > jnp.finfo(dtype).eps / _SMALLEST_MARGIN
-    undefined = jnp.isnan(logits).any()
-    delta = jnp.where(undefined, jnp.nan, jnp.where(tied, 0.0, 1 / rate))
-    flips_to = jnp.where(upwards, best.up_class, best.down_class)
-    return Sensitivity(delta, jnp.where(undefined | (rate == 0), UNREACHABLE, flips_to))
+    return up, down
+
+
+def _change(rate: Array, logits: Array) -> Array:
+    """The changes of which these are the inverse: signed 0 of ties, NaN where a logit is."""
+    tied = jnp.abs(rate) > jnp.finfo(rate.dtype).eps / _SMALLEST_MARGIN
+    rate = jnp.where(tied, jnp.copysign(jnp.inf, rate), rate)
+    # Nothing behind the division: it is what XLA does not repeat for what is computed from it.
+    return 1 / jnp.where(jnp.isnan(logits).any(), jnp.nan, rate)
 
 
 def _nearest_at_cut(
