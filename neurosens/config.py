@@ -8,6 +8,7 @@ says how the command line chooses one and changes single settings.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from neurosens import _validate
@@ -33,6 +34,10 @@ class Optimizer:
       clip_norm: largest global norm of a gradient; 0 turns clipping off.
       accumulate: batches whose mean gradient makes one update.
       ema_decay: decay per update of the averaged weights, which are then evaluated; 0 is off.
+      freeze: layers whose parameters stay as they are, each with all that is inside it; running
+        statistics of normalisation still follow the data.
+      freeze_random: freeze equally many single parameters drawn at random in place of these layers,
+        as a control.
     """
 
     name: str = 'sgd'
@@ -45,6 +50,8 @@ class Optimizer:
     clip_norm: float = 0.0
     accumulate: int = 1
     ema_decay: float = 0.0
+    freeze: tuple[str, ...] = ()
+    freeze_random: bool = False
 
 
 @dataclasses.dataclass
@@ -153,6 +160,7 @@ MEASURES = (
     'input_gradients',
     'attack',
     'filtering',
+    'network_filtering',
 )
 
 
@@ -162,11 +170,12 @@ class Neurons:
 
     Attributes:
       measures: of 'statistics', 'sensitivity', 'influence', 'ablation', 'targeting',
-        'input_gradients', 'attack' and 'filtering'; none leaves the section out. Sensitivity brings
-        statistics with it, targeting ablation, and the attack through single neurons both of the
-        first. The last two take longer than all others: the attack `attack_neurons` times as long
-        as PGD of as many steps, and filtering runs the model, and FGSM on it, 3 times for each of
-        its thresholds.
+        'input_gradients', 'attack', 'filtering' (of the kernel behind each layer) and
+        'network_filtering' (of all kernels with the same thresholds, from -1 to 1); none leaves the
+        section out. Sensitivity brings statistics with it, targeting ablation, and the attack
+        through single neurons both of the first. The last three take longer than all others: the
+        attack `attack_neurons` times as long as PGD of as many steps, and filtering runs the model,
+        and FGSM on it, 3 times for each of its thresholds.
       layers: names of layers, as of `neurosens.layers`; by default the first convolution
         (behind its nonlinearity) and the input of the last layer.
       unit: 'channel' (a neuron is a channel) or 'unit' (every entry of an activation is one).
@@ -174,8 +183,13 @@ class Neurons:
       batch_size: images per batch over all devices; results do not depend on it.
       chunk: neurons at once for each image, which bounds memory; 0 means a measured default.
       method: how Delta is computed, 'auto', 'closed_form', 'first_order' or 'exact'.
+      score: output whose derivative influence multiplies, 'logit' or 'probability'.
+      front: neurons of the largest mean influence that are called front neurons.
+      tail: neurons of the smallest, signed one that are called tail neurons.
+      ablation: what removes a neuron, 'activation' (its value becomes 0) or 'weights' (the filter
+        and bias it comes from do, in front of a normalisation).
       fragile: rule by which ablation calls a neuron fragile: response above the 'mean', the
-        'median' or 'zero'.
+        'median', 'zero', or a number such as '0.01'.
       eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixels of
         [0, 1]; 0 means the largest of `evaluation.eps` where that is of linf, else 0.1.
       probes: random directions for input gradients; 0 means exact gradients, neuron by neuron.
@@ -186,16 +200,22 @@ class Neurons:
       attack_neurons: how many of each image's easiest neurons it goes through.
       straight_layer: name of a layer that it takes to have the gradient of the identity, such as
         the last ReLU of a residual network; empty for none.
+      agreement_top: neurons that matter most, whose overlap between measures is reported; 0 means
+        a tenth of the layer's.
       top: most sensitive neurons that are shown with their images.
     """
 
-    measures: tuple[str, ...] = MEASURES[:-2]
+    measures: tuple[str, ...] = MEASURES[:-3]
     layers: tuple[str, ...] = ()
     unit: str = 'channel'
     limit: int = 500
     batch_size: int = 128
     chunk: int = 0
     method: str = 'auto'
+    score: str = 'logit'
+    front: int = 1
+    tail: int = 5
+    ablation: str = 'activation'
     fragile: str = 'mean'
     eps: float = 0.0
     probes: int = 16
@@ -205,9 +225,11 @@ class Neurons:
     attack_steps: int = 50
     attack_neurons: int = 16
     straight_layer: str = ''
+    agreement_top: int = 0
     top: int = 5
 
 
+FRAGILE_RULES = ('mean', 'median', 'zero')
 SURROGATES = ('straight_through', 'soft', 'candidates')
 PRUNED_BY = ('sensitivity', 'influence', 'ablation', 'input_gradients')
 
@@ -468,6 +490,14 @@ def _check_types(config: Any, prefix: str) -> None:
                     )
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _check_ranges(config: Config) -> None:
     check = _validate.check_range
     check('validation_size', config.validation_size, low=0)
@@ -493,6 +523,11 @@ def _check_ranges(config: Config) -> None:
     check('optimizer.clip_norm', optimizer.clip_norm, low=0)
     check('optimizer.accumulate', optimizer.accumulate, low=1)
     check('optimizer.ema_decay', optimizer.ema_decay, low=0, high=1, high_open=True)
+    if optimizer.freeze_random and not optimizer.freeze:
+        raise ConfigError(
+            'optimizer.freeze_random is True, but optimizer.freeze names no layers; name those '
+            'whose number of parameters is to be drawn.'
+        )
     check('schedule.warmup', schedule.warmup, low=0, high=1, high_open=True)
     check('schedule.factor', schedule.factor, low=0, low_open=True)
     check('schedule.end', schedule.end, low=0, high=1)
@@ -537,7 +572,14 @@ def _check_ranges(config: Config) -> None:
     check('neurons.attack_eps', neurons.attack_eps, low=0)
     check('neurons.attack_steps', neurons.attack_steps, low=1)
     check('neurons.attack_neurons', neurons.attack_neurons, low=1)
+    check('neurons.front', neurons.front, low=0)
+    check('neurons.tail', neurons.tail, low=0)
+    check('neurons.agreement_top', neurons.agreement_top, low=0)
     check('neurons.top', neurons.top, low=0)
+    if not is_number(neurons.fragile) and neurons.fragile not in FRAGILE_RULES:
+        raise ConfigError(
+            _validate.unknown('neurons.fragile', neurons.fragile, (*FRAGILE_RULES, 'a number'))
+        )
     check('defense.images', config.defense.images, low=0)
     choices = {
         'dtype': (config.dtype, ('float32', 'bfloat16')),
@@ -551,7 +593,8 @@ def _check_ranges(config: Config) -> None:
         'neurons.unit': (neurons.unit, ('channel', 'unit')),
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
         'neurons.attack_norm': (neurons.attack_norm, NORMS),
-        'neurons.fragile': (neurons.fragile, ('mean', 'median', 'zero')),
+        'neurons.score': (neurons.score, ('logit', 'probability')),
+        'neurons.ablation': (neurons.ablation, ('activation', 'weights')),
         'defense.measure': (config.defense.measure, PRUNED_BY),
     }
     for key, (value, valid) in choices.items():

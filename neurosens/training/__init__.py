@@ -1,6 +1,6 @@
 """Training: objectives, optimizers, the compiled step, checkpoints that survive, and the loop."""
 
-from neurosens.training import logs
+from neurosens.training import freezing, logs
 from neurosens.training.checkpoints import CheckpointError
 from neurosens.training.experiment import Experiment, prepare
 from neurosens.training.loading import TrainedModel, load, load_weights, make_model
@@ -43,6 +43,7 @@ __all__ = [
     'TrainingStopped',
     'WeightedRegularizer',
     'evaluated_variables',
+    'freezing',
     'init_state',
     'load',
     'load_weights',

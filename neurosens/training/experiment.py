@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from neurosens import _validate, data, interop, parallel
 from neurosens import config as config_lib
 from neurosens.forward import LinenForward
-from neurosens.training import checkpoints, monitor, objectives, optimizers
+from neurosens.training import checkpoints, freezing, monitor, objectives, optimizers
 from neurosens.training.loading import load, make_model
 from neurosens.training.step import (
     GradientShares,
@@ -32,6 +33,8 @@ from neurosens.training.step import (
 
 # It runs once: XLA:CPU takes longer to optimise a deep network's random draws than to draw them.
 _QUICK_COMPILATION = {'xla_backend_optimization_level': 0}
+# The purpose of the key that draws which parameters are frozen.
+_FREEZING = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Experiment:
         return LinenForward(self.module, {'train': False})
 
     def key(self, purpose: int) -> jax.Array:
-        """The key of one purpose: 0 initialises, 1 is folded with every step, 2 watches."""
+        """The key of one purpose: 0 initialises, 1 is for steps, 2 watches, 3 freezes."""
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
 
@@ -123,6 +126,8 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     accumulate = config.optimizer.accumulate
     updates = max(1, total_steps // accumulate)
     optimizer, schedule = optimizers.make_optimizer(config.optimizer, config.schedule, updates)
+    if config.optimizer.freeze:
+        optimizer = freezing.freeze(optimizer, _frozen(config))
     terms = [
         _weighted_regularizer(name, options, total_steps)
         for name, options in config.regularizers.items()
@@ -162,9 +167,24 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         total_steps=total_steps,
         evaluate_every=max(1, round(config.evaluate_every * per_epoch)),
     )
+    if config.optimizer.freeze:
+        _state_shapes(experiment)
     if any(term.shared for term in terms):
         _trace(experiment)
     return experiment
+
+
+def _frozen(config: config_lib.Config) -> freezing.Choice:
+    """Which parameters the settings of the optimizer freeze."""
+
+    def choice(parameters: optax.Params) -> PyTree:
+        frozen = freezing.layers(parameters, config.optimizer.freeze)
+        if not config.optimizer.freeze_random:
+            return frozen
+        key = jax.random.fold_in(jax.random.key(config.seed), _FREEZING)
+        return freezing.as_many_at_random(parameters, frozen, key)
+
+    return choice
 
 
 def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None:
