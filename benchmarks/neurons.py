@@ -571,7 +571,8 @@ def prepare_scaling(*, output: str = '') -> harness.Prepared:
     y = parallel.shard(mesh, neuron_problems.labels(16, 0))
     for depth in DEPTHS:
         module = models.create(f'cifar_resnet{depth}', num_classes=10)
-        _scaling_units(units, f'depth {depth}', module, mesh, x, y, 'act1', key)
+        # Gradients go from the neurons to the pixels: through all layers only from the last.
+        _scaling_units(units, f'depth {depth}', module, mesh, x, y, 'act1', key, 'head:in')
     return _prepared(units, devices=mesh.size)
 
 
@@ -584,6 +585,7 @@ def _scaling_units(
     y: jax.Array,
     layer: str,
     key: jax.Array,
+    gradient_layer: str = '',
 ) -> None:
     forward = LinenForward(module)
     shape = jnp.zeros((1, *x.shape[1:]))
@@ -593,7 +595,9 @@ def _scaling_units(
         'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
         'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
         'probes': lambda: neurons.probe_gradients(forward, variables, x, key, probes=4),
-        'gradients': lambda: neurons.input_gradient_norms(forward, variables, x, layer=layer),
+        'gradients': lambda: neurons.input_gradient_norms(
+            forward, variables, x, layer=gradient_layer or layer
+        ),
     }
     for measure, run in measures.items():
         units[f'{name} {measure}'] = _blocking(run)
@@ -640,7 +644,8 @@ def scaling(arguments: argparse.Namespace) -> None:
         _save_figure(figure, arguments.plot)
     definition = (
         '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, '
-        'for depth against the layers behind the measured one; there is no other floor.'
+        'for depth against the layers between the measured one and the logits, or, of gradients, '
+        'which are those of the 64 last neurons, the pixels; there is no other floor.'
     )
     harness.report(
         arguments, harness.wrapped(definition), *tables, measurements={'scaling': measurement}

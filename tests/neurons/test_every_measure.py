@@ -145,6 +145,21 @@ def test_input_gradient_norms_are_those_of_differences_between_pixels(unit):
 
 
 @pytest.mark.parametrize('unit', ['channel', 'unit'])
+def test_delta_depends_on_neither_direction_nor_chunk(unit):
+    """In float64, where rounding is far smaller than anything else."""
+    with jax.enable_x64(True):
+        net = smooth_net()
+        options = {'layer': 'h', 'unit': unit, 'method': 'first_order'}
+        reference = sensitivity(*net, direction='reverse', **options)
+        assert np.isfinite(reference.delta).all()
+        for direction in ('reverse', 'forward'):
+            for chunk in (1, 2, 3, 7, 100):
+                found = sensitivity(*net, direction=direction, chunk=chunk, **options)
+                np.testing.assert_allclose(found.delta, reference.delta, rtol=1e-11)
+                np.testing.assert_array_equal(found.flips_to, reference.flips_to)
+
+
+@pytest.mark.parametrize('unit', ['channel', 'unit'])
 def test_first_order_delta_is_that_of_differences_between_margins(unit):
     with jax.enable_x64(True):
         forward, variables, x = smooth_net()
@@ -195,13 +210,23 @@ def narrow_net(dtype):
 
 def explained(forward, variables, x, layer):
     y = np.arange(len(x)) % 3
-    influences = influence(forward, variables, x, y, layer=layer)
-    return {'influence': influences, **ablation(forward, variables, x, y, layer=layer)._asdict()}
+    net = forward, variables, x
+    probed = gradient_probes(*net, y, layer=layer)
+    return {
+        'influence': influence(*net, y, layer=layer),
+        'probes': probed.value,
+        'probes error': probed.standard_error,
+        **{
+            f'gradient {k}': v for k, v in input_gradient_norms(*net, layer=layer)._asdict().items()
+        },
+        **{f'shift {k}': v for k, v in shift(*net, x**2, layer=layer)._asdict().items()},
+        **ablation(*net, y, layer=layer)._asdict(),
+    }
 
 
 @pytest.mark.parametrize('make', [zoo_net, narrow_net])
 @pytest.mark.parametrize(('dtype', 'rtol'), [('bfloat16', 5e-2), ('float16', 1e-2)])
-def test_influence_and_ablation_of_half_precision_are_nearly_those_of_float32(make, dtype, rtol):
+def test_measures_of_half_precision_are_nearly_those_of_float32(make, dtype, rtol):
     forward, variables, x, layer = make(dtype)
     rounded = explained(forward, variables, x, layer)
     # The same weights and images in a network that does not round further.
@@ -216,7 +241,9 @@ def test_influence_and_ablation_of_half_precision_are_nearly_those_of_float32(ma
             np.testing.assert_array_equal(ours[clear], theirs[clear])
             continue
         assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
+        close = np.isclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
+        # Derivatives jump where rounding takes a unit across its kink.
+        assert close.mean() > (0.9 if name.split()[0] in ('probes', 'gradient', 'shift') else 0.999)
         assert np.abs(ours - theirs).max() > 0, 'it is rounded'
 
 

@@ -336,6 +336,24 @@ def test_exact_changes_flip_the_real_network_and_smaller_ones_do_not(net, layer,
             np.testing.assert_array_equal(after, expected)
 
 
+@pytest.mark.parametrize('method', ['closed_form', 'first_order', 'exact'])
+def test_a_little_more_than_delta_flips_the_real_network_and_a_little_less_does_not(net, method):
+    """At the last layer, where all three are exact."""
+    forward, variables, x = net
+    result = jax.tree.map(np.asarray, sensitivity(*net, method=method))
+    clean = np.asarray(forward(variables, x)[0].argmax(-1))
+    reached = np.isfinite(result.delta)
+    assert reached.mean() > 0.5
+    for factor, expected in ((0.999, clean[:, None]), (1.001, result.flips_to)):
+        for neuron in range(12):
+            rows = reached[:, neuron]
+            changes = np.zeros((16, 12), np.float32)
+            changes[rows, neuron] = factor * result.delta[rows, neuron]
+            after = np.asarray(predictions_after(forward, variables, x, changes, 'head:in'))
+            wanted = np.broadcast_to(expected, (16, 12))[:, neuron]
+            np.testing.assert_array_equal(after[rows], wanted[rows])
+
+
 def test_exact_changes_of_single_units_flip_the_real_network(net):
     forward, variables, x = net
     result = sensitivity(*net, layer='conv2', unit='unit', method='exact')
@@ -385,9 +403,10 @@ def test_tied_logits_need_no_change_by_any_method(method):
     assert (result.flips_to == 1).all()
 
 
-def test_the_search_sees_what_a_half_precision_network_sees(net):
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_the_search_sees_what_a_half_precision_network_sees(net, dtype):
     forward, variables, x = net
-    module = forward.module.clone(dtype=jnp.bfloat16)
+    module = forward.module.clone(dtype=dtype)
     low = sensitivity(LinenForward(module, forward.kwargs), variables, x, method='exact')
     reference = sensitivity(*net, method='exact')
     both = np.isfinite(low.delta) & np.isfinite(reference.delta)
