@@ -5,7 +5,9 @@ result = attack(forward, variables, x, y, key, *, threat, ...) -> AttackResult
 
 from neurosens.attacks import losses
 from neurosens.attacks.adaptive import (
+    ExpectedForward,
     RandomForward,
+    expected_forward,
     is_random,
     random_forward,
     redraw,
@@ -24,7 +26,7 @@ from neurosens.attacks.latent_attack import (
     latent_attack,
     latent_attack_example,
 )
-from neurosens.attacks.minimum import MinimumResult, median_distance, robust_accuracy
+from neurosens.attacks.minimum import Median, MinimumResult, median_distance, robust_accuracy
 from neurosens.attacks.neuron_attack import (
     NeuronAttackReport,
     NeuronAttackResult,
@@ -55,6 +57,8 @@ __all__ = [
     'ActivationResult',
     'AttackResult',
     'AutoAttackResult',
+    'ExpectedForward',
+    'Median',
     'MinimumResult',
     'Motion',
     'NeuronAttackReport',
@@ -73,6 +77,7 @@ __all__ = [
     'deepfool',
     'deepfool_example',
     'easiest_neurons',
+    'expected_forward',
     'fab',
     'fab_example',
     'fgsm',

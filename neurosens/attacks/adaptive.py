@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
+from neurosens import _validate
 from neurosens.forward import Edit, Forward, Variables
 
 
@@ -64,10 +65,63 @@ def random_forward(draw: Callable[[PRNGKeyArray], Forward], key: PRNGKeyArray) -
     return RandomForward(partial, key)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpectedForward:
+    """The mean of a random forward over fixed draws; made by `expected_forward`.
+
+    Attributes:
+      forward: the random forward.
+      keys: the draws `[D]`.
+    """
+
+    forward: Forward
+    keys: PRNGKeyArray
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Shaped[Array, 'batch ...'],
+        edits: Mapping[str, Edit] = {},
+        taps: Collection[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """Runs all draws; logits and tapped values are means over them. See `Forward`."""
+
+        def one(key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+            return redraw(self.forward, key)(variables, x, edits=edits, taps=taps)
+
+        return jax.tree.map(lambda value: value.mean(0), jax.vmap(one)(self.keys))
+
+
+def expected_forward(forward: Forward, draws: int, key: PRNGKeyArray) -> ExpectedForward:
+    """A random forward turned into a deterministic one: the mean of its logits over fixed draws.
+
+    Expectation over transformation for any attack, defence or measure, those included that look
+    for the smallest perturbation and have no draws of their own.
+
+    Args:
+      forward: a forward with a `random_forward` in it.
+      draws: over how many draws the mean is taken; a pass and its memory cost as many.
+      key: their randomness.
+
+    Returns:
+      A forward, no longer random to `is_random`. What a draw does may depend on the shape of the
+      batch, as noise of that shape does; attacks call it with one example.
+
+    Raises:
+      ValueError: there is no draw, or the forward is not random.
+    """
+    _validate.check_range('draws', draws, low=1)
+    if not is_random(forward):
+        raise ValueError(
+            'The forward is not random; make it a random_forward, or take it as it is.'
+        )
+    return ExpectedForward(forward, jax.random.split(key, draws))
+
+
 def is_random(forward: Forward) -> bool:
     """Whether a forward has randomness that `redraw` can change, at any depth of wrappers."""
-    leaves = jax.tree.leaves(forward, is_leaf=_is_random)
-    return any(_is_random(leaf) for leaf in leaves)
+    return any(_is_random(leaf) for leaf in jax.tree.leaves(forward, is_leaf=_is_whole))
 
 
 def redraw(forward: Forward, key: PRNGKeyArray) -> Forward:
@@ -84,11 +138,16 @@ def redraw(forward: Forward, key: PRNGKeyArray) -> Forward:
     def replace(leaf: Any) -> Any:
         return dataclasses.replace(leaf, key=key) if _is_random(leaf) else leaf
 
-    return jax.tree.map(replace, forward, is_leaf=_is_random)
+    return jax.tree.map(replace, forward, is_leaf=_is_whole)
 
 
 def _is_random(leaf: Any) -> bool:
     return isinstance(leaf, RandomForward)
+
+
+def _is_whole(leaf: Any) -> bool:
+    # The draws behind a mean are fixed.
+    return isinstance(leaf, (RandomForward, ExpectedForward))
 
 
 def straight_through(

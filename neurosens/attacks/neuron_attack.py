@@ -34,11 +34,13 @@ from neurosens.attacks.representation import (
     check_steps,
     l2_norm,
 )
-from neurosens.attacks.result import Iterate, choose, judge, stronger
+from neurosens.attacks.result import Iterate, choose, judge, louder, stronger
 from neurosens.attacks.threat import Threat, default_step
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, units
 from neurosens.neurons.ranking import KINDS, ranking, scaled_sensitivity
+
+KEEPS = ('misclassified', 'loss')
 
 # Targets of smaller norm count as this large: where a neuron is to become 0, all depends on it.
 _SMALLEST_TARGET = 1e-12
@@ -95,6 +97,7 @@ def neuron_attack_example(
     unit: str = 'channel',
     start: str = 'clean',
     straight_layer: str | None = None,
+    keep: str = 'misclassified',
     chunk: int | None = None,
 ) -> NeuronAttackResult:
     """The attacks on one example: the function that `neuron_attack` maps over a batch.
@@ -104,6 +107,9 @@ def neuron_attack_example(
     no default. Returns arrays `[n, ...]`.
     """
     units.check_unit(unit)
+    if keep not in KEEPS:
+        raise ValueError(_validate.unknown('keep', keep, KEEPS))
+    better = louder if keep == 'loss' else stronger
     run = activation_and_logits(forward, variables, layer, straight_layer)
     features, logits = run(x, key)
     clean = judge(x, logits, y, cross_entropy(logits, y))
@@ -128,16 +134,16 @@ def neuron_attack_example(
             share = jnp.where(change == 0, 0.0, moved / jnp.where(change == 0, 1.0, change))
             return _Best(judge(image, logits, y, cross_entropy(logits, y)), share)
 
-        def keep(new: _Best, best: _Best) -> _Best:
+        def best_of(new: _Best, best: _Best) -> _Best:
             # Not `maximum`, which an iterate that is not a number would spoil for good.
             gain = jnp.where(new.gain > best.gain, new.gain, best.gain)
-            return _Best(stronger(new.iterate, best.iterate), gain)
+            return _Best(better(new.iterate, best.iterate), gain)
 
         return ascend(
             run,
             nearness,
             see,
-            keep,
+            best_of,
             _Best(clean, jnp.zeros((), features.dtype)),
             x,
             # The randomness of a neuron does not depend on the others attacked.
@@ -175,6 +181,7 @@ def neuron_attack(
     start: str = 'clean',
     restarts: int = 1,
     straight_layer: str | None = None,
+    keep: str = 'misclassified',
     chunk: int | None = None,
     index: Int[Array, ' batch'] | None = None,
 ) -> NeuronAttackResult:
@@ -185,8 +192,7 @@ def neuron_attack(
         ||h(x') - t||_2 / ||t||_2  +  weight ||h_i(x') - t_i||_2 / ||t_i||_2
 
     where the second norm is over the positions of a channel (an absolute value in a dense layer).
-    Of all iterates it keeps one that is misclassified, if there is any, and of those the one of
-    largest cross-entropy. Images that are misclassified already come back unchanged. All pairs of
+    Images that are misclassified already come back unchanged. All pairs of
     images and neurons are one compiled program, which serves all radii, steps and weights.
 
     Args:
@@ -209,6 +215,9 @@ def neuron_attack(
       straight_layer: name of a layer, such as the last ReLU, whose derivative is replaced by the
         identity: otherwise a neuron that is off gives no gradient. The paper does so for residual
         and dense networks. The layer is named by its module and keeps the shape.
+      keep: which iterate is kept, `'misclassified'` (one that is, if there is any, and of those the
+        one of largest cross-entropy) or `'loss'` (the paper's: that of largest cross-entropy, even
+        where only another one is misclassified).
       chunk: neurons attacked at once for each image, 16 by default; bounds memory, never changes
         results beyond rounding.
       index: identity of each example `[B]`, such as its position in the data set: the same example
@@ -262,6 +271,7 @@ def neuron_attack(
             'unit': unit,
             'start': start,
             'straight_layer': straight_layer,
+            'keep': keep,
             'chunk': chunk,
         },
     )

@@ -100,6 +100,15 @@ def choose(condition: Bool[Array, ''], one: Iterate, other: Iterate) -> Iterate:
 
 def stronger(new: Iterate, old: Iterate) -> Iterate:
     """The iterate that fools, or else has the larger loss, or else the smaller margin."""
+    better = (new.fools & ~old.fools) | ((new.fools == old.fools) & _louder(new, old))
+    return choose(better, new, old)
+
+
+def louder(new: Iterate, old: Iterate) -> Iterate:
+    """The iterate that has the larger loss, or else the smaller margin, whether it fools or not."""
+    return choose(_louder(new, old), new, old)
+
+
+def _louder(new: Iterate, old: Iterate) -> Array:
     # Where float32 losses no longer differ, the margins still do.
-    larger = (new.loss > old.loss) | ((new.loss == old.loss) & (new.margin < old.margin))
-    return choose((new.fools & ~old.fools) | ((new.fools == old.fools) & larger), new, old)
+    return (new.loss > old.loss) | ((new.loss == old.loss) & (new.margin < old.margin))

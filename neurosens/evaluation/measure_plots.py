@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -317,11 +317,14 @@ def _responses(axes: Axes, report: LayerReport) -> None:
     axes.grid(axis='x', color='0.9')
 
 
-def filtering_curves(report: LayerReport, attack: str = 'the attack') -> Figure:
-    """What becomes of accuracy while the layer's weights are removed by their values.
+def filtering_curves(
+    curves: Mapping[str, filtering.Curve], title: str, attack: str = 'the attack'
+) -> Figure:
+    """What becomes of accuracy while weights are removed by their values.
 
     Args:
-      report: of a layer, with filtering.
+      curves: a sweep by each kind of filter.
+      title: what is filtered, in words.
       attack: the attack in words.
 
     Returns:
@@ -332,12 +335,12 @@ def filtering_curves(report: LayerReport, attack: str = 'the attack') -> Figure:
     Raises:
       ValueError: there is no curve.
     """
-    if not report.curves:
-        raise ValueError(f'The report of {report.layer.name} has no filtering curves.')
-    panels = len(report.curves)
+    if not curves:
+        raise ValueError(f'There are no filtering curves of {title}; measure filtering.')
+    panels = len(curves)
     figure = Figure(figsize=(3.6 * panels + 0.5, 4.1), layout='constrained')
     grid = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
-    for axes, (kind, curve) in zip(grid, report.curves.items()):
+    for axes, (kind, curve) in zip(grid, curves.items()):
         axes.plot(curve.alphas, 100 * curve.present, color='0.35', linestyle='--', label='present')
         for color, marker, values, baseline, name in (
             (COLORS[0], 'o', curve.clean, curve.baseline_clean, 'clean'),
@@ -362,11 +365,7 @@ def filtering_curves(report: LayerReport, attack: str = 'the attack') -> Figure:
     handles, _ = grid[0].get_legend_handles_labels()
     labels = ['weights present', 'accuracy, clean', f'accuracy, {attack}']
     figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(
-        f'{report.layer.name}: weights of {report.layer.kernel_layer} removed; '
-        'dotted: with nothing removed',
-        fontsize=11,
-    )
+    figure.suptitle(f'{title} removed; dotted: with nothing removed', fontsize=11)
     return figure
 
 

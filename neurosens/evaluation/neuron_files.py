@@ -26,6 +26,8 @@ from neurosens.evaluation import (
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport
 from neurosens.evaluation.report import aligned
 
+# Begins the names of files on the whole network: no layer's do so, see `layer_file_name`.
+NETWORK = '%network'
 # Neurons of each layer in the terminal's table.
 _SHOWN = 5
 
@@ -57,7 +59,8 @@ def write_neurons(
     For each layer `<layer>.npz` (its arrays, as of `neuron_report.arrays`) and plots
     `<layer>-<plot>.png`, as far as their measures are there; for all layers `neurons.csv` (one line
     per neuron, empty cells where a layer lacks a measure), `agreement.csv` (how far the measures
-    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). The files
+    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). Filtering
+    of the whole network is in `%network.npz` and a plot of that name. The files
     appear once all of them are whole, and those of an earlier evaluation go.
 
     Args:
@@ -90,6 +93,8 @@ def write_neurons(
                 models[_other_name(name, layer, compare[0], other)] = other
             for plot, draw in _plots(report, layer, models, images, top):
                 plots.save(draw(), output.path(f'{base}-{plot}.png'))
+        if report.curves:
+            _write_network(output, report)
     for pattern in ('*.npz', '*.csv', '*.md', '*.png'):
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
@@ -130,7 +135,20 @@ def _plots(
     if layer.through is not None:
         yield 'attack', lambda: through_plots.through_neurons(layer)
     if layer.curves:
-        yield 'filtering_curves', lambda: measure_plots.filtering_curves(layer, report.attack)
+        title = f'{layer.layer.name}: weights of {layer.layer.kernel_layer}'
+        yield (
+            'filtering_curves',
+            lambda: measure_plots.filtering_curves(layer.curves, title, report.attack),
+        )
+
+
+def _write_network(output: files.WholeFiles, report: NeuronReport) -> None:
+    with output.path(f'{NETWORK}.npz').open('wb') as file:
+        np.savez_compressed(file, **neuron_report.curve_arrays(report.curves))  # type: ignore[arg-type]
+    figure = measure_plots.filtering_curves(
+        report.curves, 'Weights of the whole network', report.attack
+    )
+    plots.save(figure, output.path(f'{NETWORK}-filtering_curves.png'))
 
 
 def _write_arrays(path: pathlib.Path, report: NeuronReport, layer: LayerReport) -> None:
@@ -150,8 +168,13 @@ def _neuron_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
     for layer, table in zip(report.layers, tables):
         for neuron in range(layer.layer.neurons):
             cells = {name: table[name][neuron] if name in table else '' for name in names}
-            if 'fragile' in names:
-                cells['fragile_rule'] = '' if layer.fragility is None else layer.fragility.rule
+            for name, label in (
+                ('fragile', layer.fragility),
+                ('fragile_attacked', layer.attacked_fragility),
+            ):
+                if name in names:
+                    rule = name.replace('fragile', 'fragile_rule')
+                    cells[rule] = '' if label is None else label.rule
             yield {'layer': layer.layer.name, 'neuron': neuron, **cells}
 
 
@@ -192,9 +215,13 @@ def neuron_table(report: NeuronReport) -> str:
       For each layer a headline, its fragile neurons and the rule that calls them so, the neurons
       that are most sensitive (or that matter most by the first measure), correlations of targeting
       with the nodal-dropout responses d_k, success of attacks through single neurons, filtering
-      scores, and how far measures agree.
+      scores, and how far measures agree; then filtering scores of the whole network.
     """
-    return '\n\n\n'.join('\n\n'.join(_blocks(report, layer)) for layer in report.layers)
+    parts = ['\n\n'.join(_blocks(report, layer)) for layer in report.layers]
+    if report.curves:
+        table = neuron_tables.filtering_table(report.curves, 'the whole network')
+        parts.append('\n'.join(aligned(table.header, table.body)))
+    return '\n\n\n'.join(parts)
 
 
 def _blocks(report: NeuronReport, layer: LayerReport) -> Iterator[str]:

@@ -44,7 +44,8 @@ def chosen_layers(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: the method of sensitivity or the straight layer of attacks does not fit.
+      ValueError: the method of sensitivity, the mode of ablation or the straight layer of attacks
+        does not fit.
     """
     image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
     names = settings.layers or neurons.default_layers(forward, variables, image)
@@ -54,6 +55,8 @@ def chosen_layers(
     for layer in layers:
         if 'sensitivity' in settings.measures and settings.method == 'closed_form':
             neurons.check_closed_form(layer.facts, layer.name)
+        if 'ablation' in _with_prerequisites(settings.measures):
+            _check_ablation(layer, settings.ablation)
         if 'attack' in settings.measures and settings.straight_layer:
             jax.eval_shape(
                 functools.partial(
@@ -63,6 +66,14 @@ def chosen_layers(
                 image,
             )
     return layers
+
+
+def _check_ablation(layer: neurons.NeuronLayer, mode: str) -> None:
+    if mode == 'weights' and not _has_filters(layer):
+        raise ValueError(
+            f"neurons.ablation is 'weights', but the neurons of layer {layer.name!r} are not the "
+            "filters of a kernel; use 'activation', or name other layers."
+        )
 
 
 def _straight_activation(
@@ -129,7 +140,18 @@ def measure(
                 measured, predicted['labels'], source.info.num_classes, variables, layer
             )
         measured = {name: value for name, value in measured.items() if not name.startswith('_')}
-        reports.append(LayerReport(**measured))
+        reports.append(LayerReport(**measured, agreement_top=settings.agreement_top))
+    curves = {}
+    if 'network_filtering' in settings.measures:
+        curves = _filtering_curves(
+            forward,
+            variables,
+            run,
+            progress('network_filtering'),
+            attack,
+            layer=None,
+            alphas=filtering.global_thresholds(settings.thresholds),
+        )
     return NeuronReport(
         source.info,
         split,
@@ -137,6 +159,7 @@ def measure(
         predicted['predictions'],
         f'FGSM, linf eps {eps:g}',
         tuple(reports),
+        curves,
     )
 
 
@@ -149,7 +172,7 @@ def _with_prerequisites(measures: Iterable[str]) -> list[str]:
         wanted.add('statistics')
     if 'targeting' in wanted:
         wanted.add('ablation')
-    return [name for name in config_lib.MEASURES if name in wanted]
+    return [name for name in _MEASURES if name in wanted]
 
 
 # ---------------------------------------------------------------------------------- per batch
@@ -256,20 +279,33 @@ def _influence(task: _Task) -> dict[str, Any]:
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
         values = neurons.influence(
-            task.forward, task.variables, x, layer=task.layer.name, unit=task.layer.unit
+            task.forward,
+            task.variables,
+            x,
+            layer=task.layer.name,
+            unit=task.layer.unit,
+            score=task.settings.score,
         )
         return {'influence': values}
 
-    return task.run(step, progress=task.wrap)
+    influence = task.run(step, progress=task.wrap)['influence']
+    # A small layer is divided as far as it goes, the front first.
+    front = min(task.settings.front, task.layer.neurons)
+    tail = min(task.settings.tail, task.layer.neurons - front)
+    part = neurons.partition(jnp.asarray(influence.mean(0)), front=front, tail=tail)
+    groups = neurons.labels(part, task.layer.neurons)
+    return {'influence': influence, 'influence_groups': np.asarray(groups)}
 
 
 def _ablation(task: _Task) -> dict[str, Any]:
+    mode = task.settings.ablation
     ablate = functools.partial(
         neurons.ablation,
         task.forward,
         task.variables,
-        layer=task.layer.name,
+        layer=(task.layer.kernel_layer if mode == 'weights' else None) or task.layer.name,
         unit=task.layer.unit,
+        mode=mode,
         chunk=task.settings.chunk or None,
     )
 
@@ -289,7 +325,8 @@ def _ablation(task: _Task) -> dict[str, Any]:
     for kind in ('clean', 'attacked'):
         fields = (arrays[f'{kind} {name}'] for name in neurons.Ablation._fields)
         results[kind] = neurons.response(neurons.Ablation._make(fields))
-    rule = task.settings.fragile
+    given = task.settings.fragile
+    rule = float(given) if config_lib.is_number(given) else given
     return {
         **results,
         'fragility': neurons.fragility(results['clean'].accuracy, rule),
@@ -323,8 +360,12 @@ def _targeting(task: _Task) -> dict[str, Any]:
     }
 
 
+def _has_filters(layer: neurons.NeuronLayer) -> bool:
+    return layer.kernel_layer is not None and layer.unit == 'channel'
+
+
 def _is_filter(layer: neurons.NeuronLayer) -> bool:
-    return layer.kernel_layer is not None and layer.unit == 'channel' and len(layer.shape) > 1
+    return _has_filters(layer) and len(layer.shape) > 1
 
 
 def _targeting_reports(
@@ -339,7 +380,7 @@ def _targeting_reports(
         return {}
     shift = jax.tree.map(lambda leaf: leaf[moved], measured['_shift'])
     norms = None
-    if layer.kernel_layer is not None and layer.unit == 'channel':
+    if layer.kernel_layer is not None and _has_filters(layer):
         norms = np.asarray(filtering.filter_norms(variables, layer.kernel_layer))
     responses = measured['clean'].accuracy
     return {
@@ -363,7 +404,12 @@ def _input_gradients(task: _Task) -> dict[str, Any]:
                 chunk=task.settings.chunk or None,
             )
             squared = norms.l2**2
-            return {'gradient': squared, 'gradient_error': jnp.zeros_like(squared)}
+            return {
+                'gradient': squared,
+                'gradient_error': jnp.zeros_like(squared),
+                'gradient_l1': norms.l1,
+                'gradient_linf': norms.linf,
+            }
         estimate = neurons.probe_gradients(
             task.forward,
             task.variables,
@@ -380,10 +426,27 @@ def _input_gradients(task: _Task) -> dict[str, Any]:
 
 
 def _filtering(task: _Task) -> dict[str, Any]:
-    if task.layer.kernel_layer is None:
-        return {}
     name = task.layer.kernel_layer
+    if name is None:
+        return {}
     alphas = filtering.thresholds(filtering.kernels(task.variables)[name], task.settings.thresholds)
+    curves = _filtering_curves(
+        task.forward, task.variables, task.run, task.wrap, task.attack, layer=name, alphas=alphas
+    )
+    return {'curves': curves}
+
+
+def _filtering_curves(
+    forward: Forward,
+    variables: Variables,
+    run: Callable[..., dict[str, np.ndarray]],
+    wrap: accuracy.Progress,
+    attack: Any,
+    *,
+    layer: str | None,
+    alphas: np.ndarray,
+) -> dict[str, filtering.Curve]:
+    """A sweep of one layer's kernel, or of all, by each kind of filter."""
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x, found = data.to_float(batch.image), {}
@@ -391,34 +454,34 @@ def _filtering(task: _Task) -> dict[str, Any]:
             # The first threshold removes nothing: the baseline, by the same program.
             sweep = jnp.append(filtering.removing_nothing(kind), alphas)
             result = filtering.filtering_responses(
-                task.forward,
-                task.variables,
+                forward,
+                variables,
                 x,
                 batch.label,
                 alphas=sweep,
                 kind=kind,
-                layer=name,
-                attack=task.attack,
+                layer=layer,
+                attack=attack,
             )
             found[f'{kind} clean'] = result.clean
             assert result.adversarial is not None
             found[f'{kind} adversarial'] = result.adversarial
         return found
 
-    arrays = task.run(step, progress=task.wrap)
+    arrays = run(step, progress=wrap)
     curves = {}
     for kind in filtering.KINDS:
         clean = arrays[f'{kind} clean'].mean(0)
         adversarial = arrays[f'{kind} adversarial'].mean(0)
         curves[kind] = filtering.Curve(
             alphas,
-            filtering.present_shares(task.variables, jnp.asarray(alphas), kind, layer=name),
+            filtering.present_shares(variables, jnp.asarray(alphas), kind, layer=layer),
             clean[1:],
             adversarial[1:],
             float(clean[0]),
             float(adversarial[0]),
         )
-    return {'curves': curves}
+    return curves
 
 
 @jax.jit

@@ -57,6 +57,8 @@ class LayerReport:
       delta: Delta(i, x) `[M, N]`.
       flips_to: the class it flips to `[M, N]`.
       influence: signed influence on the predicted class `[M, N]`.
+      influence_groups: by the mean over images 1 for front neurons, -1 for tail neurons, else 0
+        `[N]`.
       clean: nodal-dropout responses on clean images.
       attacked: the same on attacked images.
       fragility: labels by the accuracy response on clean images.
@@ -65,8 +67,11 @@ class LayerReport:
       shift: mean change of each neuron under the attack, over the images that it moves `[N]`.
       gradient: estimate of the squared input gradient norm `[M, N]`.
       gradient_error: its standard error `[M, N]`.
+      gradient_l1: l1 norm of the input gradient, where gradients are exact `[M, N]`.
+      gradient_linf: its linf norm `[M, N]`.
       curves: synaptic filtering of the layer's kernel, for each kind of filter.
       through: the attacks through the easiest neurons of each image.
+      agreement_top: how many neurons count as those that matter most; 0 for a tenth of them.
     """
 
     layer: neurons.NeuronLayer
@@ -76,6 +81,7 @@ class LayerReport:
     delta: Float[np.ndarray, 'images neurons'] | None = None
     flips_to: Int[np.ndarray, 'images neurons'] | None = None
     influence: Float[np.ndarray, 'images neurons'] | None = None
+    influence_groups: Int[np.ndarray, ' neurons'] | None = None
     clean: neurons.Response | None = None
     attacked: neurons.Response | None = None
     fragility: neurons.Fragility | None = None
@@ -84,8 +90,11 @@ class LayerReport:
     shift: Float[np.ndarray, ' neurons'] | None = None
     gradient: Float[np.ndarray, 'images neurons'] | None = None
     gradient_error: Float[np.ndarray, 'images neurons'] | None = None
+    gradient_l1: Float[np.ndarray, 'images neurons'] | None = None
+    gradient_linf: Float[np.ndarray, 'images neurons'] | None = None
     curves: Mapping[str, filtering.Curve] = dataclasses.field(default_factory=dict)
     through: ThroughNeurons | None = None
+    agreement_top: int = 0
 
     def scaled_distance(self) -> Float[np.ndarray, 'images neurons']:
         """|Delta| in standard deviations of the neuron `[M, N]`; infinite for a dead neuron."""
@@ -137,7 +146,10 @@ class LayerReport:
     def agreement(self) -> neurons.Agreement | None:
         """How far the measures of `importance` agree; None for fewer than two of them."""
         measures = self.importance()
-        return neurons.agreement(measures) if len(measures) > 1 else None
+        if len(measures) < 2:
+            return None
+        top_k = min(self.agreement_top, self.layer.neurons) or None
+        return neurons.agreement(measures, top_k=top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +163,7 @@ class NeuronReport:
       predictions: predicted classes, int32 `[M]`.
       attack: the attack in words.
       layers: one report per layer.
+      curves: synaptic filtering of all kernels with the same thresholds, by kind of filter.
     """
 
     info: data.DatasetInfo
@@ -159,6 +172,7 @@ class NeuronReport:
     predictions: Int[np.ndarray, ' images']
     attack: str
     layers: tuple[LayerReport, ...]
+    curves: Mapping[str, filtering.Curve] = dataclasses.field(default_factory=dict)
 
 
 def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
@@ -174,12 +188,14 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `mean`, `std` (ddof 1), `minimum`, `maximum`, `zero_share` `[N]`; `quantiles` `[Q, N]` at
       `quantile_levels` `[Q]`;
       `delta`, `flips_to` `[M, N]`; `mean_scaled_delta` `[N]`;
-      `influence` `[M, N]`, `class_influence` `[K, N]` (mean per label);
+      `influence` `[M, N]`, `class_influence` `[K, N]` (mean per label), `influence_groups` `[N]`
+      (1 front, 0 middle, -1 tail);
       `ablation_accuracy`, `ablation_loss`, `ablation_margin`, the same with `_attacked`, and
       `fragile`, `fragile_attacked` `[N]`, by the rules `fragile_rule`, `fragile_rule_attacked`;
       `shift` `[N]`; `target_<score>` (mean t_k) and `target_histogram_<score>` `[N]`,
       `target_class_histogram_<score>` `[K, N]`;
-      `input_gradient_squared`, `input_gradient_squared_error` `[M, N]`;
+      `input_gradient_squared`, `input_gradient_squared_error` `[M, N]`, and of exact gradients
+      `input_gradient_l1`, `input_gradient_linf`;
       `attack_neurons`, `attack_success`, `attack_reached`, `attack_gain` `[M, n]` and `attack_pgd`
       `[M]`, see `ThroughNeurons`;
       `filtering_<kind>` `[T, 4]`: threshold, share present, accuracy clean and under FGSM.
@@ -201,6 +217,8 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
         found['class_influence'] = neurons.class_influence(
             layer.influence, report.labels, report.info.num_classes
         )
+    if layer.influence_groups is not None:
+        found['influence_groups'] = layer.influence_groups
     for suffix, response, label in (
         ('', layer.clean, layer.fragility),
         ('_attacked', layer.attacked, layer.attacked_fragility),
@@ -219,12 +237,18 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
     if layer.gradient is not None:
         found['input_gradient_squared'] = layer.gradient
         found['input_gradient_squared_error'] = layer.gradient_error
+    if layer.gradient_l1 is not None:
+        found['input_gradient_l1'] = layer.gradient_l1
+        found['input_gradient_linf'] = layer.gradient_linf
     if layer.through is not None:
         for name in ('neurons', 'success', 'reached', 'gain', 'pgd'):
             found[f'attack_{name}'] = getattr(layer.through, name)
-    for kind, curve in layer.curves.items():
-        found[f'filtering_{kind}'] = np.stack(curve[:4], axis=1)
-    return found
+    return found | curve_arrays(layer.curves)
+
+
+def curve_arrays(curves: Mapping[str, filtering.Curve]) -> dict[str, np.ndarray]:
+    """Filtering sweeps as arrays `[T, 4]`: threshold, share present, accuracies clean, attacked."""
+    return {f'filtering_{kind}': np.stack(curve[:4], axis=1) for kind, curve in curves.items()}
 
 
 def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
@@ -235,8 +259,9 @@ def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray
       layer: one of its layers.
 
     Returns:
-      The arrays `[N]` of `arrays`, medians over images of |Delta|, the share of images in which no
-      change flips the prediction, mean influence, and root mean squared gradient norm.
+      The arrays `[N]` of `arrays`, medians over images of |Delta| and of |Delta| / std, the share
+      of images in which no change flips the prediction, mean influence, and the gradient norms:
+      root mean square of l2, and means of l1 and linf where they are exact.
     """
     everything = arrays(report, layer)
     columns = {
@@ -247,11 +272,16 @@ def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray
     }
     if layer.delta is not None:
         columns['median_absolute_delta'] = np.median(np.abs(layer.delta), axis=0)
+        if layer.statistics is not None:
+            columns['median_scaled_distance'] = np.median(layer.scaled_distance(), axis=0)
         columns['unreachable_share'] = np.isinf(layer.delta).mean(0)
     if layer.influence is not None:
         columns['mean_influence'] = layer.influence.mean(0)
     if layer.gradient is not None:
         columns['input_gradient'] = np.sqrt(layer.gradient.mean(0))
+    for norm, values in (('l1', layer.gradient_l1), ('linf', layer.gradient_linf)):
+        if values is not None:
+            columns[f'input_gradient_{norm}'] = values.mean(0)
     return columns
 
 
@@ -300,19 +330,27 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
             flat[f'{base}/attack'] = layer.through.attack
             for count, share in zip(summary.counts.tolist(), summary.broken.tolist()):
                 flat[f'{base}/attack_broken_by_{count}'] = share
+            for rank, share in enumerate(summary.success_by_rank.tolist(), start=1):
+                flat[f'{base}/attack_broken_at_rank_{rank}'] = share
             flat[f'{base}/attack_mean_successes'] = summary.mean_successes
             flat[f'{base}/attack_reached'] = summary.reached
             flat[f'{base}/attack_pgd'] = float(layer.through.pgd.mean())
-        for kind, curve in layer.curves.items():
-            for name, value in filtering.scores(curve)._asdict().items():
-                flat[f'{base}/filtering_{kind}_{name}'] = _finite(value)
+        flat.update(_curve_facts(base, layer.curves))
         agreement = layer.agreement()
         if agreement is not None:
             for i, first in enumerate(agreement.names):
                 for j in range(i + 1, len(agreement.names)):
                     key = f'{base}/agreement/{first}-{agreement.names[j]}'
                     flat[key] = _finite(agreement.rho[i, j])
-    return flat
+    return flat | _curve_facts(f'{prefix}/network', report.curves)
+
+
+def _curve_facts(base: str, curves: Mapping[str, filtering.Curve]) -> dict[str, float | None]:
+    return {
+        f'{base}/filtering_{kind}_{name}': _finite(value)
+        for kind, curve in curves.items()
+        for name, value in filtering.scores(curve)._asdict().items()
+    }
 
 
 def _finite(value: float) -> float | None:

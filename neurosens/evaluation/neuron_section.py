@@ -9,7 +9,7 @@ import numpy as np
 
 from neurosens.evaluation import neuron_distances, neuron_tables
 from neurosens.evaluation.html_page import Block, Figure, Section, Table
-from neurosens.evaluation.neuron_files import layer_file_name
+from neurosens.evaluation.neuron_files import NETWORK, layer_file_name
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport
 
 # Neurons of each layer in the page's table.
@@ -74,6 +74,10 @@ def neuron_section(
     layers = [
         Section(layer.layer.name, list(_layer(report, layer, pictures))) for layer in report.layers
     ]
+    if report.curves:
+        table = neuron_tables.filtering_table(report.curves, 'all kernels')
+        shown = _figures(NETWORK, 'The whole network', pictures)
+        layers.append(Section('The whole network', [Table(*table), *shown]))
     lead = (
         f'Measured on the first {len(report.labels):,} images of {report.info.name} '
         f'{report.split}; where they are attacked, by {report.attack}. Delta is the smallest '
@@ -122,10 +126,15 @@ def _layer(
     agreement = layer.agreement()
     if agreement is not None:
         yield Table(*neuron_tables.agreement_table(agreement))
-    base = f'{layer_file_name(layer.layer.name)}-'
+    yield from _figures(layer_file_name(layer.layer.name), layer.layer.name, pictures)
+
+
+def _figures(base: str, subject: str, pictures: Mapping[str, pathlib.Path]) -> Iterator[Figure]:
+    """The plots whose names begin with `base` and a hyphen."""
+    base = f'{base}-'
     for name, path in pictures.items():
         plot = name.removeprefix(base)
         # Another layer's plots may begin alike, but no plot has a hyphen in its name.
         if name.startswith(base) and '-' not in plot:
             caption, alternative = _PLOTS.get(plot, (plot.replace('_', ' '),) * 2)
-            yield Figure(path.read_bytes(), caption, f'{layer.layer.name}: {alternative}')
+            yield Figure(path.read_bytes(), caption, f'{subject}: {alternative}')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def tables(layer: LayerReport, shown: int) -> Iterator[NeuronTable]:
     if layer.through is not None:
         yield _through(layer.through)
     if layer.curves:
-        yield _filtering(layer)
+        yield filtering_table(layer.curves, str(layer.layer.kernel_layer))
 
 
 def nothing_flips(layer: LayerReport) -> bool:
@@ -180,14 +180,23 @@ def _cells(found: neurons.correlation.Correlation | None) -> list[str]:
     return [f'{found.value:+.3f}', f'{found.p_value:.2g}']
 
 
-def _filtering(layer: LayerReport) -> NeuronTable:
+def filtering_table(curves: Mapping[str, filtering.Curve], filtered: str) -> NeuronTable:
+    """Filtering scores and what they call the weights.
+
+    Args:
+      curves: a sweep by each kind of filter.
+      filtered: what is filtered, in words.
+
+    Returns:
+      A row for each kind of filter.
+    """
     body = [
         [kind, *(measure_plots.verdict(score) for score in filtering.scores(curve))]
-        for kind, curve in layer.curves.items()
+        for kind, curve in curves.items()
     ]
     caption = (
         'Accuracy while weights are filtered out by size, relative to the share of weights left: '
         'negative is fragile, positive antifragile.'
     )
-    header = [f'filtering {layer.layer.kernel_layer}', *filtering.Scores._fields]
+    header = [f'filtering {filtered}', *filtering.Scores._fields]
     return NeuronTable(caption, header, body)

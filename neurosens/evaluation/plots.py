@@ -13,6 +13,8 @@ from neurosens.evaluation.robustness import AttackOutcome, RobustnessReport
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+# Points of a curve through all radii.
+_RADII = 200
 # Width of a figure of one panel, in inches.
 PANEL = 6.0
 _DPI = 150
@@ -47,22 +49,31 @@ _RADIUS = {
 
 
 def accuracy_against_eps(report: RobustnessReport) -> Figure:
-    """Accuracy of each attack against its radius, with 95 % Wilson bands; radius 0 is clean."""
+    """Accuracy of each attack against its radius, with 95 % Wilson bands; radius 0 is clean.
+
+    Attacks that look for the smallest perturbation have a curve through all radii, from one run.
+    """
     figure = Figure(figsize=(5.5, 3.8), layout='constrained')
     axes = figure.subplots()
     names = list(dict.fromkeys(outcome.attack for outcome in report.outcomes))
+    distances = report.distances()
     for place, attack in enumerate(names):
         # Beyond the colours there are, other strokes.
         color = COLORS[place % len(COLORS)]
         stroke = ('-', '--', ':')[place // len(COLORS) % 3]
-        points = [(0.0, report.predictions.correct)]
-        points += [(o.eps, ~o.attacked.success) for o in report.outcomes if o.attack == attack]
-        points.sort(key=lambda point: point[0])
+        if attack in distances:
+            largest = max(o.eps for o in report.outcomes if o.attack == attack)
+            marker, radii = '', np.linspace(0, largest, _RADII).tolist()
+            points = [(radius, distances[attack] > radius) for radius in radii]
+        else:
+            marker, points = 'o', [(0.0, report.predictions.correct)]
+            points += [(o.eps, ~o.attacked.success) for o in report.outcomes if o.attack == attack]
+            points.sort(key=lambda point: point[0])
         eps = [point[0] for point in points]
         intervals = [metrics.wilson_interval(int(f.sum()), len(f)) for _, f in points]
         values, lows, highs = np.array(intervals).T * 100
         label = attack.upper().replace('_', ' ')
-        axes.plot(eps, values, stroke, marker='o', markersize=4, color=color, label=label)
+        axes.plot(eps, values, stroke, marker=marker, markersize=4, color=color, label=label)
         axes.fill_between(eps, lows, highs, color=color, alpha=0.15, linewidth=0)
     chance = 100 / report.info.num_classes
     axes.axhline(chance, color='0.5', linestyle=':', linewidth=1, label='chance')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -68,6 +69,10 @@ def table(report: RobustnessReport) -> str:
     columns = ['accuracy', '95 % interval', 'images']
     lines = aligned(['', *columns], [_cells(row) for row in main])
     lines += ['', *aligned(['class', *columns], [_cells(row) for row in classes])]
+    found = report.median_distances()
+    if found:
+        cells = [[name, *(f'{value:.4g}' for value in median)] for name, median in found.items()]
+        lines += ['', *aligned(['median distance', 'value', 'low', 'high'], cells)]
     for outcome in report.outcomes:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
     if report.diagnosis is not None:
@@ -112,8 +117,9 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss`, and for
-      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval; then what was
-      found of masking, as of `masking.masking_facts`.
+      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval; the same of
+      `median_distance/<attack>-<norm>` for attacks that look for the smallest perturbation, None
+      where it is infinite; then what was found of masking, as of `masking.masking_facts`.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
@@ -124,6 +130,9 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
         flat[key] = interval.value
         flat[f'{key}/low'] = interval.low
         flat[f'{key}/high'] = interval.high
+    for name, median in report.median_distances().items():
+        for part, value in zip(('', '/low', '/high'), median):
+            flat[f'median_distance/{name}{part}'] = value if math.isfinite(value) else None
     if report.diagnosis is not None:
         flat.update(masking.masking_facts(report.diagnosis))
     return flat
@@ -140,8 +149,10 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes `results.json`, `results.csv`, the plots, and `index.html`, which shows all of them.
 
-    For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image, and
-    `masking.csv` what was found of gradient masking. Each file appears only when it is whole.
+    For each ensemble `<attack>-<norm>-<eps>.csv` says which of its runs broke each image,
+    `distances.csv` the smallest perturbation of each image that each attack found, where one looked
+    for it, and `masking.csv` what was found of gradient masking. Each file appears only when it is
+    whole.
 
     Args:
       report: an evaluation.
@@ -172,6 +183,14 @@ def write(
                     writer.writerow(['image', 'label', 'broken_by'])
                     labels = report.predictions.labels.tolist()
                     writer.writerows(zip(range(len(labels)), labels, outcome.broken_by))
+        distances = report.distances()
+        if distances:
+            with output.path('distances.csv').open('w', newline='') as file:
+                writer = csv.writer(file)
+                writer.writerow(['image', 'label', *distances])
+                columns = (values.tolist() for values in distances.values())
+                labels = report.predictions.labels.tolist()
+                writer.writerows(zip(range(len(labels)), labels, *columns))
         if report.diagnosis is not None:
             masking.write_masking(report.diagnosis, output.path('masking.csv'))
         pictures = {}
@@ -185,7 +204,7 @@ def write(
         # The last one, so that the page never shows what is not beside it yet.
         output.path('index.html').write_text(page, encoding='utf-8')
     # Examples of an earlier evaluation with other attacks would pass for this one's.
-    for pattern in ('examples-*.png', 'autoattack*.csv', 'masking.csv'):
+    for pattern in ('examples-*.png', 'autoattack*.csv', 'distances.csv', 'masking.csv'):
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
     return output.written

@@ -203,6 +203,8 @@ def _accuracy(
                 'Curves of accuracy against the radius of each attack; the table has the numbers.',
             )
         )
+    if report.distances():
+        blocks.append(_distance_table(report))
     blocks += [_ensemble(outcome) for outcome in report.outcomes if outcome.broken_by]
     examples = list(_examples(report, pictures))
     if examples:
@@ -227,6 +229,20 @@ def _attack_table(report: RobustnessReport) -> Table:
         f'{len(report.predictions.labels):,} images'
     )
     return Table(caption, ['attack', *(f'eps {eps:.3g}' for eps in radii)], rows)
+
+
+def _distance_table(report: RobustnessReport) -> Table:
+    """A row for each attack that looks for the smallest perturbation."""
+    rows = [
+        [name, f'{value:.4g}', f'{low:.4g} – {high:.4g}']
+        for name, (value, low, high) in report.median_distances().items()
+    ]
+    caption = (
+        'Median over images of the smallest perturbation found, whatever the radius, with its 95 % '
+        'bootstrap interval; 0 counts for images that are misclassified as they are. distances.csv '
+        'has every image.'
+    )
+    return Table(caption, ['attack', 'median distance', '95 % interval'], rows)
 
 
 def _ensemble(outcome: AttackOutcome) -> Table:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from neurosens import attacks, data
 from neurosens import config as config_lib
@@ -71,6 +71,21 @@ class RobustnessReport:
             if outcome.eps == eps:
                 robust = robust & ~outcome.attacked.success
         return robust
+
+    def distances(self) -> dict[str, Float[np.ndarray, ' examples']]:
+        """Of attacks that look for them, the smallest perturbation of each image, by attack."""
+        return {
+            outcome.attack: outcome.attacked.distance
+            for outcome in self.outcomes
+            if outcome.attacked.distance is not None
+        }
+
+    def median_distances(self) -> dict[str, attacks.Median]:
+        """Medians of `distances` with their intervals, by names such as `'fab-linf'`."""
+        return {
+            f'{attack}-{self.outcomes[0].norm}': attacks.median_distance(distance)
+            for attack, distance in self.distances().items()
+        }
 
 
 def evaluate(

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens.attacks import Threat, is_random, pgd, random_forward, redraw, straight_through
+from neurosens import neurons
+from neurosens.attacks import (
+    Threat,
+    expected_forward,
+    fmn,
+    is_random,
+    pgd,
+    random_forward,
+    redraw,
+    straight_through,
+)
 from neurosens.forward import with_edits, with_input_transform
 
 
@@ -58,6 +68,54 @@ def test_averaging_over_draws_makes_the_stronger_attack(net, noisy):
     margin = pgd(noisy, net.variables, net.x, net.y, key, draws=64, **options).margin
     repeated = pgd(noisy, net.variables, net.x, net.y, key, draws=64, **options).margin
     np.testing.assert_array_equal(margin, repeated)
+
+
+def test_an_expectation_is_the_mean_of_its_draws_and_no_longer_random(net, noisy):
+    key = jax.random.key(7)
+    mean = expected_forward(with_edits(noisy, {'act1': lambda h: 2 * h}), 5, key)
+    assert not is_random(mean) and not is_random(with_edits(mean, {}))
+    logits, tapped = mean(net.variables, net.x, taps=('act1',))
+    draws = [
+        redraw(with_edits(noisy, {'act1': lambda h: 2 * h}), each)(
+            net.variables, net.x, taps=('act1',)
+        )
+        for each in jax.random.split(key, 5)
+    ]
+    np.testing.assert_allclose(logits, np.mean([d[0] for d in draws], 0), rtol=1e-4, atol=1e-5)
+    expected = np.mean([d[1]['act1'] for d in draws], 0)
+    np.testing.assert_allclose(tapped['act1'], expected, rtol=1e-4, atol=1e-5)
+    # Nobody can redraw it, inside of other wrappers neither.
+    again = redraw(with_edits(mean, {}), jax.random.key(1))(net.variables, net.x)[0]
+    np.testing.assert_array_equal(again, mean(net.variables, net.x)[0])
+    assert (mean(net.variables, net.x)[0] != noisy(net.variables, net.x)[0]).any()
+
+
+def test_an_expectation_is_attacked_and_measured_like_any_model(net, noisy):
+    mean = expected_forward(noisy, 8, jax.random.key(3))
+
+    def wrong(forward, x_adv):
+        # One by one, as attacks see images: noise of the shape of a batch is other noise.
+        logits = jax.vmap(lambda x: forward(net.variables, x[None])[0][0])(x_adv)
+        return np.asarray(logits.argmax(-1) != net.y)
+
+    options = {'threat': Threat('linf', 0.2), 'steps': 15}
+    key = jax.random.key(0)
+    result = fmn(mean, net.variables, net.x, net.y, key, **options)
+    np.testing.assert_array_equal(wrong(mean, result.x_adv), result.success)
+    assert result.success.mean() > 0.5
+    # What fools the mean fools many other draws more often than what fools a single one.
+    single = fmn(noisy, net.variables, net.x, net.y, key, **options)
+    judge = expected_forward(noisy, 64, jax.random.key(11))
+    assert wrong(judge, result.x_adv).sum() >= wrong(judge, single.x_adv).sum()
+    delta = neurons.sensitivity(mean, net.variables, net.x, layer='act1').delta
+    assert np.isfinite(delta).any()
+
+
+def test_an_expectation_needs_a_random_model_and_a_draw(net, noisy):
+    with pytest.raises(ValueError, match='random_forward'):
+        expected_forward(net.forward, 3, jax.random.key(0))
+    with pytest.raises(ValueError, match='draws'):
+        expected_forward(noisy, 0, jax.random.key(0))
 
 
 def test_a_hidden_gradient_is_replaced(net):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from neurosens import models, parallel
@@ -22,6 +23,7 @@ from neurosens.attacks import (
     neuron_attack_example,
     neuron_attack_report,
 )
+from neurosens.attacks.result import Iterate, louder, stronger
 from neurosens.forward import LinenForward
 from neurosens.neurons import sensitivity
 
@@ -120,6 +122,37 @@ def test_success_and_margin_are_those_of_a_fresh_forward_pass(net, attacked):
         np.testing.assert_array_equal(result.queries, 1 + NEURONS * 7)
     weak, strong = (result.margin[:6].mean() for _, result in attacked)
     assert strong < weak - 0.1, 'the radii make a difference'
+
+
+def test_the_papers_choice_is_the_iterate_of_largest_cross_entropy(net):
+    threat = Threat('l2', 0.7)
+    ours, papers = (net.attack(threat, keep=keep) for keep in ('misclassified', 'loss'))
+
+    def losses(result):
+        each = [
+            optax.softmax_cross_entropy_with_integer_labels(
+                net.forward(net.variables, result.x_adv[:, place])[0], net.y
+            )
+            for place in range(NEURONS)
+        ]
+        return np.stack(each, 1)
+
+    assert (losses(papers) >= losses(ours) - 1e-4).all()
+    # It never succeeds where ours fails.
+    assert (ours.success >= papers.success).all()
+    np.testing.assert_allclose(ours.gain, papers.gain, rtol=1e-5)
+
+
+def test_an_iterate_is_kept_for_fooling_or_for_its_loss():
+    fooling, loud = (
+        Iterate(jnp.full(2, value), jnp.array(fools), jnp.float32(loss), jnp.float32(0))
+        for value, fools, loss in ((1.0, True, 0.5), (2.0, False, 0.7))
+    )
+    for new, old in ((fooling, loud), (loud, fooling)):
+        assert stronger(new, old).x[0] == 1
+        assert louder(new, old).x[0] == 2
+    level = fooling._replace(loss=loud.loss, margin=jnp.float32(-1))
+    assert louder(level, loud).x[0] == louder(loud, level).x[0] == 1
 
 
 def test_misclassified_images_come_back_unchanged(net, attacked):
@@ -620,6 +653,7 @@ def test_more_neurons_break_no_fewer_images(net):
         ({'restarts': 0}, 'steps is 6 and restarts 0; both must be at least 1.'),
         ({'start': 'zero'}, "start is 'zero'; it must be 'random' or 'clean'."),
         ({'weight': -1.0}, 'weight is -1.0; it must be at least 0.'),
+        ({'keep': 'last'}, "Unknown keep 'last'; valid names are misclassified, loss."),
         ({'unit': 'pixel'}, "Unknown unit 'pixel'; valid names are channel, unit."),
         ({'chunk': 0}, 'chunk is 0; it must be at least 1.'),
         (

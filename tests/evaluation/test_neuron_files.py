@@ -27,10 +27,10 @@ IMAGES, CLASSES = 24, 10
 FIELDS = {
     'statistics': ('statistics', 'peak'),
     'sensitivity': ('statistics', 'peak', 'method', 'delta', 'flips_to'),
-    'influence': ('influence',),
+    'influence': ('influence', 'influence_groups'),
     'ablation': ('clean', 'attacked', 'fragility', 'attacked_fragility'),
     'targeting': ('targeting', 'shift', 'clean', 'attacked', 'fragility', 'attacked_fragility'),
-    'input_gradients': ('gradient', 'gradient_error'),
+    'input_gradients': ('gradient', 'gradient_error', 'gradient_l1', 'gradient_linf'),
     'filtering': ('curves',),
     'attack': ('statistics', 'peak', 'method', 'delta', 'flips_to', 'through'),
 }
@@ -84,14 +84,14 @@ def make_layer(name, count, seed, labels):
         delta,
         flips_to,
         random.normal(size=shape).astype(np.float32),
+        np.sign(np.arange(count) - 1),
         responses[0],
         responses[1],
         neurons.fragility(responses[0].accuracy),
         neurons.fragility(responses[1].accuracy),
         targeting,
         scores.mean(0),
-        random.exponential(size=shape).astype(np.float32),
-        random.exponential(size=shape).astype(np.float32),
+        *random.exponential(size=(4, *shape)).astype(np.float32),
         curves,
         through,
     )
@@ -181,7 +181,7 @@ def test_arrays_are_those_of_the_report(written, report):
 def test_table_of_all_neurons_is_exact(written, report):
     rows = lines(written[0] / 'neurons.csv')
     assert [row['neuron'] for row in rows] == [*map(str, range(6)), *map(str, range(4))]
-    start, names = 0, set()
+    start, names, rules = 0, set(), {'fragile_rule', 'fragile_rule_attacked'}
     for layer in report.layers:
         columns = neuron_report.per_neuron(report, layer)
         names |= set(columns)
@@ -190,11 +190,14 @@ def test_table_of_all_neurons_is_exact(written, report):
         assert {row['layer'] for row in part} == {layer.layer.name}
         for name, values in columns.items():
             np.testing.assert_array_equal([float(row[name]) for row in part], values)
-        rule = layer.fragility.rule if layer.fragility is not None else ''
-        assert {row['fragile_rule'] for row in part} == {rule}
-        for name in set(rows[0]) - set(columns) - {'layer', 'neuron', 'fragile_rule'}:
+        for name, label in (
+            ('fragile_rule', layer.fragility),
+            ('fragile_rule_attacked', layer.attacked_fragility),
+        ):
+            assert {row[name] for row in part} == {'' if label is None else label.rule}
+        for name in set(rows[0]) - set(columns) - {'layer', 'neuron', *rules}:
             assert {row[name] for row in part} == {''}, 'what was not measured is blank'
-    assert set(rows[0]) == names | {'layer', 'neuron', 'fragile_rule'}
+    assert set(rows[0]) == names | {'layer', 'neuron', *rules}
 
 
 def test_agreement_has_every_pair_of_every_layer(written, report):
@@ -423,7 +426,7 @@ def test_plots_name_what_they_lack(report):
         measure_plots.measure_scatter,
         measure_plots.measure_heatmap,
         measure_plots.targeting,
-        measure_plots.filtering_curves,
+        lambda layer: measure_plots.filtering_curves(layer.curves, layer.layer.name),
         lambda layer: sensitivity_plots.sensitivity_curve({'a': layer}),
         lambda layer: top_neuron_plots.top_neurons(report, layer, {}, 1),
     ):

@@ -53,7 +53,7 @@ def measure(model, source, *measures, layer, **settings):
 @jax.jit
 def accuracies(forward, variables, x, y):
     """Accuracy on clean images, and on those that FGSM makes."""
-    attacked = fgsm(forward, variables, x, y, jax.random.key(0), threat=Threat('linf', EPS)).x_adv
+    attacked = fgsm_images(forward, variables, x, y)
     return [(forward(variables, images)[0].argmax(-1) == y).mean() for images in (x, attacked)]
 
 
@@ -89,9 +89,11 @@ def test_without_probes_gradients_are_exact(model, source):
     assert layer.gradient.shape == (IMAGES, 2)
     np.testing.assert_allclose(layer.gradient, norms.l2**2, rtol=1e-5)
     np.testing.assert_array_equal(layer.gradient_error, np.zeros((IMAGES, 2)))
+    np.testing.assert_allclose(layer.gradient_l1, norms.l1, rtol=1e-5)
+    np.testing.assert_allclose(layer.gradient_linf, norms.linf, rtol=1e-5)
     probed, _ = measure(model, source, 'input_gradients', layer='conv1', probes=2)
     assert not np.allclose(probed.gradient, layer.gradient, rtol=1e-2)
-    assert probed.gradient_error.any()
+    assert probed.gradient_error.any() and probed.gradient_l1 is None
 
 
 def test_single_units_of_a_convolution_to_first_order(model, source):
@@ -113,3 +115,177 @@ def test_single_units_of_a_convolution_to_first_order(model, source):
     np.testing.assert_allclose(layer.statistics.mean, values.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(layer.peak, values, rtol=1e-5, atol=1e-7)
     assert '128 neurons' in evaluation.neuron_table(report)
+
+
+@jax.jit
+def fgsm_images(forward, variables, x, y):
+    return fgsm(forward, variables, x, y, jax.random.key(0), threat=Threat('linf', EPS)).x_adv
+
+
+@pytest.fixture(scope='module')
+def attacked(model, source):
+    return fgsm_images(*model, source.labels)
+
+
+def test_ablation_is_that_of_clean_and_of_attacked_images(model, source, attacked):
+    layer, _ = measure(model, source, 'ablation', layer='act1', fragile='0.05')
+    forward, variables, x = model
+    for images, found, label in (
+        (x, layer.clean, layer.fragility),
+        (attacked, layer.attacked, layer.attacked_fragility),
+    ):
+        expected = neurons.response(
+            neurons.ablation(forward, variables, images, source.labels, layer='act1')
+        )
+        assert found.intact_accuracy == expected.intact_accuracy
+        for name in ('accuracy', 'loss', 'margin'):
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6
+            )
+        assert label.rule == 'd_k > 0.05'
+        np.testing.assert_array_equal(label.fragile, found.accuracy > 0.05)
+    assert layer.clean.intact_accuracy > layer.attacked.intact_accuracy
+
+
+def test_ablation_by_weights_takes_the_filters_behind_a_layer(model, source):
+    layer, _ = measure(model, source, 'ablation', layer='act1', ablation='weights')
+    expected = neurons.response(
+        neurons.ablation(*model, source.labels, layer='conv1', mode='weights')
+    )
+    np.testing.assert_allclose(layer.clean.loss, expected.loss, rtol=1e-4, atol=1e-6)
+    masked, _ = measure(model, source, 'ablation', layer='act1')
+    # Without a normalisation between them, no filter is no activation.
+    np.testing.assert_allclose(layer.clean.loss, masked.clean.loss, rtol=1e-4, atol=1e-6)
+
+
+def test_ablation_by_weights_needs_filters(model, source):
+    with pytest.raises(ValueError, match=r"'activation'"):
+        measure(model, source, 'targeting', layer='head:in', ablation='weights')
+
+
+def test_shift_and_targeting_follow_the_images_that_the_attack_moves(model, source):
+    forward, variables, x = model
+    # Those that are misclassified are left alone.
+    labels = np.where(np.arange(IMAGES) < 3, (source.labels + 1) % 10, source.labels)
+    mislabelled = data.ArrayDataset(source.images, labels, source.info)
+    layer, _ = measure(model, mislabelled, 'targeting', layer='act1')
+    attacked = fgsm_images(forward, variables, x, labels)
+    moved = np.asarray((attacked != x).reshape(IMAGES, -1).any(-1))
+    assert moved.sum() == IMAGES - 3
+    change = [
+        np.float64(forward(variables, images, taps=('act1',))[1]['act1'])[moved]
+        for images in (x, attacked)
+    ]
+    expected = (change[1] - change[0]).mean((1, 2)).mean(0)
+    np.testing.assert_allclose(layer.shift, expected, rtol=1e-4, atol=1e-6)
+    # Targets are those of the feature maps in front of the nonlinearity.
+    maps = [
+        np.float64(forward(variables, images, taps=('conv1',))[1]['conv1'])[moved]
+        for images in (x, attacked)
+    ]
+    scores = np.sqrt(((maps[1] - maps[0]) ** 2).sum((1, 2)))
+    found = layer.targeting['l2']
+    np.testing.assert_allclose(found.mean_score, scores.mean(0), rtol=1e-4)
+    np.testing.assert_array_equal(found.histogram, np.bincount(scores.argmax(1), minlength=2))
+    assert set(layer.targeting) == set(evaluation.neuron_measures.TARGET_SCORES)
+
+
+def test_quantiles_are_off_by_at_most_a_bin_of_the_histogram(model, source):
+    layer, report = measure(model, source, 'statistics', layer='act1')
+    values = np.float64(model[0](model[1], model[2], taps=('act1',))[1]['act1']).reshape(-1, 2)
+    arrays = evaluation.neuron_report.arrays(report, layer)
+    levels = evaluation.neuron_report.QUANTILES
+    np.testing.assert_array_equal(arrays['quantile_levels'], levels)
+    spread = values.max(0) - values.min(0)
+    for level, row in zip(levels, arrays['quantiles']):
+        low = np.quantile(values, level, axis=0, method='lower')
+        high = np.quantile(values, level, axis=0, method='higher')
+        # Bins are a power of two wide, at least 64 of them over the range.
+        assert (row >= low - spread / 32).all() and (row <= high + spread / 32).all()
+    np.testing.assert_allclose(arrays['zero_share'], (values == 0).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(arrays['std'], values.std(0, ddof=1), rtol=1e-4)
+
+
+def test_influence_on_probabilities_and_its_groups(model, source):
+    settings = {'score': 'probability', 'front': 2, 'tail': 3}
+    layer, report = measure(model, source, 'influence', layer='head:in', **settings)
+    expected = neurons.influence(*model, layer='head:in', score='probability')
+    np.testing.assert_allclose(layer.influence, expected, rtol=1e-4, atol=1e-7)
+    logits, _ = measure(model, source, 'influence', layer='head:in')
+    assert not np.allclose(logits.influence, layer.influence, rtol=1e-2)
+    mean = layer.influence.mean(0)
+    groups = evaluation.neuron_report.per_neuron(report, layer)['influence_groups']
+    assert (groups == 1).sum() == 2 and (groups == -1).sum() == 3
+    assert mean[groups == 1].min() >= mean[groups == 0].max()
+    assert mean[groups == -1].max() <= mean[groups == 0].min()
+
+
+def test_a_small_layer_is_grouped_as_far_as_it_goes(model, source):
+    layer, _ = measure(model, source, 'influence', layer='act1', front=1, tail=5)
+    assert sorted(layer.influence_groups) == [-1, 1]
+    layer, _ = measure(model, source, 'influence', layer='act1', front=9, tail=5)
+    assert sorted(layer.influence_groups) == [1, 1]
+
+
+def test_agreement_counts_as_many_neurons_as_asked(model, source):
+    names = ('influence', 'ablation')
+    layer, _ = measure(model, source, *names, layer='act1', agreement_top=2)
+    assert layer.agreement().top_k == 2
+    assert measure(model, source, *names, layer='act1')[0].agreement().top_k == 1
+    # There are no more than two.
+    layer, _ = measure(model, source, *names, layer='act1', agreement_top=5)
+    assert layer.agreement().top_k == 2
+
+
+def test_filtering_of_the_network_reaches_every_kernel(model, source, tmp_path):
+    forward, variables, x = model
+    layer, report = measure(model, source, 'network_filtering', layer='act1', thresholds=3)
+    assert not layer.curves and set(report.curves) == set(filtering.KINDS)
+    for kind, curve in report.curves.items():
+        np.testing.assert_array_equal(curve.alphas, [-1, 0, 1])
+        for place, alpha in enumerate(curve.alphas):
+            filtered, removed, total = filtering.filter_variables(variables, alpha, kind)
+            expected = accuracies(forward, filtered, x, source.labels)
+            found = curve.clean[place], curve.adversarial[place]
+            np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f'{kind} {alpha}')
+            assert float(curve.present[place]) == pytest.approx(
+                1 - float(removed) / total, abs=1e-6
+            )
+    written = {path.name for path in evaluation.write_neurons(report, tmp_path)}
+    assert {'%network.npz', '%network-filtering_curves.png'} <= written
+    arrays = np.load(tmp_path / 'neurons' / '%network.npz')
+    assert arrays['filtering_minmax'].shape == (3, 4)
+    assert 'filtering the whole network' in evaluation.neuron_table(report)
+    facts = evaluation.neuron_facts(report)
+    assert set(facts) >= {f'neurons/network/filtering_{kind}_clean' for kind in filtering.KINDS}
+
+
+def test_every_pass_over_the_images_has_a_bar_of_its_own(model, source):
+    shown = {}
+
+    def progress(name):
+        def wrap(batches):
+            for batch in batches:
+                shown[name] = shown.get(name, 0) + 1
+                yield batch
+
+        return wrap
+
+    settings = config.Neurons(('influence', 'ablation'), ('act1', 'head:in'), batch_size=4, limit=9)
+    mesh = parallel.data_mesh(1)
+    variables = parallel.replicate(mesh, model[1])
+    evaluation.measure_neurons(
+        model[0],
+        variables,
+        source,
+        mesh,
+        settings,
+        jax.random.key(1),
+        split='test',
+        eps=EPS,
+        progress=progress,
+    )
+    names = [
+        f'{layer} {kind}' for layer in ('act1', 'head:in') for kind in ('influence', 'ablation')
+    ]
+    assert shown == dict.fromkeys(['predictions', *names], 3)

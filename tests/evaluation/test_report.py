@@ -101,6 +101,44 @@ def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_pat
     assert evaluation.table(whole).endswith('autoattack-linf-0.1: Square broke 2 images.')
 
 
+def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(report, tmp_path):
+    distance = np.array([0, 0.05, 0.11, 0.12, 0.13, 0.3, np.inf, np.inf], np.float32)
+    outcomes = tuple(
+        evaluation.AttackOutcome(
+            'fab',
+            'linf',
+            eps,
+            report.outcomes[0].attacked._replace(success=distance <= eps, distance=distance),
+        )
+        for eps in (0.1, 0.2)
+    )
+    whole = dataclasses.replace(report, outcomes=(*report.outcomes, *outcomes))
+    written = {path.name for path in evaluation.write(whole, tmp_path, {})}
+    assert 'distances.csv' in written
+    with (tmp_path / 'distances.csv').open() as file:
+        lines = list(csv.DictReader(file))
+    assert [np.float32(line['fab']) for line in lines] == distance.tolist()
+    assert [int(line['label']) for line in lines] == report.predictions.labels.tolist()
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['median_distance/fab-linf'] == pytest.approx(0.12)
+    low, high = (results[f'median_distance/fab-linf/{end}'] for end in ('low', 'high'))
+    # Of 8 images, two of which nothing fools, samples may have no finite median.
+    assert 0 < low < 0.12 and (high is None or high > 0.12)
+    assert any(
+        line.startswith('fab-linf ') and '0.12' in line
+        for line in evaluation.table(whole).splitlines()
+    )
+    axes = plots.accuracy_against_eps(whole).axes[0]
+    (curve,) = (line for line in axes.lines if line.get_label() == 'FAB')
+    for eps, share in ((0.0, 7 / 8), (0.1, 6 / 8), (0.2, 3 / 8)):
+        at_radius = np.interp(eps, *curve.get_data())
+        assert at_radius == pytest.approx(100 * share)
+    assert len(curve.get_xdata()) > 100
+    # An evaluation without such attacks leaves no file of an earlier one.
+    evaluation.write(report, tmp_path, {})
+    assert not (tmp_path / 'distances.csv').exists()
+
+
 def test_a_diagnosis_of_masking_stands_in_every_report(report, tmp_path):
     check = evaluation.Check('black_box', False, {'only_square': 9.0}, 'Random search fools more.')
     diagnosis = evaluation.Diagnosis((check,), 128, 'linf', 0.1)
