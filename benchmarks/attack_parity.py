@@ -214,16 +214,21 @@ def from_same_starts(arguments: argparse.Namespace) -> None:
     for name in arguments.networks:
         pair, variables, x, y = _loaded(name, arguments, arguments.images)
         setting = Setting('linf', _SETTINGS[name, 'linf'], batch_size=_BATCH)
-        for attack, loss in (('apgd-ce', 'cross_entropy'), ('apgd-dlr', 'dlr')):
+        for attack in ('apgd-ce', 'apgd-dlr', 'apgd-t'):
             both = []
             for seed in range(arguments.seeds):
-                draws = np.random.default_rng(seed).random(x.shape, np.float32)
+                # One draw for all images: torchattacks leaves out those that have fallen, target
+                # by target, and so any other would go to different images on both sides.
+                shape = x.shape[1:] if attack == 'apgd-t' else x.shape
+                draws = np.random.default_rng(seed).random(shape, np.float32)
                 ours = []
                 for part in batches(len(x)):
+                    whole = np.broadcast_to(draws, x.shape)[part]
                     images, labels, starts = parallel.shard(
-                        mesh, (x[part], y[part], _starts(x[part], draws[part], setting.eps))
+                        mesh, (x[part], y[part], _starts(x[part], whole, setting.eps))
                     )
-                    result = attacks.apgd(
+                    run = functools.partial(
+                        attacks.apgd,
                         pair.forward,
                         variables,
                         images,
@@ -231,11 +236,15 @@ def from_same_starts(arguments: argparse.Namespace) -> None:
                         jax.random.key(seed),
                         threat=attacks.Threat('linf', setting.eps),
                         steps=setting.steps,
-                        loss=loss,
+                        loss='cross_entropy' if attack == 'apgd-ce' else 'dlr',
                         start=starts,
                         first_rises=True,
                     )
-                    ours.append(~np.asarray(result.success))
+                    targets = [None]
+                    if attack == 'apgd-t':
+                        targets = _targets(pair.forward, variables, images, labels)
+                    found = [np.asarray(run(target=target).success) for target in targets]
+                    ours.append(~np.any(found, axis=0))
                 theirs = torch_parity.withstood(
                     pair.network, attack, setting, seed, x, y, draws=draws
                 )
@@ -258,6 +267,17 @@ def from_same_starts(arguments: argparse.Namespace) -> None:
         f'{setting.steps} steps of Auto-PGD from the same starts, seeds: {arguments.seeds}.'
     )
     harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
+
+
+@jax.jit
+def _targets(
+    forward: LinenForward, variables: Any, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The other classes of each image, from the largest logit down, one array for each rank."""
+    logits = forward(variables, x)[0]
+    others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
+    order = jnp.argsort(-others, axis=-1)
+    return tuple(order[:, rank] for rank in range(logits.shape[-1] - 1))
 
 
 def _starts(x: np.ndarray, draws: np.ndarray, eps: float) -> np.ndarray:

@@ -590,7 +590,9 @@ def _scaling_units(
     forward = LinenForward(module)
     shape = jnp.zeros((1, *x.shape[1:]))
     variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), shape))
+    plain = jax.jit(lambda v, x: forward(v, x)[0])
     measures: dict[str, Callable[[], Any]] = {
+        'forward': lambda: plain(variables, x),
         'sensitivity': lambda: neurons.sensitivity(forward, variables, x, layer=layer),
         'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
         'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
@@ -609,7 +611,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         worker = _start(stack, 'neurons:prepare_scaling', {})
         units = {name: worker.unit(name) for name in worker.details['units']}
         measurement = harness.alternate(units, rounds=arguments.rounds)
-    measures = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+    measures = ('forward', 'sensitivity', 'influence', 'ablation', 'probes', 'gradients')
     tables = []
     for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
         rows = []
@@ -645,7 +647,8 @@ def scaling(arguments: argparse.Namespace) -> None:
     definition = (
         '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, '
         'for depth against the layers between the measured one and the logits, or, of gradients, '
-        'which are those of the 64 last neurons, the pixels; there is no other floor.'
+        'which are those of the 64 last neurons, the pixels. There is no other floor; the forward '
+        'pass shows how the cost of the network itself grows.'
     )
     harness.report(
         arguments, harness.wrapped(definition), *tables, measurements={'scaling': measurement}

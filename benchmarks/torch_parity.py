@@ -57,17 +57,22 @@ def withstood(
         seed: of its randomness.
         x: images `[N, ...]`.
         y: labels `[N]`.
-        draws: what Auto-PGD takes from `torch.rand` for each image, shaped as the images.
+        draws: what Auto-PGD takes from `torch.rand` for each image, shaped as the images; or for
+            every image alike, shaped as one.
     """
     torch.manual_seed(seed)
     run = torch_attacks.torchattacks_attacks(network, setting, seed)[attack]
-    given = None if draws is None else published.torch_images(draws)
+    given = None
+    if draws is not None:
+        given = published.torch_images(draws.reshape(-1, *x.shape[1:]))
     found = []
     for images, labels in _tensors(network, x, y, setting.batch_size):
         correct = network(images).argmax(1) == labels
         still = correct.clone()
         own = contextlib.nullcontext()
-        if given is not None:
+        if given is not None and draws is not None and draws.ndim < x.ndim:
+            own = mock.patch('torch.rand', side_effect=given.expand)
+        elif given is not None:
             rows, given = given[: len(images)], given[len(images) :]
             own = mock.patch('torch.rand', return_value=rows[correct.cpu()])
         # Only images that are classified correctly are attacked, as in ours.

@@ -3,9 +3,12 @@
 import functools
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -125,6 +128,73 @@ def test_every_device_ends_once_its_own_examples_have_fallen(net, name, monkeypa
     assert len(alone.queries[soon]) > BATCH / 2
     for other in (together, inside):
         np.testing.assert_allclose(alone.x_adv[soon], other.x_adv[soon], atol=1e-5)
+
+
+# What each attack makes no smaller than on the clean image; the others keep or return the image.
+CROSS_ENTROPY = ('fgsm_rs', 'pgd', 'pgd_l0', 'mi_fgsm', 'ni_fgsm', 'apgd_l1')
+MARGIN = ('square', 'square_l1', 'noise')
+NEAREST = ('fab', 'fmn', 'deepfool', 'carlini_wagner')
+judged = jax.jit(lambda forward, variables, x: forward(variables, x)[0])
+
+
+def margins(logits, y):
+    own = np.arange(len(y)), y
+    others = logits.copy()
+    others[own] = -np.inf
+    return logits[own] - others.max(-1)
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31 - 1), share=st.floats(0, 3))
+def test_results_are_inside_the_threat_and_what_they_claim(net, name, seed, share):
+    """On 16 images a draw: soft, saturated and constant ones, with right and wrong labels."""
+    random = np.random.default_rng(seed)
+    attack, norm = chosen(name)
+    eps = np.round(share * EPS[norm]) if norm == 'l0' else np.float32(share * EPS[norm])
+    x = random.random((BATCH, *net.x.shape[1:])).astype(np.float32)
+    x[:4] = np.round(x[:4])
+    x[4] = random.random()
+    logits = np.asarray(judged(net.forward, net.variables, x))
+    y = np.where(random.random(BATCH) < 0.7, logits.argmax(-1), random.integers(0, 4, BATCH))
+    result = attack(
+        net.forward, net.variables, x, y, jax.random.key(seed), threat=Threat(norm, eps)
+    )
+    x_adv, success, margin = (
+        np.asarray(value).reshape(BATCH, *shape)
+        for value, shape in zip(result[:3], (x.shape[1:], (), ()))
+    )
+    assert np.isfinite(x_adv).all() and x_adv.min() >= 0 and x_adv.max() <= 1
+    change = (np.float64(x_adv) - x).reshape(BATCH, -1)
+    assert (np.linalg.norm(change, ORDER[norm], axis=1) <= eps * (1 + 1e-5) + 1e-6).all()
+    # Flags and margins are those of a fresh pass, where rounding does not decide.
+    after = np.float64(judged(net.forward, net.variables, x_adv))
+    fresh = margins(after, y)
+    np.testing.assert_allclose(margin, fresh, rtol=1e-4, atol=1e-4)
+    clear = np.abs(fresh) > 1e-4
+    np.testing.assert_array_equal(success[clear], fresh[clear] < 0)
+    wrong = logits.argmax(-1) != y
+    np.testing.assert_array_equal(x_adv[wrong], x[wrong])
+    if name in CROSS_ENTROPY:
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        assert (success | (loss(after, y) >= loss(np.float64(logits), y) - 1e-4)).all()
+    elif name in MARGIN:
+        assert (fresh <= margins(np.float64(logits), y) + 1e-4).all()
+    elif name in NEAREST:
+        np.testing.assert_array_equal(x_adv[~success], x[~success])
+
+
+@pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'neuron'])
+def test_an_example_gets_the_same_result_in_any_order_and_company(net, name):
+    attack, _ = chosen(name)
+    index = np.arange(100, 100 + BATCH)
+    whole = attack(net.forward, net.variables, net.x, net.y, KEY, index=index)
+    # The same examples between others.
+    rows = np.concatenate([np.arange(BATCH)[::-2], np.full(BATCH // 2, 3)])
+    again = attack(net.forward, net.variables, net.x[rows], net.y[rows], KEY, index=index[rows])
+    for field in ('x_adv', 'success', 'margin'):
+        ours, theirs = np.asarray(getattr(again, field)), np.asarray(getattr(whole, field))[rows]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 class Net(nnx.Module):

@@ -27,11 +27,13 @@ norms = st.sampled_from(['linf', 'l2', 'l1'])
 
 
 class Linear(nn.Module):
-    """Two classes, one linear layer."""
+    """One linear layer."""
+
+    classes: int = 2
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2, name='head')(x.reshape(len(x), -1))
+        return nn.Dense(self.classes, name='head')(x.reshape(len(x), -1))
 
 
 LINEAR = LinenForward(Linear())
@@ -167,6 +169,42 @@ def test_pgd_lowers_a_linear_margin_by_the_dual_norm(linear, norm, dual, start):
     slack = 0.05 if (norm, start) == ('l2', 'random') else 1e-5
     np.testing.assert_allclose(result.margin, margin - drop, rtol=0, atol=slack * drop + 1e-5)
     assert (result.margin >= margin - drop - 1e-5).all()
+
+
+def test_pgd_in_l1_spends_the_ball_on_the_steepest_pixel(linear):
+    variables, x, y, weight, margin = linear
+    options = {'threat': Threat('l1', 0.5, (-10.0, 10.0)), 'steps': 30, 'share': 1 / weight.size}
+    result = pgd(LINEAR, variables, x, y, jax.random.key(0), start='clean', **options)
+    steepest = np.abs(weight).argmax()
+    expected = margin - 0.5 * np.abs(weight[steepest])
+    np.testing.assert_allclose(result.margin, expected, rtol=1e-5, atol=1e-5)
+    change = (result.x_adv - x).reshape(len(x), -1)
+    np.testing.assert_allclose(np.abs(change[:, steepest]), 0.5, rtol=1e-5)
+    assert not np.delete(change, steepest, 1).any()
+
+
+@pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2), ('l1', np.inf)])
+def test_of_several_classes_the_one_whose_margin_falls_fastest_is_reached(norm, dual):
+    """The margin loss of three classes by hand: the lead over class 1 is smaller."""
+    kernel = np.array([[1, 0, 0], [0, 2, 0], [0, 0, 1]], np.float32)
+    variables = {'params': {'head': {'kernel': kernel, 'bias': np.array([0, 0, 0.5], np.float32)}}}
+    x = np.array([[[5.0, 2.0, 3.0]]], np.float32)  # Logits 5, 4 and 3.5.
+    forward = LinenForward(Linear(3))
+    result = pgd(
+        forward,
+        variables,
+        x,
+        np.array([0]),
+        jax.random.key(0),
+        threat=Threat(norm, 0.2, (-10.0, 10.0)),
+        steps=20,
+        loss='margin',
+        start='clean',
+        share=1 / 3,
+    )
+    drop = 0.2 * np.linalg.norm([1, 2], dual)
+    np.testing.assert_allclose(result.margin, [1 - drop], rtol=1e-4)
+    assert not np.asarray(result.x_adv - x)[0, 0, 2]
 
 
 def test_the_box_limits_the_attack(linear):
