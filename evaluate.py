@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
@@ -30,6 +31,7 @@ from neurosens import (
     data,
     defenses,
     evaluation,
+    neurons,
     parallel,
     scripts,
     training,
@@ -165,6 +167,11 @@ def _open(arguments: Sequence[str]) -> Job:
         raise ValueError(
             '--compare compares neurons, but --config.neurons.measures is empty; name measures.'
         )
+    if other is not None and not _comparison(config.neurons).measures:
+        raise ValueError(
+            f'--compare draws sensitivity and statistics, but --config.neurons.measures are '
+            f'{config.neurons.measures}; add one of them.'
+        )
     surrogate = _load_other('--transfer_from', values['transfer_from'], model)
     if surrogate is not None and config.evaluation.norm == 'spatial':
         raise ValueError(
@@ -176,6 +183,9 @@ def _open(arguments: Sequence[str]) -> Job:
     if config.defense.name:
         evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
         benign = images('train')
+    if 'latent' in (*config.evaluation.attacks, *(config.defense.attacks if benign else ())):
+        image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jax.numpy.float32)
+        neurons.describe(model.forward, model.variables, image, config.evaluation.layer)
     for each in filter(None, (model, other)):
         if config.neurons.measures:
             evaluation.neuron_layers(each.forward, each.variables, source.info, config.neurons)
@@ -184,7 +194,7 @@ def _open(arguments: Sequence[str]) -> Job:
 
 def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessReport:
     """Accuracy on clean and attacked images."""
-    with _ensemble_bar(job.values['progress']) as ensemble_progress:
+    with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
         report = evaluation.evaluate(
             job.model.forward,
             job.model.variables,

@@ -89,6 +89,7 @@ ATTACKS = (
     'fmn',
     'carlini_wagner',
     'noise',
+    'latent',
     'spatial',
     'autoattack',
     'autoattack_plus',
@@ -111,8 +112,8 @@ class Evaluation:
       limit: evaluate only the first so many images; 0 means all.
       attacks: attacks to run, of 'fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'apgd',
         'apgd_dlr', 'square', 'fab', 'deepfool', 'fmn', 'carlini_wagner' (l2 only), 'noise' (random
-        images of the ball, as a control), 'spatial' and 'autoattack', 'autoattack_plus',
-        'autoattack_rand'.
+        images of the ball, as a control), 'latent' (moves the activation of `layer`), 'spatial' and
+        'autoattack', 'autoattack_plus', 'autoattack_rand'.
       norm: the threat model, 'linf', 'l2' or 'l1'; 'l0' with 'fgsm' to 'mi_fgsm' and 'noise' only;
         'spatial', rotations and translations, with the attack 'spatial' only.
       eps: radii in pixels of [0, 1] (for 'l0' how many pixels may change, for 'spatial' the largest
@@ -121,11 +122,12 @@ class Evaluation:
       shift: largest translation of 'spatial' along each axis, as a share of its length.
       loss: what 'fgsm' to 'ni_fgsm' maximise, 'cross_entropy', 'margin', 'dlr' or
         'scaled_cross_entropy'.
-      steps: steps of 'bim', 'pgd', 'mi_fgsm' and 'ni_fgsm'.
-      step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd', 1 / steps for others,
-        and in 'l0' a step that brings the steepest pixels to their bounds.
-      restarts: runs of 'pgd', 'apgd', 'fab' and 'square' from different random starts, and random
-        images of 'noise'.
+      layer: name of the layer that 'latent' moves.
+      steps: steps of 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm' and 'latent'.
+      step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd' and 'latent', 1 / steps
+        for others, and in 'l0' a step that brings the steepest pixels to their bounds.
+      restarts: runs of 'pgd', 'apgd', 'fab', 'square' and 'latent' from different random starts,
+        and random images of 'noise'.
       auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.
       queries: forward passes of 'square' and of AutoAttack's.
       examples: images in the example grid.
@@ -142,6 +144,7 @@ class Evaluation:
     eps: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
     shift: float = 0.1
     loss: str = 'cross_entropy'
+    layer: str = 'head:in'
     steps: int = 20
     step_size: float = 0.0
     restarts: int = 1
@@ -183,6 +186,11 @@ class Neurons:
       batch_size: images per batch over all devices; results do not depend on it.
       chunk: neurons at once for each image, which bounds memory; 0 means a measured default.
       method: how Delta is computed, 'auto', 'closed_form', 'first_order' or 'exact'.
+      direction: direction of its derivatives, 'auto', 'forward' or 'reverse'.
+      search_limit: largest change that 'exact' tries, in units of the activation; 0 means 100 times
+        the largest activation of the layer for each image.
+      ranking: the score of Delta that ranks neurons for `sensitivity_rank` and for attacks through
+        the easiest, 'scaled' (the paper's (Delta - mean) / std), 'absolute' or 'scaled_absolute'.
       score: output whose derivative influence multiplies, 'logit' or 'probability'.
       front: neurons of the largest mean influence that are called front neurons.
       tail: neurons of the smallest, signed one that are called tail neurons.
@@ -212,6 +220,9 @@ class Neurons:
     batch_size: int = 128
     chunk: int = 0
     method: str = 'auto'
+    direction: str = 'auto'
+    search_limit: float = 0.0
+    ranking: str = 'scaled'
     score: str = 'logit'
     front: int = 1
     tail: int = 5
@@ -572,6 +583,7 @@ def _check_ranges(config: Config) -> None:
     check('neurons.attack_eps', neurons.attack_eps, low=0)
     check('neurons.attack_steps', neurons.attack_steps, low=1)
     check('neurons.attack_neurons', neurons.attack_neurons, low=1)
+    check('neurons.search_limit', neurons.search_limit, low=0)
     check('neurons.front', neurons.front, low=0)
     check('neurons.tail', neurons.tail, low=0)
     check('neurons.agreement_top', neurons.agreement_top, low=0)
@@ -593,6 +605,8 @@ def _check_ranges(config: Config) -> None:
         'neurons.unit': (neurons.unit, ('channel', 'unit')),
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
         'neurons.attack_norm': (neurons.attack_norm, NORMS),
+        'neurons.direction': (neurons.direction, ('auto', 'forward', 'reverse')),
+        'neurons.ranking': (neurons.ranking, ('scaled', 'absolute', 'scaled_absolute')),
         'neurons.score': (neurons.score, ('logit', 'probability')),
         'neurons.ablation': (neurons.ablation, ('activation', 'weights')),
         'defense.measure': (config.defense.measure, PRUNED_BY),

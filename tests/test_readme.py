@@ -12,10 +12,11 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 
 
-def test_the_library_example_runs(capsys):
+def test_the_library_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     # The first changes this process; each of the others goes on where the one before ends.
-    assert len(examples) == 5 and 'use_onednn' in examples[0]
+    assert len(examples) == 6 and 'use_onednn' in examples[0]
     exec(compile('\n'.join(examples[1:]), 'README.md', 'exec'), {'__name__': 'readme'})
     out = capsys.readouterr().out
     assert "'conv': ShapeDtypeStruct(shape=(8, 28, 28, 16)" in out
@@ -24,6 +25,7 @@ def test_the_library_example_runs(capsys):
     assert '(8, 16)' in out, 'one Delta per image and neuron'
     losses = [float(line) for line in out.splitlines()[-3:]]
     assert losses[2] < losses[0], 'the regularized loss falls'
+    assert (tmp_path / 'report' / 'neurons' / 'conv.npz').exists()
 
 
 def test_every_config_is_listed():

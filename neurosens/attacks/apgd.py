@@ -283,7 +283,9 @@ def apgd_example(
 def _stages(steps: int) -> tuple[tuple[float, int], ...]:
     """Factors of eps and numbers of steps of the attack on shrinking balls."""
     counts = [int(share * steps) for share in _LARGE_SHARES[:-1]]
-    return tuple(zip(_LARGE_EPS, (*counts, steps - sum(counts))))
+    stages = zip(_LARGE_EPS, (*counts, steps - sum(counts)))
+    # Few steps leave the first balls none.
+    return tuple((factor, count) for factor, count in stages if count)
 
 
 def apgd(

@@ -35,6 +35,10 @@ VERSIONS = ('standard', 'plus', 'rand')
 ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 # Draws over which gradients are averaged in the version for random models.
 RANDOM_DRAWS = 20
+# Classes that targeted attacks aim at, one after the other.
+_TARGETS = {'apgd-t': 9, 'fab-t': 9}
+# The ratio of logits is not defined for fewer classes.
+_LEAST_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
 # `broken_by` of images that are robust, and of those misclassified without an attack.
 ROBUST = -1
 CLEAN = -2
@@ -113,7 +117,7 @@ def runs(
     }[version]
     chosen = chosen if attacks is None else attacks
     restarts = {'apgd-ce': 1, 'apgd-dlr': 1, 'fab': 1, 'square': 1}
-    targets = {'apgd-t': 9, 'fab-t': 9}
+    targets = dict(_TARGETS)
     if version == 'plus':
         restarts.update({'apgd-ce': 5, 'apgd-dlr': 5, 'fab': 5})
     elif norm == 'l1' and version == 'standard':
@@ -193,11 +197,11 @@ def _attack(task: _Task, number: int, run: Run, rows: np.ndarray) -> AttackResul
     if run.attack.startswith('apgd'):
         classes = task.order.shape[1] + 1
         loss = 'cross_entropy' if run.attack == 'apgd-ce' else 'dlr'
-        # The ratio of logits is not defined for so few classes; its numerator is.
-        few = classes < (4 if run.attack == 'apgd-t' else 3)
+        # The numerator of the ratio is always defined.
+        few = classes < _LEAST_CLASSES.get(run.attack, 0)
         return call(
             steps=task.steps,
-            loss='margin' if few and loss == 'dlr' else loss,
+            loss='margin' if few else loss,
             target=target,
             large_start=task.threat.norm == 'l1',
             draws=task.draws,
@@ -321,10 +325,11 @@ def autoattack(
         queries,
         draws,
     )
-    clean, warnings = _look(task, version)
+    clean, differ = _look(task)
     task = task._replace(order=clean['order'])
     plan = runs(threat.norm, version, clean['logits'].shape[1], attacks)
-    notes = Notes(directory, _identity(task, version, plan))
+    warnings = tuple(_warnings(task, version, plan, clean, differ))
+    notes = Notes(directory, _identity(task, version, plan), clean['logits'])
     found = _Found(
         x.copy(),
         np.where(clean['logits'].argmax(-1) == y, ROBUST, CLEAN),
@@ -387,8 +392,8 @@ def _fetch(result: Any) -> dict[str, np.ndarray]:
     return dict(parallel.gather({name: getattr(result, name) for name in names}))
 
 
-def _look(task: _Task, version: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Logits and gradients of the clean images, and what they warn of."""
+def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:
+    """Logits and gradients of the clean images, and whether a second look differs."""
     parts: list[dict[str, np.ndarray]] = []
     differ = False
     devices = 1 if task.mesh is None else task.mesh.size
@@ -405,33 +410,45 @@ def _look(task: _Task, version: str) -> tuple[dict[str, np.ndarray], tuple[str, 
         differ |= not np.array_equal(first['logits'], second['logits'])
         parts.append({name: values[:count] for name, values in first.items()})
     clean = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return clean, tuple(_warnings(task, version, clean, differ))
+    return clean, differ
 
 
 def _warnings(
-    task: _Task, version: str, clean: Mapping[str, np.ndarray], differ: bool
+    task: _Task,
+    version: str,
+    plan: Sequence[Run],
+    clean: Mapping[str, np.ndarray],
+    differ: bool,
 ) -> Iterator[str]:
+    """What the reference warns of, too, before any attack."""
     logits = clean['logits']
     if (differ or is_random(task.forward)) and version != 'rand':
         yield "The model is random: use version='rand', which averages gradients over draws."
     if version == 'rand' and not differ:
         yield "The model is not random: version='standard' is the stronger choice."
-    share = clean['zero_gradient'].mean()
-    if share > 0.01:
+    count, total = int(clean['zero_gradient'].sum()), len(clean['zero_gradient'])
+    if count:
         yield (
-            f'{share:.1%} of the clean images have no gradient at all: gradient-based attacks '
-            'cannot see such a model; look at Square, at a smooth substitute for what hides the '
+            f'{count:,} of {total:,} clean images have no gradient at all: gradient-based attacks '
+            'cannot see the model there; look at Square, at a smooth substitute for what hides the '
             'gradient (straight_through), and at transfer attacks.'
         )
     sums = logits.sum(-1)
     if logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3):
         yield 'The model returns probabilities: attack its logits, before the softmax.'
     classes = logits.shape[-1]
-    if classes < 4:
+    targeted = sorted({run.attack for run in plan if run.attack in _TARGETS})
+    if targeted and classes <= _TARGETS[targeted[0]]:
         yield (
-            f'With {classes} classes the targeted DLR loss is not defined'
-            + (' nor is the untargeted one' if classes < 3 else '')
-            + ': the margin took its place.'
+            f'With {classes} classes {" and ".join(targeted)} aim at {classes - 1} of them, not at '
+            f'{_TARGETS[targeted[0]]}.'
+        )
+    replaced = [name for name, least in _LEAST_CLASSES.items() if classes < least]
+    replaced = [name for name in replaced if any(run.attack == name for run in plan)]
+    if replaced:
+        yield (
+            f'With {classes} classes the DLR loss of {" and ".join(replaced)} is not defined: the '
+            'margin took its place.'
         )
 
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from neurosens import parallel
 
 _STATE = 'autoattack.json'
+_LOGITS = 'clean.npz'
+# Logits of the same model on another day may differ by rounding, as a share of the largest.
+_ROUNDING = 1e-3
 
 
 class Notes:
@@ -20,12 +24,19 @@ class Notes:
     Args:
       directory: where they go; None notes nothing.
       identity: what another call must share to go on with these notes, of types that JSON knows.
+      logits: what the model says of the clean images `[N, K]`, which the model of another call must
+        say too: two models of the same arrays may differ in what they do with them.
 
     Raises:
       ValueError: the directory has notes of another call.
     """
 
-    def __init__(self, directory: str | pathlib.Path | None, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: str | pathlib.Path | None,
+        identity: Mapping[str, Any],
+        logits: Float[np.ndarray, 'examples classes'],
+    ):
         self._directory = None if directory is None else pathlib.Path(directory)
         if self._directory is None:
             return
@@ -35,6 +46,9 @@ class Notes:
             differing = sorted(
                 name for name in {*identity, *before} if identity.get(name) != before.get(name)
             )
+            with np.load(self._directory / _LOGITS) as stored:
+                if not differing and not _alike(stored['logits'], logits):
+                    differing = ['logits']
             if differing:
                 raise ValueError(
                     f'{self._directory} has notes of another AutoAttack, which differs in '
@@ -42,6 +56,7 @@ class Notes:
                 )
         elif parallel.is_primary():
             self._directory.mkdir(parents=True, exist_ok=True)
+            _write_whole(self._directory / _LOGITS, lambda path: _save(path, {'logits': logits}))
             _write_whole(state, lambda path: path.write_text(json.dumps(identity, indent=1)))
         # Every process has looked before one of them writes.
         parallel.barrier('autoattack notes')
@@ -61,6 +76,13 @@ class Notes:
         """Notes the results of a batch; the file appears when it is whole."""
         if self._directory is not None and parallel.is_primary():
             _write_whole(self._path(run, place), lambda path: _save(path, result))
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    largest = np.abs(one[np.isfinite(one)]).max(initial=0.0)
+    return one.shape == other.shape and np.allclose(
+        one, other, rtol=0, atol=_ROUNDING * largest, equal_nan=True
+    )
 
 
 def _save(path: pathlib.Path, result: Mapping[str, np.ndarray]) -> None:

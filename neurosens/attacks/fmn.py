@@ -48,7 +48,8 @@ def fmn_example(
     """
     require_ball('fmn', threat)
     loss = losses.named('margin', targeted=target is not None)
-    look, climb = objective(forward, variables, y, loss, target=target)
+    # Distances along the way must be of one and the same model.
+    look, climb = objective(forward, variables, y, loss, target=target, redrawn=False)
     norm, bounds = threat.norm, threat.bounds
 
     def annealed(first: float | Array, last: float | Array, number: Array) -> Array:
@@ -63,7 +64,7 @@ def fmn_example(
         )
 
     def step(number: Array, state: _State) -> _State:
-        gradient, iterate = climb(state.x, jax.random.fold_in(key, number))
+        gradient, iterate = climb(state.x, key)
         state = nearest_of(state, state.x, iterate.fools)
         size = annealed(step_size, last_step_size, number)
         shrink = annealed(gamma, last_gamma, number)
@@ -83,7 +84,7 @@ def fmn_example(
 
     infinite = jnp.asarray(jnp.inf, x.dtype)
     state = jax.lax.fori_loop(0, steps, step, _State(x, infinite, x, infinite))
-    last = look(state.x, jax.random.fold_in(key, steps))
+    last = look(state.x, key)
     state = nearest_of(state, state.x, last.fools)
     queries = jnp.int32(2) + steps
     return within(forward, variables, x, y, state.nearest, state.distance, threat, queries)
@@ -115,7 +116,7 @@ def fmn(
       variables: its variables.
       x: images `[B, ...]` inside the threat's bounds.
       y: labels `[B]`.
-      key: used by a random model only.
+      key: not used; FMN takes no random decisions, and a random model keeps its own draw.
       threat: norm and box of the perturbations; its eps, which may be infinite, decides on success.
       steps: gradient steps, at least 1.
       step_size: Euclidean length of the first step.

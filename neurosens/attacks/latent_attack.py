@@ -16,7 +16,7 @@ from neurosens.attacks.representation import (
     l2_norm,
 )
 from neurosens.attacks.result import AttackResult, Iterate, choose, judge, stronger
-from neurosens.attacks.threat import Threat, default_step
+from neurosens.attacks.threat import Threat, default_step, require_ball
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
 
@@ -62,6 +62,7 @@ def latent_attack_example(
     It has the arguments and errors of `latent_attack`, with `x` one image and `y` its label;
     `steps` and `restarts` may be traced, and `step_size` has no default.
     """
+    require_ball('latent_attack', threat)
     run = activation_and_logits(forward, variables, layer, straight_layer)
     features, logits = run(x, key)
 
@@ -177,6 +178,7 @@ def activation_attack_example(
     `neuron` one index; numbers may be traced, and `step_size` has no default.
     """
     units.check_unit(unit)
+    require_ball('activation_attack', threat)
     run = activation_and_logits(forward, variables, layer, straight_layer)
     features, logits = run(x, key)
     direction = units.direction(neuron, features.shape, unit, features.dtype)

@@ -35,7 +35,7 @@ from neurosens.attacks.representation import (
     l2_norm,
 )
 from neurosens.attacks.result import Iterate, choose, judge, louder, stronger
-from neurosens.attacks.threat import Threat, default_step
+from neurosens.attacks.threat import Threat, default_step, require_ball
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import chunks, units
 from neurosens.neurons.ranking import KINDS, ranking, scaled_sensitivity
@@ -106,6 +106,7 @@ def neuron_attack_example(
     `neurons` and `delta` `[n]`; `steps`, `weight` and `restarts` may be traced, and `step_size` has
     no default. Returns arrays `[n, ...]`.
     """
+    require_ball('neuron_attack', threat)
     units.check_unit(unit)
     if keep not in KEEPS:
         raise ValueError(_validate.unknown('keep', keep, KEEPS))

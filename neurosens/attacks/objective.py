@@ -27,16 +27,18 @@ def objective(
     *,
     target: Int[Array, ''] | None = None,
     draws: int = 1,
+    redrawn: bool = True,
 ) -> tuple[Look, Climb]:
     """What a model says of an image, without and with the gradient of a loss.
 
     Args:
-      forward: the model; if it is random, each call sees fresh draws.
+      forward: the model.
       variables: its variables.
       y: label of the image.
       loss: `loss(logits, y)`, or `loss(logits, y, target)` if there is a target.
       target: the class aimed at.
       draws: draws of a random model per call, whose losses, gradients and logits are averaged.
+      redrawn: whether each call sees fresh draws of a random model, or that of its own key.
 
     Returns:
       `look(x, key) -> iterate` and `climb(x, key) -> (gradient of the loss, iterate)`.
@@ -44,7 +46,7 @@ def objective(
     aim = (y,) if target is None else (y, target)
 
     def evaluate(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        logits = logits_of(redraw(forward, key), variables, x)
+        logits = logits_of(redraw(forward, key) if redrawn else forward, variables, x)
         return loss(logits, *aim), logits
 
     def differentiate(x: Array, key: PRNGKeyArray) -> tuple[tuple[Array, Array], Array]:

@@ -126,10 +126,16 @@ def measure(
     label = functools.partial(_predicted, forward, variables)
     predicted = run(label, progress=progress('predictions'))
     attack = jax.tree_util.Partial(_fgsm, jnp.float32(eps))
+    probed: dict[str, dict[str, np.ndarray]] = {}
+    if 'input_gradients' in settings.measures and settings.probes:
+        wrap = progress('input_gradients')
+        probed = _probes(forward, variables, layers, settings, run, wrap, key)
     reports = []
     for layer in layers:
-        measured: dict[str, Any] = {'layer': layer}
+        measured: dict[str, Any] = {'layer': layer, **probed.get(layer.name, {})}
         for measure_name in _with_prerequisites(settings.measures):
+            if measure_name == 'input_gradients' and settings.probes:
+                continue
             wrap = progress(f'{layer.name} {measure_name}')
             task = _Task(
                 forward, variables, layer, settings, run, wrap, attack, key, mesh, measured
@@ -140,7 +146,8 @@ def measure(
                 measured, predicted['labels'], source.info.num_classes, variables, layer
             )
         measured = {name: value for name, value in measured.items() if not name.startswith('_')}
-        reports.append(LayerReport(**measured, agreement_top=settings.agreement_top))
+        measured |= {'ranking': settings.ranking, 'agreement_top': settings.agreement_top}
+        reports.append(LayerReport(**measured))
     curves = {}
     if 'network_filtering' in settings.measures:
         curves = _filtering_curves(
@@ -268,7 +275,9 @@ def _sensitivity(task: _Task) -> dict[str, Any]:
             layer=task.layer.name,
             unit=task.layer.unit,
             method=method,
+            direction=task.settings.direction,
             chunk=task.settings.chunk or None,
+            limit=task.settings.search_limit or None,
         )
         return result._asdict()
 
@@ -292,9 +301,7 @@ def _influence(task: _Task) -> dict[str, Any]:
     # A small layer is divided as far as it goes, the front first.
     front = min(task.settings.front, task.layer.neurons)
     tail = min(task.settings.tail, task.layer.neurons - front)
-    part = neurons.partition(jnp.asarray(influence.mean(0)), front=front, tail=tail)
-    groups = neurons.labels(part, task.layer.neurons)
-    return {'influence': influence, 'influence_groups': np.asarray(groups)}
+    return {'influence': influence, 'front': front, 'tail': tail}
 
 
 def _ablation(task: _Task) -> dict[str, Any]:
@@ -393,36 +400,56 @@ def _targeting_reports(
 
 def _input_gradients(task: _Task) -> dict[str, Any]:
     def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        if task.settings.probes == 0:
-            norms = neurons.input_gradient_norms(
-                task.forward,
-                task.variables,
-                x,
-                layer=task.layer.name,
-                unit=task.layer.unit,
-                chunk=task.settings.chunk or None,
-            )
-            squared = norms.l2**2
-            return {
-                'gradient': squared,
-                'gradient_error': jnp.zeros_like(squared),
-                'gradient_l1': norms.l1,
-                'gradient_linf': norms.linf,
-            }
-        estimate = neurons.probe_gradients(
+        norms = neurons.input_gradient_norms(
             task.forward,
             task.variables,
-            x,
-            task.key,
-            probes=task.settings.probes,
-            layers=(task.layer.name,),
+            data.to_float(batch.image),
+            layer=task.layer.name,
             unit=task.layer.unit,
-            index=batch.index,
-        )[task.layer.name]
-        return {'gradient': estimate.value, 'gradient_error': estimate.standard_error}
+            chunk=task.settings.chunk or None,
+        )
+        squared = norms.l2**2
+        return {
+            'gradient': squared,
+            'gradient_error': jnp.zeros_like(squared),
+            'gradient_l1': norms.l1,
+            'gradient_linf': norms.linf,
+        }
 
     return task.run(step, progress=task.wrap)
+
+
+def _probes(
+    forward: Forward,
+    variables: Variables,
+    layers: Iterable[neurons.NeuronLayer],
+    settings: config_lib.Neurons,
+    run: Callable[..., dict[str, np.ndarray]],
+    wrap: accuracy.Progress,
+    key: PRNGKeyArray,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Estimates of squared gradient norms: a probe serves all layers at once."""
+    names = tuple(layer.name for layer in layers)
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        found = neurons.probe_gradients(
+            forward,
+            variables,
+            data.to_float(batch.image),
+            key,
+            probes=settings.probes,
+            layers=names,
+            unit=settings.unit,
+            index=batch.index,
+        )
+        values = {f'{name} value': found[name].value for name in names}
+        return values | {f'{name} error': found[name].standard_error for name in names}
+
+    arrays = run(step, progress=wrap)
+    return {
+        name: {'gradient': arrays[f'{name} value'], 'gradient_error': arrays[f'{name} error']}
+        for name in names
+    }
 
 
 def _filtering(task: _Task) -> dict[str, Any]:
@@ -495,7 +522,9 @@ def _attack_through(task: _Task) -> dict[str, Any]:
     count = min(task.settings.attack_neurons, task.layer.neurons)
     # Images of undefined logits have no Delta; their neurons are left where they are.
     delta = np.nan_to_num(task.measured['delta'], nan=np.inf)
-    chosen, change = attacks.easiest_neurons(delta, statistics.mean, statistics.std(), count)
+    chosen, change = attacks.easiest_neurons(
+        delta, statistics.mean, statistics.std(), count, by=task.settings.ranking
+    )
     aims = parallel.replicate(
         task.mesh, {'neurons': np.asarray(chosen), 'delta': np.asarray(change)}
     )

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -57,8 +58,8 @@ class LayerReport:
       delta: Delta(i, x) `[M, N]`.
       flips_to: the class it flips to `[M, N]`.
       influence: signed influence on the predicted class `[M, N]`.
-      influence_groups: by the mean over images 1 for front neurons, -1 for tail neurons, else 0
-        `[N]`.
+      front: how many neurons of the largest influence are front neurons.
+      tail: how many of the smallest are tail neurons.
       clean: nodal-dropout responses on clean images.
       attacked: the same on attacked images.
       fragility: labels by the accuracy response on clean images.
@@ -71,6 +72,7 @@ class LayerReport:
       gradient_linf: its linf norm `[M, N]`.
       curves: synaptic filtering of the layer's kernel, for each kind of filter.
       through: the attacks through the easiest neurons of each image.
+      ranking: the score of Delta that ranks neurons, see `neurosens.neurons.scaled_sensitivity`.
       agreement_top: how many neurons count as those that matter most; 0 for a tenth of them.
     """
 
@@ -81,7 +83,8 @@ class LayerReport:
     delta: Float[np.ndarray, 'images neurons'] | None = None
     flips_to: Int[np.ndarray, 'images neurons'] | None = None
     influence: Float[np.ndarray, 'images neurons'] | None = None
-    influence_groups: Int[np.ndarray, ' neurons'] | None = None
+    front: int = 0
+    tail: int = 0
     clean: neurons.Response | None = None
     attacked: neurons.Response | None = None
     fragility: neurons.Fragility | None = None
@@ -94,6 +97,7 @@ class LayerReport:
     gradient_linf: Float[np.ndarray, 'images neurons'] | None = None
     curves: Mapping[str, filtering.Curve] = dataclasses.field(default_factory=dict)
     through: ThroughNeurons | None = None
+    ranking: str = 'scaled'
     agreement_top: int = 0
 
     def scaled_distance(self) -> Float[np.ndarray, 'images neurons']:
@@ -114,14 +118,32 @@ class LayerReport:
         )
         return neurons.mean_where_finite(np.asarray(score))
 
+    def sensitivity_rank(self) -> Int[np.ndarray, ' neurons']:
+        """Place of each neuron by its mean score where that is finite, 0 for the easiest `[N]`."""
+        assert self.delta is not None and self.statistics is not None
+        score = neurons.scaled_sensitivity(
+            self.delta, self.statistics.mean, self.statistics.std(), self.ranking
+        )
+        mean = jnp.asarray(neurons.mean_where_finite(np.asarray(score)))
+        order = np.asarray(neurons.ranking(mean))
+        return np.argsort(order).astype(np.int32)
+
+    def influence_groups(
+        self, influence: Float[np.ndarray, ' neurons']
+    ) -> Int[np.ndarray, ' neurons']:
+        """1 for front neurons, -1 for tail neurons, else 0, by one influence for each `[N]`."""
+        part = neurons.partition(jnp.asarray(influence), front=self.front, tail=self.tail)
+        return np.asarray(neurons.labels(part, self.layer.neurons))
+
     def importance(self) -> dict[str, Float[np.ndarray, ' neurons']]:
         """One value per neuron for each measure, larger where the neuron matters more.
 
         Returns:
           `sensitivity`: median over images of std / |Delta|, 0 where most images cannot be flipped;
           `influence`: mean of |influence|; `ablation` and `ablation_attacked`: rise of the loss
-          without the neuron; `targeting`: mean norm of its change under the attack;
-          `input_gradient`: root of the mean squared gradient norm.
+          without the neuron; `targeting`: mean l2 norm of its change under the attack, and
+          `targeting_relative` of that relative to the clean activation; `input_gradient`: root of
+          the mean squared l2 gradient norm.
         """
         values = {}
         if self.delta is not None:
@@ -137,8 +159,9 @@ class LayerReport:
             values['ablation'] = self.clean.loss
         if self.attacked is not None:
             values['ablation_attacked'] = self.attacked.loss
-        if 'l2' in self.targeting:
-            values['targeting'] = self.targeting['l2'].mean_score
+        for name, score in (('targeting', 'l2'), ('targeting_relative', 'relative_l2')):
+            if score in self.targeting:
+                values[name] = self.targeting[score].mean_score
         if self.gradient is not None:
             values['input_gradient'] = np.sqrt(self.gradient.mean(0))
         return values
@@ -187,9 +210,9 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `labels`, `predictions` `[M]`; `peak_activation` `[M, N]`;
       `mean`, `std` (ddof 1), `minimum`, `maximum`, `zero_share` `[N]`; `quantiles` `[Q, N]` at
       `quantile_levels` `[Q]`;
-      `delta`, `flips_to` `[M, N]`; `mean_scaled_delta` `[N]`;
+      `delta`, `flips_to` `[M, N]`; `mean_scaled_delta`, `sensitivity_rank` `[N]`;
       `influence` `[M, N]`, `class_influence` `[K, N]` (mean per label), `influence_groups` `[N]`
-      (1 front, 0 middle, -1 tail);
+      and `class_influence_groups` `[K, N]` (1 front, 0 middle, -1 tail of the means);
       `ablation_accuracy`, `ablation_loss`, `ablation_margin`, the same with `_attacked`, and
       `fragile`, `fragile_attacked` `[N]`, by the rules `fragile_rule`, `fragile_rule_attacked`;
       `shift` `[N]`; `target_<score>` (mean t_k) and `target_histogram_<score>` `[N]`,
@@ -198,7 +221,9 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `input_gradient_l1`, `input_gradient_linf`;
       `attack_neurons`, `attack_success`, `attack_reached`, `attack_gain` `[M, n]` and `attack_pgd`
       `[M]`, see `ThroughNeurons`;
-      `filtering_<kind>` `[T, 4]`: threshold, share present, accuracy clean and under FGSM.
+      `filtering_<kind>` `[T, 4]`: threshold, share present, accuracy clean and under FGSM;
+      `filtering_<kind>_baselines` `[2]`, those accuracies with nothing removed, and
+      `filtering_<kind>_scores` `[3]`, clean, adversarial and their difference.
     """
     found: dict[str, Any] = {'labels': report.labels, 'predictions': report.predictions}
     if (statistics := layer.statistics) is not None:
@@ -212,13 +237,18 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
         found['delta'], found['flips_to'] = layer.delta, layer.flips_to
         if statistics is not None:
             found['mean_scaled_delta'] = layer.mean_scaled_delta()
+            found['sensitivity_rank'] = layer.sensitivity_rank()
     if layer.influence is not None:
         found['influence'] = layer.influence
-        found['class_influence'] = neurons.class_influence(
+        of_classes = neurons.class_influence(
             layer.influence, report.labels, report.info.num_classes
         )
-    if layer.influence_groups is not None:
-        found['influence_groups'] = layer.influence_groups
+        found['class_influence'] = of_classes
+        found['influence_groups'] = layer.influence_groups(layer.influence.mean(0))
+        # A class without images has no groups.
+        found['class_influence_groups'] = np.stack(
+            [layer.influence_groups(row) * np.isfinite(row) for row in of_classes]
+        )
     for suffix, response, label in (
         ('', layer.clean, layer.fragility),
         ('_attacked', layer.attacked, layer.attacked_fragility),
@@ -247,8 +277,13 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
 
 
 def curve_arrays(curves: Mapping[str, filtering.Curve]) -> dict[str, np.ndarray]:
-    """Filtering sweeps as arrays `[T, 4]`: threshold, share present, accuracies clean, attacked."""
-    return {f'filtering_{kind}': np.stack(curve[:4], axis=1) for kind, curve in curves.items()}
+    """Filtering sweeps as arrays, with what their scores are made of; see `arrays`."""
+    found = {}
+    for kind, curve in curves.items():
+        found[f'filtering_{kind}'] = np.stack(curve[:4], axis=1)
+        found[f'filtering_{kind}_baselines'] = np.array(curve[4:6])
+        found[f'filtering_{kind}_scores'] = np.array(filtering.scores(curve))
+    return found
 
 
 def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
@@ -269,11 +304,12 @@ def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray
         for name, value in everything.items()
         if value.shape == (layer.layer.neurons,)
         and name not in ('labels', 'predictions', 'quantile_levels', 'attack_pgd')
+        and not name.startswith('filtering_')
     }
     if layer.delta is not None:
-        columns['median_absolute_delta'] = np.median(np.abs(layer.delta), axis=0)
+        columns['median_absolute_delta'] = _medians(np.abs(layer.delta))
         if layer.statistics is not None:
-            columns['median_scaled_distance'] = np.median(layer.scaled_distance(), axis=0)
+            columns['median_scaled_distance'] = _medians(layer.scaled_distance())
         columns['unreachable_share'] = np.isinf(layer.delta).mean(0)
     if layer.influence is not None:
         columns['mean_influence'] = layer.influence.mean(0)
@@ -283,6 +319,12 @@ def per_neuron(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray
         if values is not None:
             columns[f'input_gradient_{norm}'] = values.mean(0)
     return columns
+
+
+def _medians(values: Float[np.ndarray, 'images neurons']) -> Float[np.ndarray, ' neurons']:
+    """Medians over the images whose logits are defined `[N]`; NaN where there is none."""
+    values = values[~np.isnan(values).all(1)]
+    return np.median(values, axis=0) if len(values) else np.full(values.shape[1], np.nan)
 
 
 def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
@@ -305,8 +347,12 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
         if layer.delta is not None:
             flat[f'{base}/sensitivity_method'] = layer.method
             flat[f'{base}/unreachable_share'] = float(np.isinf(layer.delta).mean())
-            flat[f'{base}/median_absolute_delta'] = _finite(np.median(np.abs(layer.delta)))
-            flat[f'{base}/median_scaled_distance'] = _finite(np.median(layer.scaled_distance()))
+            for name, values in (
+                ('median_absolute_delta', np.abs(layer.delta)),
+                ('median_scaled_distance', layer.scaled_distance()),
+            ):
+                defined = values[~np.isnan(values).all(1)]
+                flat[f'{base}/{name}'] = _finite(np.median(defined)) if defined.size else None
         for name, label in (
             ('fragile', layer.fragility),
             ('fragile_attacked', layer.attacked_fragility),

@@ -48,7 +48,7 @@ _PLOTS = {
         'Curve and bars of the success of attacks through neurons; the table has the numbers.',
     ),
     'filtering_curves': (
-        'Accuracy while the weights of the kernel are filtered out by their size.',
+        'Accuracy while weights are filtered out by their values.',
         'Curves of accuracy against the share of weights; the table has the scores.',
     ),
 }

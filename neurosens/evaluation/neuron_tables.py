@@ -195,8 +195,8 @@ def filtering_table(curves: Mapping[str, filtering.Curve], filtered: str) -> Neu
         for kind, curve in curves.items()
     ]
     caption = (
-        'Accuracy while weights are filtered out by size, relative to the share of weights left: '
-        'negative is fragile, positive antifragile.'
+        'Accuracy while weights are filtered out by value, relative to the share of weights left: '
+        'below -0.05 is fragile, above 0.05 antifragile.'
     )
     header = [f'filtering {filtered}', *filtering.Scores._fields]
     return NeuronTable(caption, header, body)

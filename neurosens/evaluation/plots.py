@@ -60,7 +60,7 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
     for place, attack in enumerate(names):
         # Beyond the colours there are, other strokes.
         color = COLORS[place % len(COLORS)]
-        stroke = ('-', '--', ':')[place // len(COLORS) % 3]
+        stroke = ('-', '--', ':', '-.')[place // len(COLORS) % 4]
         if attack in distances:
             largest = max(o.eps for o in report.outcomes if o.attack == attack)
             marker, radii = '', np.linspace(0, largest, _RADII).tolist()

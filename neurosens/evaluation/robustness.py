@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from neurosens import attacks, data
+from neurosens import attacks, data, parallel
 from neurosens import config as config_lib
 from neurosens.evaluation import accuracy, masking
 from neurosens.forward import Forward, Variables
@@ -113,7 +114,8 @@ def evaluate(
         results do not depend on batches and devices.
       progress: from a label to a wrapper of an iterator of batches.
       ensemble_progress: called before each batch of AutoAttack, see `attacks.autoattack`.
-      directory: where AutoAttack notes finished work, to go on after an interruption.
+      directory: where AutoAttack notes finished work, to go on after an interruption with the same
+        settings.
       surrogate: another model and its variables, replicated: adds the attack `transfer`, which
         finds its images by PGD on that model, and a check of masking.
 
@@ -137,7 +139,11 @@ def evaluate(
                 _autoattack, name, forward, variables, source, mesh, settings, key, predictions
             )
             for eps in settings.eps:
-                notes = None if directory is None else directory / f'{name}-{settings.norm}-{eps:g}'
+                notes = None
+                if directory is not None:
+                    notes = (
+                        directory / f'{name}-{settings.norm}-{eps:g}-{_digest(settings, mesh, key)}'
+                    )
                 outcomes.append(ensemble(eps, notes, ensemble_progress))
             continue
         # What looks for the smallest perturbation finds the answer for all radii at once.
@@ -199,6 +205,14 @@ def _diagnose(
         index=held['index'],
         progress=progress,
     )
+
+
+def _digest(settings: config_lib.Evaluation, mesh: Mesh, key: PRNGKeyArray) -> str:
+    """Tells apart the settings whose unfinished AutoAttacks have nothing to say to each other."""
+    seed = np.asarray(jax.random.key_data(key).addressable_data(0)).tolist()
+    chosen = (settings.split, settings.limit, settings.auto_steps, settings.queries)
+    text = repr((*chosen, parallel.round_up(settings.batch_size, mesh), seed))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _held(batch: data.Batch) -> dict[str, Array]:
@@ -332,6 +346,15 @@ def make_attack(
         options = {'steps': settings.auto_steps, 'restarts': settings.restarts}
     elif name == 'fmn':
         method, options = attacks.fmn, {'steps': settings.auto_steps}
+    elif name == 'latent':
+        method = attacks.latent_attack
+        options = {
+            'layer': settings.layer,
+            'steps': settings.steps,
+            'restarts': settings.restarts,
+        }
+        if settings.step_size:
+            options['step_size'] = settings.step_size * eps
     elif name == 'noise':
         method, options = attacks.noise, {'restarts': settings.restarts}
     elif name == 'spatial':

@@ -69,7 +69,7 @@ class Curve(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a sweep says of the filtered weights: negative is fragile, positive antifragile.
+    """What a sweep says of the filtered weights: see `classify`.
 
     Attributes:
       clean: mean of relative clean accuracy minus the share of weights present.

@@ -135,6 +135,10 @@ def test_notes_of_another_attack_are_refused(net, tmp_path):
     ):
         with pytest.raises(ValueError, match=f'notes of another AutoAttack, .* in {names}; choose'):
             attack(net, directory=tmp_path, **{'attacks': ('apgd-ce',), **options})
+    # The same arrays, put to another use.
+    dimmed = with_input_transform(net.forward, lambda x: 0.9 * x)
+    with pytest.raises(ValueError, match=r'notes of another AutoAttack, .* in logits; choose'):
+        attack(net, forward=dimmed, directory=tmp_path, attacks=('apgd-ce',))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert json.loads((tmp_path / 'autoattack.json').read_text())['runs'] == ['apgd-ce']
 
@@ -155,7 +159,13 @@ def only_warning(result):
 
 
 def test_an_honest_model_warns_of_nothing(net):
-    assert attack(net, attacks=('apgd-ce',)).warnings == ()
+    assert attack(net, attacks=('apgd-ce', 'apgd-dlr')).warnings == ()
+
+
+def test_few_classes_are_named(net):
+    """The network has four."""
+    fewer = only_warning(attack(net, attacks=('fab-t',)))
+    assert fewer == 'With 4 classes fab-t aim at 3 of them, not at 9.'
 
 
 def test_random_models_are_found(net):
@@ -180,7 +190,7 @@ def test_missing_gradients_are_found(net):
     hidden = with_input_transform(net.forward, quantize)
     result = attack(net, forward=hidden, attacks=('apgd-ce', 'square'), queries=100)
     first, second = result.warnings
-    assert first.startswith('100.0% of the clean images have no gradient at all')
+    assert first.startswith('16 of 16 clean images have no gradient at all')
     assert second.startswith('Square broke')
     smooth = with_input_transform(net.forward, straight_through(quantize))
     assert attack(net, forward=smooth, attacks=('apgd-ce',)).warnings == ()
@@ -211,7 +221,9 @@ def test_two_classes_use_the_margin(linear, linear_forward):
         batch_size=4,
     )
     assert result.runs == ('apgd-ce', 'apgd-t 1', 'fab-t 1', 'square')
-    assert 'With 2 classes' in only_warning(result)
+    fewer, replaced = result.warnings
+    assert fewer == 'With 2 classes apgd-t and fab-t aim at 1 of them, not at 9.'
+    assert replaced.startswith('With 2 classes the DLR loss of apgd-t is not defined')
     np.testing.assert_array_equal(result.success, margin / np.linalg.norm(weight) < threat.eps)
 
 

@@ -131,8 +131,19 @@ def test_every_device_ends_once_its_own_examples_have_fallen(net, name, monkeypa
 
 
 # What each attack makes no smaller than on the clean image; the others keep or return the image.
-CROSS_ENTROPY = ('fgsm_rs', 'pgd', 'pgd_l0', 'mi_fgsm', 'ni_fgsm', 'apgd_l1')
-MARGIN = ('square', 'square_l1', 'noise')
+CROSS_ENTROPY = (
+    'fgsm_rs',
+    'pgd',
+    'pgd_l0',
+    'mi_fgsm',
+    'ni_fgsm',
+    'apgd_l1',
+    'noise',
+    'neuron',
+    'transfer',
+)
+DLR = ('apgd',)
+MARGIN = ('square', 'square_l1')
 NEAREST = ('fab', 'fmn', 'deepfool', 'carlini_wagner')
 judged = jax.jit(lambda forward, variables, x: forward(variables, x)[0])
 
@@ -173,11 +184,17 @@ def test_results_are_inside_the_threat_and_what_they_claim(net, name, seed, shar
     np.testing.assert_allclose(margin, fresh, rtol=1e-4, atol=1e-4)
     clear = np.abs(fresh) > 1e-4
     np.testing.assert_array_equal(success[clear], fresh[clear] < 0)
+    if name == 'activation':  # Of any image, whatever its class.
+        assert (np.asarray(result.activation) >= np.asarray(result.before) - 1e-4).all()
+        return
     wrong = logits.argmax(-1) != y
     np.testing.assert_array_equal(x_adv[wrong], x[wrong])
     if name in CROSS_ENTROPY:
         loss = optax.softmax_cross_entropy_with_integer_labels
         assert (success | (loss(after, y) >= loss(np.float64(logits), y) - 1e-4)).all()
+    elif name in DLR:
+        loss = jax.vmap(attacks.losses.dlr)
+        assert (success | (np.asarray(loss(after, y) - loss(logits, y)) >= -1e-4)).all()
     elif name in MARGIN:
         assert (fresh <= margins(np.float64(logits), y) + 1e-4).all()
     elif name in NEAREST:
@@ -195,6 +212,41 @@ def test_an_example_gets_the_same_result_in_any_order_and_company(net, name):
     for field in ('x_adv', 'success', 'margin'):
         ours, theirs = np.asarray(getattr(again, field)), np.asarray(getattr(whole, field))[rows]
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+def test_an_image_alone_and_a_single_step_are_enough(net, name):
+    """As in the batch, at the place that its index gives it."""
+    attack, norm, options = ATTACKS[name]
+    budgets = {key: 1 for key in ('steps', 'queries') if key in options}
+    attack = functools.partial(attack, threat=Threat(norm, EPS[norm]), **{**options, **budgets})
+    index = np.arange(BATCH)
+    whole = attack(net.forward, net.variables, net.x, net.y, KEY, index=index)
+    rows = slice(3, 4) if name != 'neuron' else slice(0, 1)
+    alone = attack(net.forward, net.variables, net.x[rows], net.y[rows], KEY, index=index[rows])
+    for field in ('x_adv', 'success', 'margin', 'queries'):
+        ours, theirs = np.asarray(getattr(alone, field)), np.asarray(getattr(whole, field))[rows]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+BALLS_ONLY = (
+    'apgd',
+    'square',
+    'fab',
+    'fmn',
+    'deepfool',
+    'carlini_wagner',
+    'neuron',
+    'latent',
+    'activation',
+)
+
+
+@pytest.mark.parametrize('name', BALLS_ONLY)
+def test_attacks_that_need_a_norm_refuse_to_count_pixels(net, name):
+    attack, _ = chosen(name)
+    with pytest.raises(ValueError, match='l0'):
+        attack(net.forward, net.variables, net.x, net.y, KEY, threat=Threat('l0', 4))
 
 
 class Net(nnx.Module):
@@ -241,6 +293,36 @@ def test_a_defended_half_precision_nnx_model_is_attacked_like_any_other(half, na
     success = np.asarray(result.success).reshape(BATCH)
     np.testing.assert_array_equal(success[clear], (logits.argmax(-1) != y)[clear])
     assert_edge_cases(name, half)
+
+
+@pytest.mark.parametrize('name', ['autoattack', 'spatial'])
+def test_ensembles_and_motions_take_any_model_too(half, name):
+    forward, state, x, y = half
+    if name == 'autoattack':
+        result = attacks.autoattack(
+            forward,
+            state,
+            np.asarray(x),
+            np.asarray(y),
+            KEY,
+            threat=Threat('linf', 0.1),
+            attacks=('apgd-ce', 'fab-t', 'square'),
+            steps=4,
+            queries=5,
+            batch_size=BATCH,
+        )
+    else:
+        motion = attacks.Motion(20.0, 0.2)
+        result = attacks.spatial(forward, state, x, y, KEY, threat=motion, draws=5)
+    x_adv = np.asarray(result.x_adv)
+    assert x_adv.dtype == np.float32 and x_adv.min() >= 0 and x_adv.max() <= 1
+    logits = np.float64(jax.jit(forward)(state, x_adv)[0])
+    top = np.sort(logits)
+    clear = top[:, -1] - top[:, -2] > 0.1
+    assert clear.any()
+    np.testing.assert_array_equal(
+        np.asarray(result.success)[clear], (logits.argmax(-1) != y)[clear]
+    )
 
 
 def assert_edge_cases(name, half):

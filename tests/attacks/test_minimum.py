@@ -141,6 +141,39 @@ def test_a_linear_model_is_fooled_at_its_margin_over_the_dual_norm(
     np.testing.assert_allclose(result.distance, expected, rtol=slack, atol=1e-4)
 
 
+def linear_classes(variables, x, edits=None, taps=()):
+    return x.reshape(len(x), -1) @ variables['kernel'], {}
+
+
+several = jax.tree_util.Partial(linear_classes)
+
+
+@pytest.mark.parametrize(('name', 'norm'), CASES)
+def test_of_several_linear_classes_the_nearest_boundary_is_found(name, norm):
+    generator = np.random.default_rng(3)
+    kernel = generator.normal(size=(12, 4)).astype(np.float32)
+    x = generator.normal(size=(16, 12)).astype(np.float32)
+    logits = np.float64(x) @ kernel
+    y = logits.argmax(-1)
+    method, rows = METHODS[name][0], np.arange(16)
+    if name == 'carlini_wagner':
+        method = functools.partial(method, step_size=0.003, steps=800)
+    variables = {'kernel': jnp.asarray(kernel)}
+    result = method(several, variables, x, y, jax.random.key(0), threat=Threat(norm, math.inf, BOX))
+    normals = np.float64(kernel.T[None] - kernel.T[y][:, None])
+    with np.errstate(invalid='ignore'):
+        distances = (logits[rows, y, None] - logits) / np.linalg.norm(normals, DUAL[norm], axis=-1)
+    distances[rows, y] = np.inf
+    expected = distances.min(-1)
+    # The nearest one is not always that of the runner-up.
+    assert (distances.argmin(-1) != np.argsort(logits)[:, -2]).any()
+    assert (result.distance >= expected * (1 - 1e-4)).all()
+    slack = {'fab': 0.02, 'deepfool': 0.021, 'fmn': 0.03, 'carlini_wagner': 0.05}[name]
+    near = np.asarray(result.distance) <= expected * (1 + slack) + 1e-4
+    # FMN and Carlini & Wagner follow the margin of the runner-up, and need not see a nearer class.
+    assert near.mean() >= {'fab': 1, 'deepfool': 1, 'fmn': 0.7, 'carlini_wagner': 0.7}[name]
+
+
 @pytest.mark.parametrize(('name', 'norm'), CASES)
 def test_results_are_consistent(net, name, norm):
     result = run(net, name, norm)

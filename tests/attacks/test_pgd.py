@@ -200,7 +200,7 @@ def test_of_several_classes_the_one_whose_margin_falls_fastest_is_reached(norm, 
         steps=20,
         loss='margin',
         start='clean',
-        share=1 / 3,
+        share=0.2,
     )
     drop = 0.2 * np.linalg.norm([1, 2], dual)
     np.testing.assert_allclose(result.margin, [1 - drop], rtol=1e-4)

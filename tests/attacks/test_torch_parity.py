@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from neurosens.attacks import Threat, fgsm, mi_fgsm, pgd
+from neurosens.attacks import Threat, apgd, fgsm, mi_fgsm, pgd
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 torchattacks = pytest.importorskip('torchattacks', reason='parity needs requirements-bench.txt')
@@ -76,6 +76,53 @@ def test_momentum_is_that_of_torchattacks(pair):
     mine = ours(pair, mi_fgsm, Threat('linf', 0.2), steps=10, step_size=0.03, momentum=0.9)
     expected = theirs(pair, lambda network: torchattacks.MIFGSM(network, 0.2, 0.03, 10, 0.9))
     assert_same(mine, expected, pair[3])
+
+
+@pytest.mark.parametrize('loss', ['cross_entropy', 'dlr'])
+def test_auto_pgd_is_that_of_torchattacks_from_the_same_start(pair, loss, monkeypatch):
+    """With its comparison of the first loss with 0, which ours makes only if asked.
+
+    In l2: steps of signs go either way where a pixel's gradient is nothing but rounding.
+    """
+    network, forward, variables, x, y = pair
+    eps, draws = 1.5, np.random.default_rng(0).normal(size=x.shape)
+    lengths = np.linalg.norm(draws.reshape(COUNT, -1), axis=1)[:, None, None, None]
+    start = np.clip(x + eps * draws / (lengths + 1e-12), 0, 1)
+    with jax.enable_x64(True):
+        result = apgd(
+            forward,
+            variables,
+            x,
+            y,
+            jax.random.key(0),
+            threat=Threat('l2', eps),
+            steps=100,
+            loss=loss,
+            start=start,
+            first_rises=True,
+        )
+        mine, success = np.asarray(result.x_adv), np.asarray(result.success)
+    kind = {'cross_entropy': 'ce', 'dlr': 'dlr'}[loss]
+    attack = torchattacks.APGD(network, norm='L2', eps=eps, steps=100, loss=kind)
+    images, labels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(np.int64(y))
+    rows = torch.from_numpy(draws.transpose(0, 3, 1, 2).copy())
+    monkeypatch.setattr(torch, 'randn', lambda shape: rows)
+    # Else it makes step sizes and notes losses in single precision.
+    torch.set_default_dtype(torch.float64)
+    try:
+        best, still_correct, _, last = attack.attack_single_run(images, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(success, ~still_correct.numpy())
+    assert 0 < success.sum() < COUNT
+    # It keeps the last iterate that fools and, apart, the one of the largest loss.
+    expected = np.where(success[:, None, None, None], *(
+        found.detach().numpy().transpose(0, 2, 3, 1) for found in (last, best)
+    ))  # fmt: skip
+    if loss == 'cross_entropy':
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-7)
+    # The ratio changes its classes on the way, and with them what rounding grows to.
+    assert np.abs(mine - expected).mean() < 2e-3
 
 
 @pytest.mark.parametrize(('norm', 'eps', 'size'), [('linf', 0.2, 0.05), ('l2', 2.0, 0.4)])

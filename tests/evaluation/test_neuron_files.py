@@ -27,7 +27,7 @@ IMAGES, CLASSES = 24, 10
 FIELDS = {
     'statistics': ('statistics', 'peak'),
     'sensitivity': ('statistics', 'peak', 'method', 'delta', 'flips_to'),
-    'influence': ('influence', 'influence_groups'),
+    'influence': ('influence', 'front', 'tail'),
     'ablation': ('clean', 'attacked', 'fragility', 'attacked_fragility'),
     'targeting': ('targeting', 'shift', 'clean', 'attacked', 'fragility', 'attacked_fragility'),
     'input_gradients': ('gradient', 'gradient_error', 'gradient_l1', 'gradient_linf'),
@@ -84,7 +84,8 @@ def make_layer(name, count, seed, labels):
         delta,
         flips_to,
         random.normal(size=shape).astype(np.float32),
-        np.sign(np.arange(count) - 1),
+        1,
+        2,
         responses[0],
         responses[1],
         neurons.fragility(responses[0].accuracy),
@@ -202,7 +203,7 @@ def test_table_of_all_neurons_is_exact(written, report):
 
 def test_agreement_has_every_pair_of_every_layer(written, report):
     rows = lines(written[0] / 'agreement.csv')
-    assert len(rows) == 6 * 5 // 2 + 1
+    assert len(rows) == 7 * 6 // 2 + 1
     agreement = report.layers[1].agreement()
     assert rows[-1]['layer'] == 'head:in' and rows[-1]['first'] == 'sensitivity'
     assert float(rows[-1]['rho']) == agreement.rho[0, 1]
@@ -374,7 +375,7 @@ def test_heatmap_is_in_the_order_of_the_first_measure(report):
     layer = report.layers[0]
     figure = draw(measure_plots.measure_heatmap(layer))
     shown = figure.axes[0].images[0].get_array()
-    assert shown.shape == (6, 6)
+    assert shown.shape == (7, 6)
     assert shown[0].tolist() == sorted(shown[0], reverse=True)
     order = [int(text.get_text()) for text in figure.axes[0].get_xticklabels()]
     influence = layer.importance()['influence']
@@ -415,7 +416,7 @@ def test_many_neurons_share_columns_and_bands():
     report = make_report((600,))
     layer = report.layers[0]
     heatmap = draw(measure_plots.measure_heatmap(layer))
-    assert heatmap.axes[0].images[0].get_array().shape == (6, 300)
+    assert heatmap.axes[0].images[0].get_array().shape == (7, 300)
     draw(sensitivity_plots.sensitivity_curve({'a': layer, 'b': make_report((30,)).layers[0]}))
     draw(measure_plots.targeting(layer))
 

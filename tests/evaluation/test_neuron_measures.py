@@ -218,13 +218,20 @@ def test_influence_on_probabilities_and_its_groups(model, source):
     assert (groups == 1).sum() == 2 and (groups == -1).sum() == 3
     assert mean[groups == 1].min() >= mean[groups == 0].max()
     assert mean[groups == -1].max() <= mean[groups == 0].min()
+    of_classes = evaluation.neuron_arrays(report, layer)['class_influence_groups']
+    assert of_classes.shape == (10, layer.layer.neurons)
+    for label, row in enumerate(of_classes):
+        rows = report.labels == label
+        assert (row == 1).sum() == (2 if rows.any() else 0)
+        if rows.any():
+            assert row[layer.influence[rows].mean(0).argmax()] == 1
 
 
 def test_a_small_layer_is_grouped_as_far_as_it_goes(model, source):
-    layer, _ = measure(model, source, 'influence', layer='act1', front=1, tail=5)
-    assert sorted(layer.influence_groups) == [-1, 1]
-    layer, _ = measure(model, source, 'influence', layer='act1', front=9, tail=5)
-    assert sorted(layer.influence_groups) == [1, 1]
+    for front, expected in ((1, [-1, 1]), (9, [1, 1])):
+        layer, report = measure(model, source, 'influence', layer='act1', front=front, tail=5)
+        groups = evaluation.neuron_arrays(report, layer)['influence_groups']
+        assert sorted(groups) == expected
 
 
 def test_agreement_counts_as_many_neurons_as_asked(model, source):
@@ -258,6 +265,60 @@ def test_filtering_of_the_network_reaches_every_kernel(model, source, tmp_path):
     assert 'filtering the whole network' in evaluation.neuron_table(report)
     facts = evaluation.neuron_facts(report)
     assert set(facts) >= {f'neurons/network/filtering_{kind}_clean' for kind in filtering.KINDS}
+
+
+def test_probes_of_all_layers_are_those_of_each(model, source):
+    settings = config.Neurons(
+        ('input_gradients',), ('conv1', 'head:in'), batch_size=4, limit=0, probes=3
+    )
+    mesh = parallel.data_mesh(1)
+    variables, shown = parallel.replicate(mesh, model[1]), []
+    report = evaluation.measure_neurons(
+        model[0],
+        variables,
+        source,
+        mesh,
+        settings,
+        jax.random.key(1),
+        split='test',
+        eps=EPS,
+        progress=lambda name: shown.append(name) or iter,
+    )
+    assert shown == ['predictions', 'input_gradients'], 'one pass for both'
+    expected = neurons.probe_gradients(
+        *model, jax.random.key(1), probes=3, layers=('conv1', 'head:in')
+    )
+    for found in report.layers:
+        estimate = expected[found.layer.name]
+        np.testing.assert_allclose(found.gradient, estimate.value, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            found.gradient_error, estimate.standard_error, rtol=1e-3, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize('direction', ['forward', 'reverse'])
+def test_the_exact_search_stops_at_its_limit(model, source, direction):
+    options = {'layer': 'act1', 'method': 'exact', 'direction': direction}
+    far = np.asarray(neurons.sensitivity(*model, **options).delta)
+    limit = float(np.median(np.abs(far[np.isfinite(far)])))
+    found, report = measure(model, source, 'sensitivity', search_limit=limit, **options)
+    expected = neurons.sensitivity(*model, limit=limit, **options)
+    np.testing.assert_allclose(found.delta, expected.delta, rtol=1e-3)
+    reached = np.isfinite(found.delta)
+    assert 0 < reached.mean() < 1 and np.abs(found.delta[reached]).max() <= limit
+    assert report.layers[0].method == 'exact'
+
+
+@pytest.mark.parametrize('ranking', ['scaled', 'absolute', 'scaled_absolute'])
+def test_neurons_are_ranked_by_the_score_asked_for(model, source, ranking):
+    settings = {'ranking': ranking, 'attack_neurons': 2, 'attack_steps': 1}
+    layer, report = measure(model, source, 'attack', layer='head:in', **settings)
+    mean, std = layer.statistics.mean, layer.statistics.std()
+    score = np.asarray(neurons.scaled_sensitivity(layer.delta, mean, std, ranking))
+    order = neurons.ranking(neurons.mean_where_finite(score))
+    rank = evaluation.neuron_arrays(report, layer)['sensitivity_rank']
+    np.testing.assert_array_equal(rank[order], np.arange(layer.layer.neurons))
+    np.testing.assert_array_equal(layer.through.neurons, neurons.ranking(score)[:, :2])
 
 
 def test_every_pass_over_the_images_has_a_bar_of_its_own(model, source):

@@ -96,6 +96,36 @@ def test_equals_the_smaller_network_without_the_filter(small_net):
         assert_ablation(result, neuron, logits_of(smaller, {'params': params}, x), y)
 
 
+def test_equals_the_smaller_network_without_the_hidden_neuron(small_net):
+    forward, variables, x, y, _ = small_net
+    result = ablation(forward, variables, x, y, layer='act3')
+    smaller = LinenForward(models.create('cnn', num_classes=5, features=(4, 6), hidden=(11,)))
+    for neuron in (0, 5, 11):
+        keep = np.delete(np.arange(12), neuron)
+        params = dict(variables['params'])
+        params['dense3'] = {name: leaf[..., keep] for name, leaf in params['dense3'].items()}
+        params['head'] = {**params['head'], 'kernel': params['head']['kernel'][keep]}
+        assert_ablation(result, neuron, logits_of(smaller, {'params': params}, x), y)
+
+
+def test_equals_the_smaller_network_without_the_normalised_filter(random_variables):
+    options = {'num_classes': 3, 'hidden': (), 'norm': 'batch'}
+    x = np.random.default_rng(2).normal(size=(8, 6, 6, 1)).astype(np.float32)
+    module = models.create('cnn', features=(4, 5), **options)
+    variables, y = random_variables(module, x), np.arange(8) % 3
+    result = ablation(LinenForward(module), variables, x, y, layer='act1')
+    smaller = LinenForward(models.create('cnn', features=(3, 5), **options))
+    for neuron in range(4):
+        keep = np.delete(np.arange(4), neuron)
+        params, statistics = dict(variables['params']), dict(variables['batch_stats'])
+        for part in ('conv1', 'norm1'):
+            params[part] = {name: leaf[..., keep] for name, leaf in params[part].items()}
+        statistics['norm1'] = {name: leaf[keep] for name, leaf in statistics['norm1'].items()}
+        params['conv2'] = {**params['conv2'], 'kernel': params['conv2']['kernel'][:, :, keep]}
+        without = {'params': params, 'batch_stats': statistics}
+        assert_ablation(result, neuron, logits_of(smaller, without, x), y)
+
+
 @pytest.mark.parametrize('norm', ['none', 'batch'])
 def test_the_weights_mode_equals_zeroed_weights(random_variables, norm):
     module = models.create('cnn', num_classes=3, features=(4,), hidden=(), norm=norm)

@@ -279,6 +279,23 @@ def test_one_neuron_is_all_there_is_to_explain(narrow):
     np.testing.assert_array_equal(influence(*narrow), [[4], [2], [0]])
 
 
+@pytest.mark.parametrize('method', ['closed_form', 'first_order', 'exact'])
+def test_the_only_neuron_flips_where_its_classes_meet(narrow, method):
+    """Logits (h + 1/2, 2h, -h) meet at h = 1/2 and, of the last two, at 0."""
+    result = sensitivity(*narrow, method=method, limit=10.0)
+    np.testing.assert_allclose(result.delta, [[-1.5], [-0.5], [0.5]], rtol=1e-4)
+    np.testing.assert_array_equal(result.flips_to, [[0], [0], [1]])
+
+
+@pytest.mark.parametrize('method', ['closed_form', 'first_order', 'exact'])
+def test_a_neuron_that_all_classes_weigh_alike_flips_nothing(narrow, method):
+    forward, variables, x = narrow
+    params = dict(variables['params'])
+    params['head'] = {**params['head'], 'kernel': np.full((1, 3), 0.5, np.float32)}
+    result = sensitivity(forward, {'params': params}, x, method=method)
+    assert np.isposinf(result.delta).all() and (np.asarray(result.flips_to) == -1).all()
+
+
 def test_without_the_only_neuron_the_bias_decides(narrow):
     y = np.array([1, 1, 0])
     for layer, mode in (('head:in', 'activation'), ('dense', 'weights')):

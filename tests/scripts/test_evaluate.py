@@ -203,7 +203,7 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     out, _ = scripts.run(
         'evaluate.py',
         f'--workdir={workdir}',
-        "--config.evaluation.attacks=('noise','mi_fgsm','fmn','autoattack')",
+        "--config.evaluation.attacks=('noise','mi_fgsm','fmn','latent','autoattack')",
         '--config.evaluation.norm=l2',
         '--config.evaluation.eps=(0.3,0.8)',
         '--config.evaluation.steps=4',
@@ -220,7 +220,7 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     for eps in ('0.3', '0.8'):
         accuracy = {
             name: results[f'robust_accuracy/{name}-l2-{eps}']
-            for name in ('noise', 'mi_fgsm', 'fmn', 'autoattack')
+            for name in ('noise', 'mi_fgsm', 'fmn', 'latent', 'autoattack')
         }
         assert clean >= accuracy['noise'] >= accuracy['autoattack']
         assert results[f'robust_accuracy/worst-l2-{eps}'] <= min(accuracy.values())
