@@ -219,8 +219,10 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport
         parameters = evaluation.calibrate_defense(
             job.model.forward, job.model.variables, job.benign, mesh, job.config.defense, key
         )
+    # On all devices of all processes, as what is saved together has to be.
+    parameters = parallel.replicate(mesh, parameters)
     defenses.save(job.workdir / 'defense', parameters)
-    with _ensemble_bar(job.values['progress']) as ensemble_progress:
+    with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
         defended = evaluation.evaluate_defense(
             job.model.forward,
             job.model.variables,
@@ -229,7 +231,7 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport
             job.config.evaluation,
             job.config.defense,
             key,
-            parameters=parallel.replicate(mesh, parameters),
+            parameters=parameters,
             progress=job.bars,
             ensemble_progress=ensemble_progress,
         )

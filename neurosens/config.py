@@ -638,6 +638,11 @@ def _check_ranges(config: Config) -> None:
                     f"{key} has 'carlini_wagner', which is for l2, but evaluation.norm is "
                     f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
                 )
+    if config.defense.name and evaluation.norm == 'spatial':
+        raise ConfigError(
+            f"defense.name is {config.defense.name!r} and evaluation.norm 'spatial', in which no "
+            'attack on a defence follows gradients; evaluate the defence in linf, l2 or l1.'
+        )
     for surrogate in config.defense.surrogates:
         if surrogate not in SURROGATES:
             raise ConfigError(_validate.unknown('defense.surrogates item', surrogate, SURROGATES))

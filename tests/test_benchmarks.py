@@ -280,7 +280,7 @@ class FakeWorker:
         return lambda: None
 
 
-MEASURES = ('sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+MEASURES = ('forward', 'sensitivity', 'influence', 'ablation', 'probes', 'gradients')
 SIZES = [f'width {size}' for size in neurons.WIDTHS] + [f'depth {size}' for size in neurons.DEPTHS]
 PROGRAM = {'flops': 1e9, 'collectives': {'all-reduce': 3}}
 DETAILS = {

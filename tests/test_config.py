@@ -198,10 +198,27 @@ def test_a_group_cannot_be_set_as_a_whole(group):
         ('evaluation.queries=0', 'evaluation.queries is 0; it must be at least 1'),
         ('evaluation.split=train', "Unknown evaluation.split 'train'; valid names are "),
         ('evaluation.attacks=("cw",)', "Unknown evaluation.attacks item 'cw'; valid names are "),
+        (
+            'neurons.fragile=often',
+            "Unknown neurons.fragile 'often'; valid names are mean, median, zero, a number.",
+        ),
+        ('neurons.ranking=size', "Unknown neurons.ranking 'size'; valid names are scaled, "),
+        ('neurons.ablation=mask', "Unknown neurons.ablation 'mask'; valid names are activation, "),
+        ('neurons.score=loss', "Unknown neurons.score 'loss'; valid names are logit, probability."),
+        ('neurons.search_limit=-1.0', 'neurons.search_limit is -1.0; it must be'),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(argument, sentence):
     assert refusal(f'--config.{argument}').startswith(sentence)
+
+
+def test_a_defence_is_not_evaluated_against_motions():
+    config = Config()
+    config.defense.name = 'pruning'
+    config.evaluation.norm, config.evaluation.attacks = 'spatial', ('spatial',)
+    config.defense.attacks = ('spatial',)
+    with pytest.raises(ConfigError, match='evaluate the defence in linf, l2 or l1'):
+        config_lib.validate(config)
 
 
 def float_keys():

@@ -43,6 +43,33 @@ def with_onednn():
     # What the other tests run with.
     rule = lowering._XLA_RULE
     mlir.register_lowering(primitives.conv_general_dilated_p, rule, platform='cpu')
+    lowering._use_cache(True)
+
+
+def test_nothing_is_serialised(tmp_path):
+    """XLA crashes where it writes such a program to the cache."""
+    changes = {
+        'jax_compilation_cache_dir': str(tmp_path),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    try:
+        for used in (False, True):
+            lowering._use_cache(used)
+            if used:  # The cache works where it is let to.
+                jax.jit(lambda x: 3 * x + 1)(jnp.ones(17)).block_until_ready()
+            else:
+                assert onednn.use_onednn()
+                images, kernel = jnp.ones((2, 9, 9, 8)), jnp.ones((3, 3, 8, 8))
+                options = {'strides': (1, 1), 'padding': ((1, 1), (1, 1))}
+                jax.jit(functools.partial(calls.convolve, **options))(images, kernel)
+            assert bool(list(tmp_path.iterdir())) == used
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        lowering._use_cache(False)
 
 
 def convolution(case):

@@ -31,7 +31,7 @@ class Settings:
       layer: name of the layer. One that has a kernel (such as `conv1`) is scaled with kernel and
         bias alike; behind a nonlinearity (`act1`) the activation is.
       unit: `'channel'` or `'unit'`.
-      strength: beta in [0, 1] for robust neurons; fragile ones may be amplified by more.
+      strength: beta in [0, 1], of fragile and robust neurons alike.
       rule: which neurons are fragile, `'mean'`, `'median'`, `'zero'`, as in `ablation.fragility`.
       renormalize: scale all alike afterwards so that the sum of squares over `norms` stays.
     """

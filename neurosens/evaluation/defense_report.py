@@ -172,6 +172,9 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             plots.save(control_figure(report), output.path('defense_controls.png'))
         if any(fooled for fooled, _ in _shown(report)):
             plots.save(shift_figure(report), output.path('defense_shifts.png'))
+    # What an earlier evaluation of another defence left would pass for this one's.
+    for stale in set(pathlib.Path(directory).glob('defense*.*')) - set(output.written):
+        stale.unlink()
     return output.written
 
 

@@ -20,7 +20,7 @@ _PLOTS = {
         'Curves of accuracy against the radius; the table has the numbers.',
     ),
     'defense_controls': (
-        'Share of the fooling images that moves of each size recover, the defence beside controls.',
+        'Share of the fooling images that moves of each size recover: controls of the defence.',
         'Curves of recovered images against the size of the move; the table has the numbers.',
     ),
     'defense_shifts': (

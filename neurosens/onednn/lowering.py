@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 
@@ -45,15 +46,21 @@ def use_onednn() -> bool:
     once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
     they are: of other types than float32, in other than two spatial dimensions, of single pixels,
     grouped, of dilated kernels, the gradients of kernels larger than 11 x 11 or of fewer than 32
-    pairs of channels, and where `shard_map` leaves some mesh axes automatic. `jax.export` cannot
-    serialise what is lowered so, and JAX's compilation cache cannot keep it: XLA fails at that, of
-    which JAX warns as of a `MemoryError`.
+    pairs of channels, and where `shard_map` leaves some mesh axes automatic. XLA cannot serialise
+    what is lowered so, and may crash where it tries: JAX's persistent compilation cache is turned
+    off, and `jax.export` must not be used.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
       not tested with, or where small convolutions differ from XLA's.
     """
-    if _DEVICES_NEEDED is None or not _available():
+    if _DEVICES_NEEDED is None:
+        return False
+    # Before the probe, which is such a program.
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    _use_cache(False)
+    if not _available():
+        _use_cache(cached)
         return False
     by_convolution = mlir.lower_fun(_convolution, multiple_results=False)
     by_products = mlir.lower_fun(_kernel_gradient, multiple_results=False)
@@ -74,6 +81,13 @@ def use_onednn() -> bool:
     _DEVICES_NEEDED.add(primitives.conv_general_dilated_p)
     mlir.register_lowering(primitives.conv_general_dilated_p, lower, platform='cpu')
     return True
+
+
+def _use_cache(used: bool) -> None:
+    """Whether what is compiled from now on goes through JAX's persistent cache, if there is one."""
+    jax.config.update('jax_enable_compilation_cache', used)
+    # JAX decides once, when it first compiles.
+    compilation_cache.reset_cache()
 
 
 @functools.cache

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neurosens.forward import EVERY_INPUT, EVERY_OUTPUT, Forward, Variables
 
 POSITIONS = ('post', 'pre')
-# Names of modules that are nonlinearities, such as `stage1_block1/act1` and `final_act`.
-_NONLINEARITY = re.compile(r'(^|_)(act|relu|gelu|silu|swish|elu|selu|celu|tanh|softplus)\d*$')
+# Names of modules that are nonlinearities, such as `stage1_block1/act1`, `act3_2` and `final_act`.
+_NONLINEARITY = re.compile(
+    r'(^|_)(act|relu|gelu|silu|swish|elu|selu|celu|tanh|softplus)(\d+(_\d+)*)?$'
+)
 
 
 class Regularizer(Protocol):

@@ -311,6 +311,9 @@ def _make_losses(
         }
         loss, outcome = shared.objective()
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
+        if regularizers:
+            # Else it is the loss.
+            metrics['objective'] = loss
         for term in regularizers:
             penalty, others = found[term.name]
             parts[term.name] = term.factor(step) * penalty

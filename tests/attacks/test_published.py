@@ -2,9 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 from neurosens import attacks, data, interop, parallel
 from neurosens.forward import LinenForward
+
+pytest.importorskip('torch', reason='the file of weights needs requirements-bench.txt')
 
 COUNT = 512
 

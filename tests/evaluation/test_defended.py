@@ -251,7 +251,9 @@ def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):
     assert transfer.passed is not None
     assert evaluation.defense_facts(report)['defense/masking/images'] == 8
     assert 'gradient masking' in evaluation.defense_table(report)
+    (tmp_path / 'defense_old.png').touch()
     evaluation.write_defense(report, tmp_path)
+    assert not (tmp_path / 'defense_old.png').exists()
     assert (tmp_path / 'defense_masking.csv').exists()
 
 

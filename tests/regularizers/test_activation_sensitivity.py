@@ -140,9 +140,14 @@ def test_every_nonlinearity_of_the_zoo_is_found():
     for name, options, count in (
         ('cnn', {'features': (2, 3), 'hidden': (4,)}, 3),
         ('mlp', {'hidden': (5, 4)}, 2),
+        ('lenet5', {}, 4),
+        ('cifar_resnet20', {}, 19),
+        # Eight convolutions; those for ImageNet have two wide dense layers besides.
+        ('vgg11', {}, 8),
+        ('vgg11', {'classifier': 'imagenet'}, 10),
     ):
         module = models.create(name, num_classes=3, **options)
-        x = np.zeros((2, 8, 8, 1), np.float32)
+        x = np.zeros((2, 32, 32, 3), np.float32)
         variables = jax.eval_shape(module.init, KEY, x)
         forward = LinenForward(module, {'train': False})
         # Traced alone: nothing is computed for the names.

@@ -214,6 +214,30 @@ def test_the_attack_may_see_the_statistics_of_the_batch(net):
 # ----------------------------------------------------------------------- weight perturbation
 
 
+@pytest.mark.parametrize('beta', [0.0, 3.0])
+@pytest.mark.parametrize('name', ['trades', 'mart'])
+def test_the_loss_is_the_formula_of_the_logits_it_saw(net, name, beta):
+    module, variables, x, y = net
+    loss, outcome = jax.jit(MAKERS[name](eps=0.1, beta=beta), static_argnums=0)(
+        module, variables, x, y, KEY
+    )
+    clean, attacked = (
+        np.exp(np.float64(jax.nn.log_softmax(logits)))
+        for logits in (outcome.clean_logits, outcome.logits)
+    )
+    own = np.arange(len(y)), np.asarray(y)
+    divergence = (clean * np.log(clean / attacked)).sum(-1)
+    assert divergence.min() > -1e-9 and divergence.max() > 1e-3
+    if name == 'trades':
+        expected = -np.log(clean[own]) + beta * divergence
+    else:
+        others = attacked.copy()
+        others[own] = 0
+        expected = -np.log(attacked[own]) - np.log(1.0001 - others.max(-1))
+        expected += beta * divergence * (1 - clean[own])
+    assert float(loss) == pytest.approx(expected.mean(), rel=1e-4)
+
+
 def test_weights_are_moved_uphill_by_their_share():
     params = {'kernel': jnp.arange(1.0, 7.0).reshape(2, 3), 'bias': jnp.ones(3)}
 
