@@ -64,7 +64,10 @@ class Subject:
                 return f'It needs --{option}.'
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
-            return f'It needs Python packages that are not installed: {", ".join(missing)}.'
+            return (
+                f'It needs Python packages that are not installed, {", ".join(missing)}; '
+                'requirements-bench.txt and requirements-bench-nodeps.txt have them.'
+            )
         if device and device not in self.devices:
             return f'It does not run on a {device}.'
         return ''
