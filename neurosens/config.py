@@ -242,7 +242,7 @@ class Neurons:
 
 FRAGILE_RULES = ('mean', 'median', 'zero')
 SURROGATES = ('straight_through', 'soft', 'candidates')
-PRUNED_BY = ('sensitivity', 'influence', 'ablation', 'input_gradients')
+PRUNED_BY = ('sensitivity', 'scaled_sensitivity', 'influence', 'ablation', 'input_gradients')
 
 
 @dataclasses.dataclass
@@ -254,7 +254,9 @@ class Defense:
         none. The parameters are kept in `defense` of the work directory.
       options: settings of that defence, as in `neurosens.defenses.<name>.Settings`.
       images: images of the training split that it is calibrated on; 0 means all.
-      measure: what pruning ranks neurons by, 'sensitivity', 'influence', 'ablation' or
+      measure: what pruning ranks neurons by, 'sensitivity' (median of std / |Delta|),
+        'scaled_sensitivity' (the paper's: absolute mean of (Delta - mean) / std where finite, the
+        smallest first), 'influence' (mean absolute one), 'ablation' (rise of the loss) or
         'input_gradients'.
       attacks: attacks made on the defended model besides those of `evaluation.attacks`.
       surrogates: what inverse perturbation is attacked through besides its exact gradient:

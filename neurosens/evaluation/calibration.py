@@ -94,13 +94,14 @@ def calibrate_defense(
             forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
         )
     measure = 'ablation' if isinstance(chosen, rescaling.Settings) else settings.measure
+    by_scaled_delta = measure == 'scaled_sensitivity'
     report = neuron_measures.measure(
         forward,
         variables,
         source,
         mesh,
         config_lib.Neurons(
-            measures=(measure,),
+            measures=('sensitivity' if by_scaled_delta else measure,),
             layers=(chosen.layer,),
             unit=chosen.unit,
             limit=settings.images,
@@ -112,6 +113,9 @@ def calibrate_defense(
     )
     (layer,) = report.layers
     if isinstance(chosen, pruning.Settings):
+        if by_scaled_delta:
+            # The smallest is the most sensitive.
+            return pruning.calibrate(-np.abs(layer.mean_scaled_delta()), settings=chosen)
         name = {'input_gradients': 'input_gradient'}.get(measure, measure)
         return pruning.calibrate(layer.importance()[name], settings=chosen)
     assert layer.clean is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,7 +16,6 @@ from neurosens.evaluation.defended import (
     GROUPS,
     STATIC,
     DefenseReport,
-    success_rate,
 )
 from neurosens.evaluation.report import aligned
 
@@ -60,17 +59,37 @@ def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int
     return result
 
 
-def rates(report: DefenseReport) -> dict[str, float]:
-    """Defence success rate against each static attack: recovered / fooled.
+class Rate(NamedTuple):
+    """Defence success rate against one attack.
 
-    The denominator are the attacked images that the undefended model gets wrong, of those it gets
-    right clean.
+    Attributes:
+      recovered: images that the defended model gets right, clean and attacked, of those fooled.
+      fooled: attacked images that the undefended model gets wrong, of those it gets right clean.
+      interval: recovered / fooled with its 95 % Wilson interval; None where nothing was fooled.
     """
-    return {
-        outcome.name.removeprefix(f'{STATIC}/'): success_rate(outcome.fooled, ~outcome.success)
-        for outcome in report.outcomes
-        if outcome.fooled is not None
-    }
+
+    recovered: int
+    fooled: int
+    interval: metrics.Interval | None
+
+    def __str__(self) -> str:
+        """Such as `'14.3 (4.0 - 39.9), 2 of 14'`, in per cent."""
+        if self.interval is None:
+            return '-'
+        value, low, high = (100 * part for part in self.interval)
+        return f'{value:.1f} ({low:.1f} - {high:.1f}), {self.recovered:,} of {self.fooled:,}'
+
+
+def rates(report: DefenseReport) -> dict[str, Rate]:
+    """Defence success rate against each static attack, by its name."""
+    found = {}
+    for outcome in report.outcomes:
+        if outcome.fooled is not None:
+            recovered = int((outcome.fooled & ~outcome.success).sum())
+            fooled = int(outcome.fooled.sum())
+            interval = metrics.wilson_interval(recovered, fooled) if fooled else None
+            found[outcome.name.removeprefix(f'{STATIC}/')] = Rate(recovered, fooled, interval)
+    return found
 
 
 def defense_table(report: DefenseReport) -> str:
@@ -88,8 +107,9 @@ def defense_table(report: DefenseReport) -> str:
     )
     found = rates(report)
     if found:
-        body = [[name, _percent(rate)] for name, rate in found.items()]
-        lines += ['', *aligned(['recovered of what fooled the undefended model', '%'], body)]
+        body = [[name, str(rate)] for name, rate in found.items()]
+        title = 'recovered of what fooled the undefended model'
+        lines += ['', *aligned([title, '% (95 % interval), images'], body)]
     for moves in report.moves:
         sizes = list(next(iter(moves.controls.values())))
         body = [
@@ -131,7 +151,11 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         flat[f'defense/{key}/low'] = interval.low
         flat[f'defense/{key}/high'] = interval.high
     for name, rate in rates(report).items():
-        flat[f'defense/success_rate/{name}'] = None if np.isnan(rate) else rate
+        key = f'defense/success_rate/{name}'
+        flat[key] = None if rate.interval is None else rate.interval.value
+        if rate.interval is not None:
+            flat[f'{key}/low'], flat[f'{key}/high'] = rate.interval.low, rate.interval.high
+        flat[f'{key}/recovered'], flat[f'{key}/fooled'] = rate.recovered, rate.fooled
     for moves in report.moves:
         key = moves.attack.removeprefix(f'{STATIC}/')
         for name, by_size in moves.controls.items():
@@ -164,7 +188,8 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for key, interval, count in defense_rows(report):
                 writer.writerow([key, *interval, count])
             for name, rate in rates(report).items():
-                writer.writerow([f'success_rate/{name}', rate, '', '', ''])
+                interval = rate.interval or ('', '', '')
+                writer.writerow([f'success_rate/{name}', *interval, rate.fooled])
         if report.diagnosis is not None:
             masking.write_masking(report.diagnosis, output.path('defense_masking.csv'))
         plots.save(accuracy_figure(report), output.path('defense.png'))

@@ -52,11 +52,10 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
             [[key, share_text(interval)] for key, interval, _ in defense_rows(report)],
         ),
     ]
-    recovered = [[name, _percent(rate)] for name, rate in rates(report).items()]
+    recovered = [[name, str(rate)] for name, rate in rates(report).items()]
     if recovered:
-        blocks.append(
-            Table('Recovered of what fooled the undefended model', ['attack', '%'], recovered)
-        )
+        caption = 'Recovered, in %, of what fooled the undefended model, with 95 % Wilson intervals'
+        blocks.append(Table(caption, ['attack', 'recovered'], recovered))
     for moves in report.moves:
         sizes = list(next(iter(moves.controls.values())))
         blocks.append(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neurosens import attacks, config, data, defenses, evaluation, parallel
+from neurosens import attacks, config, data, defenses, evaluation, neurons, parallel
 from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.forward import LinenForward
 
@@ -190,6 +190,18 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
             ~next(o for o in report.outcomes if o.name == 'static/pgd-linf-0.12').success,
         )
     )
+    outcome = next(o for o in report.outcomes if o.name == 'static/pgd-linf-0.12')
+    fooled, recovered = (
+        int(flags.sum()) for flags in (outcome.fooled, outcome.fooled & ~outcome.success)
+    )
+    assert fooled > 0
+    assert facts['defense/success_rate/pgd-linf-0.12/fooled'] == fooled
+    assert facts['defense/success_rate/pgd-linf-0.12/recovered'] == recovered
+    low, value, high = (
+        facts[f'defense/success_rate/pgd-linf-0.12{end}'] for end in ('/low', '', '/high')
+    )
+    assert low <= value <= high and high - low > 0.05
+    assert f', {recovered:,} of {fooled:,}' in text
     written = evaluation.write_defense(report, tmp_path)
     names = {path.name for path in written}
     assert names == {'defense.csv', 'defense.png', 'defense_controls.png', 'defense_shifts.png'}
@@ -221,6 +233,25 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     assert report.moves == () and report.passes == 1
     assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square', 'transfer'}
     evaluation.defense_table(report)
+
+
+def test_pruning_by_the_papers_score_takes_the_smallest_mean_scaled_delta(problem):
+    forward, variables, source = problem
+    settings = config.Defense(
+        name='pruning', options={'count': 5}, images=0, measure='scaled_sensitivity'
+    )
+    mesh = parallel.data_mesh(1)
+    parameters = evaluation.calibrate_defense(
+        forward, variables, source, mesh, settings, jax.random.key(0), batch_size=60
+    )
+    x = source.images / np.float32(255)
+    features = np.float64(forward(variables, x, taps=('head:in',))[1]['head:in'])
+    delta = np.float64(neurons.sensitivity(forward, variables, x).delta)
+    score = (delta - features.mean(0)) / features.std(0, ddof=1)
+    mean = np.nanmean(np.where(np.isfinite(score), score, np.nan), axis=0)
+    np.testing.assert_array_equal(
+        np.flatnonzero(parameters.removed), np.sort(np.argsort(np.abs(mean))[:5])
+    )
 
 
 def test_smallest_perturbations_count_inside_the_radius_only(problem):
