@@ -1,0 +1,70 @@
+"""Every regularizer is the same compiled or not, and on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurosens import models, parallel
+from neurosens.forward import LinenForward
+from neurosens.training import REGULARIZERS
+
+KEY = jax.random.key(4)
+CASES = {name: (name, {}) for name in REGULARIZERS}
+CASES |= {
+    f'activation_sensitivity {estimator}': ('activation_sensitivity', {'estimator': estimator})
+    for estimator in ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference', 'exact')
+}
+CASES |= {
+    'jacobian exact': ('jacobian', {'projections': -1}),
+    'direct_sensitivity of channels': ('direct_sensitivity', {'layer': 'act1', 'top': 2}),
+}
+
+
+@pytest.fixture(scope='module')
+def net():
+    """A small convolutional network whose labels it mostly gets right, and 16 images."""
+    module = models.create('cnn', num_classes=4, features=(3,), hidden=(6,))
+    x = jax.random.uniform(KEY, (16, 6, 6, 1))
+    variables = jax.jit(module.init)(jax.random.key(1), x)
+    forward = LinenForward(module, {'train': False})
+    y = jnp.where(jnp.arange(16) < 12, forward(variables, x)[0].argmax(-1), 0)
+    return forward, variables, x, y
+
+
+def value_and_gradient(case, forward):
+    name, options = CASES[case]
+    regularizer = REGULARIZERS[name](**options)
+
+    def penalty(params, x, y, key):
+        return regularizer(forward, {'params': params}, x, y, key)[0]
+
+    return jax.value_and_grad(penalty)
+
+
+def assert_same(one, other, tolerance):
+    value, gradient = one
+    np.testing.assert_allclose(value, other[0], rtol=tolerance)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    assert largest > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest),
+        gradient,
+        other[1],
+    )
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_it_is_the_same_compiled_or_not_and_on_one_or_eight_devices(net, case):
+    forward, variables, x, y = net
+    function = value_and_gradient(case, forward)
+    compiled = jax.jit(function)
+    alone = compiled(variables['params'], x, y, KEY)
+    assert np.isfinite(alone[0])
+    # A difference of nearly equal activations is as exact as these are.
+    tolerance = 1e-3 if 'finite' in case else 1e-5
+    assert_same(alone, function(variables['params'], x, y, KEY), tolerance)
+    mesh = parallel.data_mesh()
+    params, key = parallel.replicate(mesh, (variables['params'], KEY))
+    split = compiled(params, *parallel.shard(mesh, (np.asarray(x), np.asarray(y))), key)
+    assert_same(alone, split, tolerance)
