@@ -159,8 +159,8 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
     for moves in report.moves:
         key = moves.attack.removeprefix(f'{STATIC}/')
         for name, by_size in moves.controls.items():
-            for size, rate in by_size.items():
-                flat[f'defense/control/{key}/{name}/{size:g}'] = None if np.isnan(rate) else rate
+            for size, share in by_size.items():
+                flat[f'defense/control/{key}/{name}/{size:g}'] = None if np.isnan(share) else share
         for layer, by_group in moves.shifts.items():
             for group, values in by_group.items():
                 mean = float(np.mean(values)) if len(values) else None
@@ -188,8 +188,8 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for key, interval, count in defense_rows(report):
                 writer.writerow([key, *interval, count])
             for name, rate in rates(report).items():
-                interval = rate.interval or ('', '', '')
-                writer.writerow([f'success_rate/{name}', *interval, rate.fooled])
+                cells = ('', '', '') if rate.interval is None else rate.interval
+                writer.writerow([f'success_rate/{name}', *cells, rate.fooled])
         if report.diagnosis is not None:
             masking.write_masking(report.diagnosis, output.path('defense_masking.csv'))
         plots.save(accuracy_figure(report), output.path('defense.png'))
