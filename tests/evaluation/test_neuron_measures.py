@@ -32,20 +32,18 @@ def model(source):
     return forward, {'params': params}, x
 
 
+def report_on(model, source, settings, **options):
+    """The whole report, from a single device."""
+    mesh = parallel.data_mesh(1)
+    variables = parallel.replicate(mesh, model[1])
+    problem = (model[0], variables, source, mesh, settings, jax.random.key(1))
+    return evaluation.measure_neurons(*problem, split='test', eps=EPS, **options)
+
+
 def measure(model, source, *measures, layer, **settings):
     """The report of one layer, and the whole one, from batches of which the last is padded."""
     settings = config.Neurons(measures, (layer,), batch_size=4, limit=0, **settings)
-    mesh = parallel.data_mesh(1)
-    report = evaluation.measure_neurons(
-        model[0],
-        parallel.replicate(mesh, model[1]),
-        source,
-        mesh,
-        settings,
-        jax.random.key(1),
-        split='test',
-        eps=EPS,
-    )
+    report = report_on(model, source, settings)
     assert [found.layer.name for found in report.layers] == [layer]
     return report.layers[0], report
 
@@ -271,19 +269,8 @@ def test_probes_of_all_layers_are_those_of_each(model, source):
     settings = config.Neurons(
         ('input_gradients',), ('conv1', 'head:in'), batch_size=4, limit=0, probes=3
     )
-    mesh = parallel.data_mesh(1)
-    variables, shown = parallel.replicate(mesh, model[1]), []
-    report = evaluation.measure_neurons(
-        model[0],
-        variables,
-        source,
-        mesh,
-        settings,
-        jax.random.key(1),
-        split='test',
-        eps=EPS,
-        progress=lambda name: shown.append(name) or iter,
-    )
+    shown = []
+    report = report_on(model, source, settings, progress=lambda name: shown.append(name) or iter)
     assert shown == ['predictions', 'input_gradients'], 'one pass for both'
     expected = neurons.probe_gradients(
         *model, jax.random.key(1), probes=3, layers=('conv1', 'head:in')
@@ -333,19 +320,7 @@ def test_every_pass_over_the_images_has_a_bar_of_its_own(model, source):
         return wrap
 
     settings = config.Neurons(('influence', 'ablation'), ('act1', 'head:in'), batch_size=4, limit=9)
-    mesh = parallel.data_mesh(1)
-    variables = parallel.replicate(mesh, model[1])
-    evaluation.measure_neurons(
-        model[0],
-        variables,
-        source,
-        mesh,
-        settings,
-        jax.random.key(1),
-        split='test',
-        eps=EPS,
-        progress=progress,
-    )
+    report_on(model, source, settings, progress=progress)
     names = [
         f'{layer} {kind}' for layer in ('act1', 'head:in') for kind in ('influence', 'ablation')
     ]
