@@ -44,6 +44,11 @@ def with_fast_input_gradients(function: F) -> F:
     these. Forward mode is not supported; leave functions that are differentiated in it as they are.
     On other platforms the function is returned as it is.
 
+    Where parameters are differentiated too, rewrite a function of the whole batch and not one that
+    is mapped over examples: kernel gradients of single examples become grouped convolutions, which
+    XLA:CPU partitions wrongly when the batch is split over devices (so does `vmap(grad(loss))` over
+    examples without this function).
+
     Args:
       function: a traceable function of array pytrees, such as the loss of one image.
 
