@@ -107,6 +107,7 @@ class Job(NamedTuple):
       other: the model whose neurons are shown beside, or None.
       surrogate: the model that transferred images are made on, or None.
       benign: images that a defence is calibrated on, or None without a defence.
+      population: data sets that statistics of neurons are taken over, empty for that of `source`.
     """
 
     config: config_lib.Config
@@ -118,6 +119,7 @@ class Job(NamedTuple):
     other: training.TrainedModel | None
     surrogate: training.TrainedModel | None
     benign: data.Source | None
+    population: tuple[data.Source, ...]
 
     @property
     def split(self) -> str:
@@ -189,7 +191,8 @@ def _open(arguments: Sequence[str]) -> Job:
     for each in filter(None, (model, other)):
         if config.neurons.measures:
             evaluation.neuron_layers(each.forward, each.variables, source.info, config.neurons)
-    return Job(config, values, workdir, model, origin, source, other, surrogate, benign)
+    population = tuple(map(images, config.neurons.statistics_splits))
+    return Job(config, values, workdir, model, origin, source, other, surrogate, benign, population)
 
 
 def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessReport:
@@ -234,6 +237,7 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport
             parameters=parameters,
             progress=job.bars,
             ensemble_progress=ensemble_progress,
+            directory=job.notes,
         )
     if parallel.is_primary():
         print(f'\n{evaluation.defense_table(defended)}')
@@ -259,6 +263,7 @@ def _measure(
         key=parallel.replicate(mesh, key),
         split=job.split,
         eps=settings.eps or _linf_radius(job.config.evaluation),
+        population=job.population,
     )
     found = measure(job.model.forward, job.model.variables, settings=settings, progress=job.bars)
     if parallel.is_primary():

@@ -5,7 +5,8 @@
 SUBJECT is one of
 
     defended    inverse perturbation, compress/amplify and pruning: static and adaptive attacks
-    curves      accuracy against the strength of compress/amplify and the number of pruned neurons
+    curves      accuracy against the size of inverse perturbation, the strength of compress/amplify
+                and the number of pruned neurons
     fragile     fragile and robust first filters, and whether FGSM targets them
 
 Attacks on what a curve shows are made anew on every rescaled or pruned model. Every part is kept in
@@ -15,6 +16,7 @@ the output folder, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,13 +27,14 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness, published
 from neurosens import config, data, evaluation, parallel
-from neurosens.defenses import pruning, rescaling
+from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import plots
 
 BATCH_SIZE = 128
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MEASURES = ('sensitivity', 'ablation')
+MEASURES = ('scaled_sensitivity', 'sensitivity', 'ablation')
 ORDERS = ('most', 'least', 'random')
+INVERSE = 'inverse_perturbation'
 
 
 class Setting(NamedTuple):
@@ -40,6 +43,9 @@ class Setting(NamedTuple):
     Attributes:
         eps: linf radii.
         images: test images of the evaluation of defences.
+        attacks: made on the undefended and on the defended model.
+        steps: of PGD and Auto-PGD.
+        queries: of Square.
         curve_images: test images of a point of a curve.
         front: layer behind whose neurons inverse perturbation stands.
         first: first layer, behind its nonlinearity, and the one with its kernel.
@@ -49,6 +55,9 @@ class Setting(NamedTuple):
 
     eps: tuple[float, ...]
     images: int
+    attacks: tuple[str, ...]
+    steps: int
+    queries: int
     curve_images: int
     front: str
     first: tuple[str, str]
@@ -59,6 +68,9 @@ class Setting(NamedTuple):
 _MNIST = Setting(
     (0.1, 0.3),
     256,
+    ('fgsm', 'pgd', 'autoattack'),
+    100,
+    1000,
     512,
     'act2',
     ('act1', 'conv1'),
@@ -71,6 +83,9 @@ SETTINGS = {
     'resnet20': Setting(
         (0.5 / 255, 2 / 255),
         64,
+        ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square'),
+        20,
+        1000,
         128,
         'head:in',
         ('act1', 'conv1'),
@@ -132,7 +147,7 @@ def defended(problem: Problem, folder: pathlib.Path) -> str:
     setting = problem.setting
     few = setting.prune[1]
     options: dict[str, dict[str, Any]] = {
-        'inverse_perturbation': {'layers': (setting.front,), 'rho': setting.rho},
+        INVERSE: {'layers': (setting.front,), 'rho': setting.rho},
         'rescaling': {'layer': setting.first[0], 'strength': 0.5},
         'pruning': {'count': few},
     }
@@ -144,36 +159,28 @@ def defended(problem: Problem, folder: pathlib.Path) -> str:
         )
         for eps in setting.eps:
             threat = f'linf-{eps:.3g}'
-            undefended = min(
-                value
-                for key, value in facts.items()
-                if key.startswith('defense/undefended/')
-                and key.endswith(threat)
-                and isinstance(value, float)
-            )
-            square = facts[f'defense/adaptive/square-{threat}']
-            rate = facts.get(f'defense/success_rate/pgd-{threat}')
+            pgd = f'defense/success_rate/pgd-{threat}'
             cells = (
                 facts['defense/undefended/clean_accuracy'],
                 facts['defense/clean_accuracy'],
-                undefended,
+                facts[f'defense/worst/undefended-{threat}'],
                 facts[f'defense/worst/static-{threat}'],
-                rate,
-                square,
+                facts.get(pgd),
                 facts[f'defense/worst/all-{threat}'],
             )
             cost = f'{facts["defense/relative_cost"]:.1f}'
-            rows.append((name, threat, *map(_percent, cells), cost))
+            shown = [_percent(cell) for cell in cells]
+            shown[4] += f' of {facts[f"{pgd}/fooled"]}'
+            rows.append((name, threat, *shown, cost))
     header = (
         'Defence',
         'threat',
         'clean, undefended',
         'clean',
-        'undefended, FGSM and PGD',
+        'undefended, all attacks',
         'the same images, defended',
         'recovered of PGD',
-        'Square on the defence',
-        'all attacks',
+        'all attacks on the defence',
         'cost',
     )
     return harness.markdown_table(header, rows)
@@ -186,7 +193,13 @@ def _percent(share: float | None) -> str:
 def _defended(
     problem: Problem, name: str, options: dict[str, Any], folder: pathlib.Path
 ) -> dict[str, Any]:
-    settings = config.Defense(name=name, options=options)
+    settings = config.Defense(
+        name=name,
+        options=options,
+        attacks=(),
+        surrogates=('straight_through', 'soft'),
+        surrogate_attacks=('pgd', 'apgd_dlr'),
+    )
     parameters = _calibrated(problem, settings)
     report = evaluation.evaluate_defense(
         problem.forward,
@@ -196,11 +209,11 @@ def _defended(
         config.Evaluation(
             batch_size=BATCH_SIZE,
             limit=problem.setting.images,
-            attacks=('fgsm', 'pgd'),
+            attacks=problem.setting.attacks,
             eps=problem.setting.eps,
-            steps=20,
-            auto_steps=20,
-            queries=200,
+            steps=problem.setting.steps,
+            auto_steps=problem.setting.steps,
+            queries=problem.setting.queries,
             masking_images=64,
         ),
         settings,
@@ -216,7 +229,7 @@ def _defended(
 
 
 def curves(problem: Problem, folder: pathlib.Path) -> str:
-    """Rescales and prunes by degrees; returns a Markdown table and writes a plot."""
+    """Moves, rescales and prunes by degrees; returns a Markdown table and writes a plot."""
     found = _kept(folder / f'{problem.name}_curves.json', lambda: _curves(problem))
     rows = [
         (name, degree, *(_percent(values[kind]) for kind in ('clean', 'fgsm', 'pgd', 'apgd')))
@@ -233,22 +246,32 @@ def curves(problem: Problem, folder: pathlib.Path) -> str:
 def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
     setting = problem.setting
     changed: dict[str, dict[str, Any]] = {}
+    options = {'layers': (setting.front,), 'rho': setting.rho}
+    moving = _calibrated(problem, config.Defense(name=INVERSE, options=options))
+    for rho in (0.0, *setting.rho):
+        # Directions do not depend on how far images are moved along them.
+        chosen = dataclasses.replace(moving.settings, rho=(rho,))
+        parameters = dataclasses.replace(moving, settings=chosen)
+        changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = inverse_perturbation.apply(
+            parallel.replicate(problem.mesh, parameters), problem.forward
+        )
     report = _measure(problem, setting.first[0], ('ablation',))
     assert report.clean is not None
     for strength in STRENGTHS:
-        chosen = rescaling.Settings(layer=setting.first[0], strength=strength)
-        parameters = rescaling.calibrate(report.clean.accuracy, settings=chosen)
-        label = 'compress/amplify'
-        changed.setdefault(label, {})[f'{strength:g}'] = rescaling.apply(
-            parameters, problem.forward
+        rescaled = rescaling.calibrate(
+            report.clean.accuracy,
+            settings=rescaling.Settings(layer=setting.first[0], strength=strength),
         )
-    last = _measure(problem, 'head:in', MEASURES)
+        changed.setdefault('compress/amplify', {})[f'{strength:g}'] = rescaling.apply(
+            rescaled, problem.forward
+        )
+    last = _measure(problem, 'head:in', ('sensitivity', 'ablation'))
     for measure in MEASURES:
         for order in ORDERS if measure == MEASURES[0] else ORDERS[:2]:
             label = order if order == 'random' else f'{order} {measure}'
             for count in setting.prune:
                 pruned = pruning.calibrate(
-                    last.importance()[measure],
+                    evaluation.pruning_scores(last, measure),
                     settings=pruning.Settings(count=count, order=order),
                 )
                 changed.setdefault(f'prune {label}', {})[str(count)] = pruning.apply(
@@ -303,32 +326,40 @@ def curve_figure(
     found: Mapping[str, Mapping[str, Mapping[str, float]]], problem: Problem
 ) -> Figure:
     """Accuracy against degree, clean and attacked."""
-    figure = Figure(figsize=(10, 3.8), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    names = [name for name in found if name.startswith('prune')]
-    for axes, chosen, label in (
-        (left, ['compress/amplify'], 'strength'),
-        (right, names, "neurons pruned from the last layer's input"),
+    figure = Figure(figsize=(13, 3.8), layout='constrained')
+    panels = figure.subplots(1, 3, sharey=True)
+    pruned = [name for name in found if name.startswith('prune')]
+    strokes = {'clean': '-', 'fgsm': ':', 'pgd': '--', 'apgd': '-.'}
+    for axes, chosen, label in zip(
+        panels,
+        (['inverse perturbation'], ['compress/amplify'], pruned),
+        (
+            'inverse perturbation: size of the move rho, rms per pixel',
+            'compress/amplify: strength',
+            "pruning: neurons taken from the last layer's input",
+        ),
     ):
         for place, name in enumerate(chosen):
-            degrees = [float(degree) for degree in found[name]]
-            for kind, stroke in (('clean', '-'), ('fgsm', ':'), ('pgd', '--')):
+            degrees = list(found[name])
+            # Sizes of moves are a factor apart.
+            moves = axes is panels[0]
+            places = list(range(len(degrees)) if moves else map(float, degrees))
+            for kind, stroke in strokes.items():
                 values = [100 * values[kind] for values in found[name].values()]
                 color = plots.COLORS[place]
-                axes.plot(degrees, values, stroke, color=color, marker='o', markersize=3)
+                axes.plot(places, values, stroke, color=color, marker='o', markersize=3)
+            if moves:
+                axes.set_xticks(places, degrees)
         axes.set_xlabel(label)
         axes.set_ylim(-2, 102)
         plots.style(axes)
-    left.set_ylabel('accuracy (%)')
-    for kind, stroke in (
-        ('clean', '-'),
-        (f'FGSM {problem.setting.eps[0]:.3g}', ':'),
-        ('PGD', '--'),
-    ):
-        left.plot([], [], stroke, color='0.3', label=kind)
-    for place, name in enumerate(names):
-        right.plot([], [], color=plots.COLORS[place], label=name.removeprefix('prune '))
-    for axes in (left, right):
+    panels[0].set_ylabel('accuracy (%)')
+    kinds = ('clean', f'FGSM {problem.setting.eps[0]:.3g}', 'PGD', 'Auto-PGD on DLR')
+    for kind, stroke in zip(kinds, strokes.values()):
+        panels[0].plot([], [], stroke, color='0.3', label=kind)
+    for place, name in enumerate(pruned):
+        panels[2].plot([], [], color=plots.COLORS[place], label=name.removeprefix('prune '))
+    for axes in (panels[0], panels[2]):
         axes.legend(frameon=False, fontsize=7)
     figure.suptitle(problem.name)
     return figure

@@ -182,6 +182,8 @@ class Neurons:
       layers: names of layers, as of `neurosens.layers`; by default the first convolution
         (behind its nonlinearity) and the input of the last layer.
       unit: 'channel' (a neuron is a channel) or 'unit' (every entry of an activation is one).
+      statistics_splits: splits over all of whose images statistics are taken, such as ('train',
+        'test') in the paper; empty for the images that are measured.
       limit: measure on the first so many images; 0 means all.
       batch_size: images per batch over all devices; results do not depend on it.
       chunk: neurons at once for each image, which bounds memory; 0 means a measured default.
@@ -216,6 +218,7 @@ class Neurons:
     measures: tuple[str, ...] = MEASURES[:-3]
     layers: tuple[str, ...] = ()
     unit: str = 'channel'
+    statistics_splits: tuple[str, ...] = ()
     limit: int = 500
     batch_size: int = 128
     chunk: int = 0
@@ -242,6 +245,8 @@ class Neurons:
 
 FRAGILE_RULES = ('mean', 'median', 'zero')
 SURROGATES = ('straight_through', 'soft', 'candidates')
+# As in `neurosens.data`.
+SPLITS = ('train', 'validation', 'test')
 PRUNED_BY = ('sensitivity', 'scaled_sensitivity', 'influence', 'ablation', 'input_gradients')
 
 
@@ -259,8 +264,9 @@ class Defense:
         smallest first), 'influence' (mean absolute one), 'ablation' (rise of the loss) or
         'input_gradients'.
       attacks: attacks made on the defended model besides those of `evaluation.attacks`.
-      surrogates: what inverse perturbation is attacked through besides its exact gradient:
-        'straight_through' gradients, 'soft' choices, and each of its 'candidates' alone.
+      surrogates: whose gradients attacks on inverse perturbation follow besides its exact one:
+        'straight_through' ones, those of 'soft' choices, and of each of its 'candidates' alone.
+      surrogate_attacks: attacks made with each of these gradients.
       controls: measure what moves of the same size recover, with and without knowledge of the clean
         image or the label; only for inverse perturbation.
     """
@@ -271,6 +277,7 @@ class Defense:
     measure: str = 'sensitivity'
     attacks: tuple[str, ...] = ('apgd', 'apgd_dlr', 'square')
     surrogates: tuple[str, ...] = SURROGATES
+    surrogate_attacks: tuple[str, ...] = ('pgd',)
     controls: bool = True
 
 
@@ -616,14 +623,20 @@ def _check_ranges(config: Config) -> None:
     for key, (value, valid) in choices.items():
         if value not in valid:
             raise ConfigError(_validate.unknown(f'{key}', value, valid))
+    if config.defense.name and evaluation.norm == 'spatial':
+        raise ConfigError(
+            f"defense.name is {config.defense.name!r} and evaluation.norm 'spatial', in which no "
+            'attack on a defence follows gradients; evaluate the defence in linf, l2 or l1.'
+        )
     for key, named in (
         ('evaluation.attacks', evaluation.attacks),
         ('defense.attacks', config.defense.attacks),
+        ('defense.surrogate_attacks', config.defense.surrogate_attacks),
     ):
         for attack in named:
             if attack not in ATTACKS:
                 raise ConfigError(_validate.unknown(f'{key} item', attack, ATTACKS))
-            used = key != 'defense.attacks' or config.defense.name
+            used = config.defense.name or not key.startswith('defense.')
             if used and (attack == 'spatial') != (evaluation.norm == 'spatial'):
                 raise ConfigError(
                     f'{key} has {attack!r} and evaluation.norm is {evaluation.norm!r}; the attack '
@@ -640,14 +653,12 @@ def _check_ranges(config: Config) -> None:
                     f"{key} has 'carlini_wagner', which is for l2, but evaluation.norm is "
                     f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
                 )
-    if config.defense.name and evaluation.norm == 'spatial':
-        raise ConfigError(
-            f"defense.name is {config.defense.name!r} and evaluation.norm 'spatial', in which no "
-            'attack on a defence follows gradients; evaluate the defence in linf, l2 or l1.'
-        )
     for surrogate in config.defense.surrogates:
         if surrogate not in SURROGATES:
             raise ConfigError(_validate.unknown('defense.surrogates item', surrogate, SURROGATES))
+    for split in neurons.statistics_splits:
+        if split not in SPLITS:
+            raise ConfigError(_validate.unknown('neurons.statistics_splits item', split, SPLITS))
     for measure in neurons.measures:
         if measure not in MEASURES:
             raise ConfigError(_validate.unknown('neurons.measures item', measure, MEASURES))

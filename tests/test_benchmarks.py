@@ -280,7 +280,7 @@ class FakeWorker:
         return lambda: None
 
 
-MEASURES = ('forward', 'sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+MEASURES = ('forward', 'sensitivity', 'ablation', 'statistics')
 SIZES = [f'width {size}' for size in neurons.WIDTHS] + [f'depth {size}' for size in neurons.DEPTHS]
 PROGRAM = {'flops': 1e9, 'collectives': {'all-reduce': 3}}
 DETAILS = {
@@ -311,6 +311,9 @@ DETAILS = {
         'units': ['neurosens', '10 backward passes, one call each']
     },
     'torch_neurons:prepare_logit_gradients': {'units': ['loop']},
+    'neurons:prepare_few_neurons': {
+        'units': ['neurosens', '16 backward passes, one call each'], 'neurons': 16, 'classes': 100
+    },
     'neurons:prepare_ablation': {'units': ['neurosens']},
     'torch_neurons:prepare_ablation': {'units': ['loop']},
     'neurons:prepare_memory': {'temporary_mib': 1.0, 'grown_mib': 2.0},

@@ -7,11 +7,13 @@ from neurosens.attacks import losses
 from neurosens.attacks.adaptive import (
     ExpectedForward,
     RandomForward,
+    SubstitutedForward,
     expected_forward,
     is_random,
     random_forward,
     redraw,
     straight_through,
+    with_gradients_of,
 )
 from neurosens.attacks.apgd import apgd, apgd_example
 from neurosens.attacks.autoattack import CLEAN, ROBUST, AutoAttackResult, Progress, autoattack
@@ -65,6 +67,7 @@ __all__ = [
     'NeuronAttackResult',
     'RandomForward',
     'SpatialResult',
+    'SubstitutedForward',
     'Threat',
     'activation_attack',
     'activation_attack_example',
@@ -113,5 +116,6 @@ __all__ = [
     'steepest_ascent',
     'straight_through',
     'transfer',
+    'with_gradients_of',
     'worst_case',
 ]

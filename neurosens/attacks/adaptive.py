@@ -150,6 +150,67 @@ def _is_whole(leaf: Any) -> bool:
     return isinstance(leaf, (RandomForward, ExpectedForward))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SubstitutedForward:
+    """A forward with the gradients of another one; made by `with_gradients_of`.
+
+    Attributes:
+      forward: what is computed.
+      surrogate: what is differentiated.
+    """
+
+    forward: Forward
+    surrogate: Forward
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Shaped[Array, 'batch ...'],
+        edits: Mapping[str, Edit] = {},
+        taps: Collection[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """Runs both; values are those of `forward`, derivatives of `surrogate`. See `Forward`."""
+        found = self.forward(variables, x, edits=edits, taps=taps)
+        smooth = self.surrogate(variables, x, edits=edits, taps=taps)
+        return jax.tree.map(_value_of, found, smooth)
+
+
+@jax.custom_jvp
+def _value_of(value: Array, smooth: Array) -> Array:
+    """The first argument, differentiated as the second."""
+    del smooth
+    return value
+
+
+@_value_of.defjvp
+def _derivative_of_smooth(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return primals[0], tangents[1].astype(primals[0].dtype)
+
+
+def with_gradients_of(forward: Forward, surrogate: Forward) -> SubstitutedForward:
+    """A model that answers as one forward does and is differentiated as another.
+
+    The backward pass differentiable approximation of Athalye et al. (2018, section 4.1.2) for a
+    whole model: an attack follows the gradients of the surrogate, while its losses, the iterate
+    that it keeps and its success are those of the model itself. (`transfer` sees nothing of the
+    model until it is done, and leaves what the surrogate already misclassifies.)
+
+        smooth = defenses.inverse_perturbation.apply(parameters, forward, gradient='soft')
+        result = pgd(with_gradients_of(defended, smooth), variables, x, y, key, threat=threat)
+
+    Args:
+      forward: the model to attack.
+      surrogate: a forward of the same variables, classes and layers, with useful gradients.
+
+    Returns:
+      A forward; each pass costs one of both, each gradient one of the surrogate.
+    """
+    return SubstitutedForward(forward, surrogate)
+
+
 def straight_through(
     transform: Callable[[Array], Array], surrogate: Callable[[Array], Array] = lambda x: x
 ) -> Callable[[Array], Array]:

@@ -369,9 +369,19 @@ class InverseForward:
         edits: Mapping[str, Edit] = {},
         taps: Collection[str] = (),
     ) -> tuple[Array, dict[str, Array]]:
-        """Classifies images and moved versions of them; see `Forward`."""
+        """Classifies images and moved versions of them; see `Forward`.
+
+        Raises:
+          ValueError: images are not floating-point, or not of the size of calibration.
+        """
         settings = self.parameters.settings
         x = jnp.asarray(x)
+        shape = self.parameters.directions.shape[2:]
+        if x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f'Images have shape {x.shape[1:]} and type {x.dtype}; the defence was calibrated '
+                f'on {shape}, floating-point with pixels in [0, 1] (divide bytes by 255).'
+            )
         needed = settings.layers if settings.adaptive else ()
         logits, tapped = self.forward(
             variables, x, edits=edits, taps=tuple(dict.fromkeys((*taps, *needed)))
@@ -554,8 +564,8 @@ def apply(
       forward: the model.
       gradient: what attacks differentiate. `'exact'`: the defence as it is, whose choices have no
         gradient. `'straight_through'`: the same values, but gradients of soft choices, and of the
-        identity for clipping. `'soft'`: soft choices in the values too; a surrogate to make attacks
-        on, which the defence itself has to judge (see `adaptive`).
+        identity for clipping. `'soft'`: soft choices in the values too; a surrogate for the
+        gradients of attacks, which the defence itself has to judge (see `adaptive`).
       candidate: classify one moved version alone, by its number (likeliest class first, then
         prototypes, then sizes): a surrogate too.
 
@@ -585,8 +595,8 @@ def passes(parameters: Parameters) -> int:
 def adaptive(parameters: Parameters, forward: Forward) -> dict[str, Forward]:
     """Surrogates for attacks that know the defence, by name.
 
-    Images made on them are judged by `apply(parameters, forward)`, see
-    `neurosens.attacks.transfer`.
+    Attacks on `apply(parameters, forward)` follow their gradients, see
+    `neurosens.attacks.with_gradients_of`.
 
     Args:
       parameters: of `calibrate`.

@@ -1,12 +1,11 @@
 """Bounds and controls of inverse perturbation, for evaluation only.
 
-None of these is a defence: each needs the clean twin of an attacked image, the true class, or both.
-They say how much a move of a given size could recover at best, and how much any move does.
+Those named oracles are no defence: each needs the clean twin of an attacked image, the true class,
+or both. They say how much a move of a given size could recover at best, and how much any move does.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,8 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens.attacks.losses import label_margin
 from neurosens.defenses.inverse_perturbation import (
-    DEFAULT,
-    Settings,
+    Parameters,
     direction_example,
     normalize,
 )
@@ -26,13 +24,14 @@ NAMES = (
     'identity',
     'random',
     'random, oracle sign',
+    'class direction',
     'influence, oracle (released)',
     'true logit, oracle',
     'true margin, oracle',
 )
 
 
-@functools.partial(jax.jit, static_argnames='settings')
+@jax.jit
 def moved(
     forward: Forward,
     variables: Variables,
@@ -42,7 +41,7 @@ def moved(
     key: PRNGKeyArray,
     *,
     rho: Float[Array, ''] | float,
-    settings: Settings = DEFAULT,
+    parameters: Parameters,
     index: Int[Array, ' batch'] | None = None,
 ) -> dict[str, Float[Array, 'batch ...']]:
     """Attacked images after moves of one size along different directions, jit-compiled.
@@ -55,7 +54,8 @@ def moved(
       y: true classes `[B]`.
       key: of the random directions.
       rho: size of the moves, root mean square per pixel.
-      settings: layers and neurons of the influence direction.
+      parameters: of the calibration: directions of classes, and the settings of the influence
+        direction.
       index: identity of each example `[B]`, so that random directions do not depend on batches; by
         default its place in this batch.
 
@@ -65,6 +65,8 @@ def moved(
       - `identity`: unmoved;
       - `random`: along a normal direction;
       - `random, oracle sign`: the same, or against it where that does not give the true class;
+      - `class direction`: along the first calibrated direction of the class that the attacked image
+        is taken for, as the defence moves it;
       - `influence, oracle (released)`: the first released program of Chen et al. 2021: the
         direction of the *clean* image's predicted class, with the sign that gives that class;
       - `true logit, oracle`: along the gradient of the true class's logit at the attacked image;
@@ -90,8 +92,9 @@ def moved(
             right = predict(x_adv + rho * direction) == wanted
             return step(jnp.where(right, 1, -1) * direction)
 
+        own = parameters.directions[predict(x_adv), 0]
         noise = normalize(jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype))
-        clean = direction_example(forward, variables, x, settings=settings)
+        clean = direction_example(forward, variables, x, settings=parameters.settings)
 
         def logit(image: Array) -> Array:
             return forward(variables, image[None])[0][0][y]
@@ -103,6 +106,7 @@ def moved(
             x_adv,
             step(noise),
             either(noise, y),
+            step(own.astype(x.dtype)),
             either(clean.direction.astype(x.dtype), clean.logits.argmax()),
             step(normalize(jax.grad(logit)(x_adv))),
             step(normalize(jax.grad(margin)(x_adv))),

@@ -106,7 +106,8 @@ def apply(parameters: Parameters, forward: Forward) -> Forward:
       forward: the model.
 
     Returns:
-      A forward with the same variables and layers, in which the neurons are 0.
+      A forward with the same variables and layers, in which the neurons are 0; a call raises a
+      ValueError where the layer has another number of neurons.
     """
     settings = parameters.settings
     return without_neurons(forward, settings.layer, parameters.removed, settings.unit)

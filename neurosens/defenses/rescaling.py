@@ -126,7 +126,8 @@ def apply(parameters: Parameters, forward: Forward) -> Forward:
       forward: the model.
 
     Returns:
-      A forward with the same variables and layers.
+      A forward with the same variables and layers; a call raises a ValueError where the layer has
+      not as many neurons as factors.
     """
     settings = parameters.settings
     scale = _scale_channels if settings.unit == 'channel' else _scale_units
@@ -135,11 +136,11 @@ def apply(parameters: Parameters, forward: Forward) -> Forward:
 
 
 def _scale_channels(scale: Array, activation: Array) -> Array:
-    return activation * scale.astype(activation.dtype)
+    return activation * units.across(scale, activation.shape).astype(activation.dtype)
 
 
 def _scale_units(scale: Array, activation: Array) -> Array:
-    return _scale_channels(scale.reshape(activation.shape[1:]), activation)
+    return activation * units.across(scale, activation.shape, 'unit').astype(activation.dtype)
 
 
 def fold(parameters: Parameters, variables: Variables) -> Variables:

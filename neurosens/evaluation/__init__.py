@@ -8,7 +8,7 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
-from neurosens.evaluation.calibration import calibrate_defense, check_defense
+from neurosens.evaluation.calibration import calibrate_defense, check_defense, pruning_scores
 from neurosens.evaluation.defended import (
     DefenseOutcome,
     DefenseReport,
@@ -92,6 +92,7 @@ __all__ = [
     'evaluate',
     'fixed_key',
     'predict',
+    'pruning_scores',
     'results',
     'rows',
     'stream',

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from neurosens import config as config_lib
 from neurosens import data, defenses, neurons
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import accuracy, neuron_measures
+from neurosens.evaluation.neuron_report import LayerReport
 from neurosens.forward import Forward, Variables
 
 
@@ -48,6 +49,22 @@ def check_defense(
     classes = found.logits.shape[-1]
     if chosen.top > classes:
         raise ValueError(f'top is {chosen.top}, but the model has {classes} classes.')
+
+
+def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neurons']:
+    """What pruning ranks neurons by.
+
+    Args:
+      layer: a report with that measure.
+      measure: of `config.PRUNED_BY`; `'scaled_sensitivity'` is the one of Suri & Evans.
+
+    Returns:
+      A score for each neuron, larger where it goes first with the order `'most'` `[N]`.
+    """
+    if measure == 'scaled_sensitivity':
+        # The smallest is the most sensitive.
+        return -np.abs(layer.mean_scaled_delta())
+    return layer.importance()[{'input_gradients': 'input_gradient'}.get(measure, measure)]
 
 
 def calibrate_defense(
@@ -94,14 +111,13 @@ def calibrate_defense(
             forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
         )
     measure = 'ablation' if isinstance(chosen, rescaling.Settings) else settings.measure
-    by_scaled_delta = measure == 'scaled_sensitivity'
     report = neuron_measures.measure(
         forward,
         variables,
         source,
         mesh,
         config_lib.Neurons(
-            measures=('sensitivity' if by_scaled_delta else measure,),
+            measures=('sensitivity' if measure == 'scaled_sensitivity' else measure,),
             layers=(chosen.layer,),
             unit=chosen.unit,
             limit=settings.images,
@@ -113,11 +129,7 @@ def calibrate_defense(
     )
     (layer,) = report.layers
     if isinstance(chosen, pruning.Settings):
-        if by_scaled_delta:
-            # The smallest is the most sensitive.
-            return pruning.calibrate(-np.abs(layer.mean_scaled_delta()), settings=chosen)
-        name = {'input_gradients': 'input_gradient'}.get(measure, measure)
-        return pruning.calibrate(layer.importance()[name], settings=chosen)
+        return pruning.calibrate(pruning_scores(layer, measure), settings=chosen)
     assert layer.clean is not None
     norms = rescaling.kernel_norms(variables, chosen.layer) if chosen.renormalize else None
     return rescaling.calibrate(layer.clean.accuracy, settings=chosen, norms=norms)

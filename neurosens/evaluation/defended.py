@@ -1,14 +1,16 @@
 """What a defence is worth: undefended against defended, with attacks that know it.
 
-An attack is made on the undefended model (`static`), on the defended one (`adaptive`), or on a
-surrogate of it that hides its gradients less (`adaptive` too, see `defenses.adaptive`); the
-defended model judges all. A defence withstands a radius only where no attack of any kind succeeds.
+An attack is made on the undefended model (`static`), on the defended one (`adaptive`), or on that
+model with the gradients of a surrogate that hides them less (`adaptive` too, see
+`inverse_perturbation.adaptive`); the defended model judges all. A defence withstands a radius only
+where no attack of any kind succeeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +41,13 @@ class DefenseOutcome(NamedTuple):
     Attributes:
       kind: `'static'` (made on the undefended model) or `'adaptive'` (made with knowledge of the
         defence).
-      attack: its name, with the surrogate it was made on.
+      attack: its name, with the surrogate whose gradients it followed.
       norm: norm of the threat.
       eps: radius in pixel units.
       success: the defended model misclassifies the image found, bool `[M]`.
       fooled: of a static attack, whether the undefended model classifies the clean image correctly
         and the attacked one not, bool `[M]`; None for others.
+      warnings: why the result may overestimate robustness.
     """
 
     kind: str
@@ -53,6 +56,7 @@ class DefenseOutcome(NamedTuple):
     eps: float
     success: Bool[np.ndarray, ' images']
     fooled: Bool[np.ndarray, ' images'] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,6 +106,19 @@ class DefenseReport:
     cost: float
     diagnosis: masking.Diagnosis | None = None
 
+    @property
+    def warnings(self) -> dict[str, tuple[str, ...]]:
+        """Why robustness may be overestimated, by the names of outcomes."""
+        return {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}
+
+    def undefended_worst_case(self, eps: float) -> np.ndarray:
+        """Whether the undefended model withstands every static attack of a radius `[M]`."""
+        robust = self.undefended.correct
+        for outcome in self.outcomes:
+            if outcome.eps == eps and outcome.fooled is not None:
+                robust = robust & ~outcome.fooled
+        return robust
+
     def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:
         """Whether each image stays classified correctly under every attack of a radius `[M]`."""
         robust = self.defended.correct
@@ -145,8 +162,12 @@ def evaluate_defense(
     parameters: Any,
     progress: Callable[[str], accuracy.Progress] = lambda name: iter,
     ensemble_progress: attacks.Progress | None = None,
+    directory: pathlib.Path | None = None,
 ) -> DefenseReport:
     """Measures a defence.
+
+    The undefended model meets every attack that the defended one does, but for those that follow
+    gradients of surrogates.
 
     Args:
       forward: the undefended model.
@@ -154,12 +175,14 @@ def evaluate_defense(
       source: the data.
       mesh: devices to run on.
       evaluation: attacks, radii, steps and images.
-      settings: further attacks on the defended model, what else it is attacked through, and
-        whether controls are measured.
+      settings: further attacks, what else the defended model is attacked through, and whether
+        controls are measured.
       key: randomness of attacks.
       parameters: of the defence, replicated over the mesh.
       progress: from a label to a wrapper of an iterator of batches.
       ensemble_progress: called before each batch of AutoAttack.
+      directory: where AutoAttack notes finished work, see `robustness.evaluate`; what that noted
+        of the undefended model is not done again.
 
     Returns:
       The report.
@@ -177,54 +200,65 @@ def evaluate_defense(
         limit=limit,
         progress=progress('clean'),
     )
-    report = robustness.evaluate(
-        defended,
-        variables,
-        source,
-        mesh,
-        dataclasses.replace(
-            evaluation,
-            attacks=tuple(dict.fromkeys((*evaluation.attacks, *settings.attacks))),
-            examples=0,
-        ),
-        key,
-        progress=lambda name: progress(f'defended {name}'),
-        ensemble_progress=ensemble_progress,
-        # Images made for the undefended model are another check of the gradients.
-        surrogate=(forward, variables),
-    )
+    names = tuple(dict.fromkeys((*evaluation.attacks, *settings.attacks)))
+
+    def attacked(
+        model: Forward, part: str, names: tuple[str, ...], **options: Any
+    ) -> robustness.RobustnessReport:
+        return robustness.evaluate(
+            model,
+            variables,
+            source,
+            mesh,
+            dataclasses.replace(evaluation, attacks=names, examples=0, **options),
+            key,
+            progress=lambda name: progress(f'{part} {name}'),
+            ensemble_progress=ensemble_progress,
+            directory=None if directory is None else directory / part.replace(' ', '_'),
+            # Images made for the undefended model are another check of the gradients.
+            surrogate=(forward, variables) if model is defended else None,
+        )
+
+    report = attacked(defended, 'defended', names)
     outcomes: list[DefenseOutcome] = []
-    static = [name for name in evaluation.attacks if not name.startswith('autoattack')]
-    for name in static:
+    for name in names:
         for eps in evaluation.eps:
-            run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
-            judge = functools.partial(_static, run, forward, defended, variables)
-            found = stream(judge, progress=progress(f'static {name} {eps:g}'))
+            warnings: tuple[str, ...] = ()
+            if name.startswith('autoattack'):
+                ensemble = robustness.run_autoattack(
+                    name,
+                    forward,
+                    variables,
+                    source,
+                    mesh,
+                    evaluation,
+                    key,
+                    eps,
+                    directory,
+                    ensemble_progress,
+                )
+                images, labels = ensemble.result.x_adv, undefended.labels
+                judged = accuracy.predict_images(
+                    defended, variables, images, labels, mesh, evaluation.batch_size
+                )
+                found = {'fooled': ensemble.result.success, 'broken': judged != labels}
+                warnings = ensemble.result.warnings
+            else:
+                run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
+                judge = functools.partial(_static, run, forward, defended, variables)
+                found = stream(judge, progress=progress(f'static {name} {eps:g}'))
             fooled = undefended.correct & found['fooled']
             success = found['broken'] | ~report.predictions.correct
-            outcomes.append(DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled))
-    outcomes += [
-        DefenseOutcome(ADAPTIVE, o.attack, o.norm, o.eps, o.attacked.success)
-        for o in report.outcomes
-    ]
-    for name, surrogate in surrogates.items():
-        for eps in evaluation.eps:
-            run = robustness.make_attack(
-                'transfer', defended, variables, evaluation, eps, key, (surrogate, variables)
-            )
-            attacked = accuracy.attack(
-                run,
-                defended,
-                variables,
-                source,
-                mesh,
-                batch_size=evaluation.batch_size,
-                limit=limit,
-                progress=progress(f'defended, PGD on {name} {eps:g}'),
-            )
             outcomes.append(
-                DefenseOutcome(ADAPTIVE, f'pgd_{name}', evaluation.norm, eps, attacked.success)
+                DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled, warnings)
             )
+    outcomes += _adaptive(report)
+    for label, surrogate in surrogates.items():
+        through = attacks.with_gradients_of(defended, surrogate)
+        part = f'defended by {label}'
+        outcomes += _adaptive(
+            attacked(through, part, settings.surrogate_attacks, masking_images=0), f'_{label}'
+        )
     moves = []
     known = isinstance(parameters, inverse_perturbation.Parameters)
     if known and settings.controls:
@@ -238,7 +272,7 @@ def evaluate_defense(
                     forward,
                     variables,
                     functools.partial(stream, progress=progress(f'controls {strongest.eps:g}')),
-                    parameters.settings,
+                    parameters,
                     key,
                     mesh,
                     strongest,
@@ -260,7 +294,7 @@ def evaluate_defense(
 def _surrogates(
     parameters: Any, forward: Forward, settings: config_lib.Defense
 ) -> dict[str, Forward]:
-    """What the defended model is attacked through, of what the settings ask for."""
+    """Whose gradients attacks on the defended model follow, of what the settings ask for."""
     if not isinstance(parameters, inverse_perturbation.Parameters):
         # Edits of activations are differentiated as they are.
         return {}
@@ -270,6 +304,20 @@ def _surrogates(
         if name in settings.surrogates
         or (name.startswith('candidate_') and 'candidates' in settings.surrogates)
     }
+
+
+def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[DefenseOutcome]:
+    return [
+        DefenseOutcome(
+            ADAPTIVE,
+            f'{outcome.attack}{suffix}',
+            outcome.norm,
+            outcome.eps,
+            outcome.attacked.success,
+            warnings=outcome.warnings,
+        )
+        for outcome in report.outcomes
+    ]
 
 
 @jax.jit
@@ -293,10 +341,13 @@ def _static(
 
 
 def _strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
-    """Of each radius the static attack that fools the undefended model most often."""
+    """Of each radius the static attack that fools the undefended model most often.
+
+    Ensembles are left out, whose images come of several attacks.
+    """
     strongest: dict[float, tuple[int, DefenseOutcome]] = {}
     for outcome in outcomes:
-        if outcome.fooled is not None:
+        if outcome.fooled is not None and not outcome.attack.startswith('autoattack'):
             count = int(outcome.fooled.sum())
             if outcome.eps not in strongest or count > strongest[outcome.eps][0]:
                 strongest[outcome.eps] = count, outcome
@@ -308,12 +359,13 @@ def _moves(
     forward: Forward,
     variables: Variables,
     stream: Callable[..., dict[str, np.ndarray]],
-    settings: inverse_perturbation.Settings,
+    parameters: inverse_perturbation.Parameters,
     key: PRNGKeyArray,
     mesh: Mesh,
     outcome: DefenseOutcome,
 ) -> Moves:
     """What moves of each size recover, and what the attack does to front and tail."""
+    settings = parameters.settings
     sizes = [parallel.replicate(mesh, jnp.float32(rho)) for rho in settings.rho]
     key = parallel.replicate(mesh, key)
 
@@ -330,7 +382,7 @@ def _moves(
                 batch.label,
                 key,
                 rho=size,
-                settings=settings,
+                parameters=parameters,
                 index=batch.index,
             )
             for name, images in moved.items():

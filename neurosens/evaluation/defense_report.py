@@ -38,8 +38,8 @@ def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int
     Returns:
       `(key, interval, number of images)` for the keys `undefended/clean_accuracy`,
       `clean_accuracy`, `undefended/<attack>-<norm>-<eps>` (the static attacks before the defence),
-      `static/...`, `adaptive/...`, `worst/static-<norm>-<eps>` and `worst/all-<norm>-<eps>` (an
-      image counts if no attack of any kind fools the defended model).
+      `static/...`, `adaptive/...`, `worst/undefended-<norm>-<eps>`, `worst/static-<norm>-<eps>` and
+      `worst/all-<norm>-<eps>` (an image counts if no attack, of any kind, fools the model).
     """
     images = len(report.defended.labels)
     result = [
@@ -53,6 +53,9 @@ def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int
             result.append((f'undefended/{name}', _proportion(robust), images))
         result.append((outcome.name, _proportion(~outcome.success), images))
     for norm, eps in radii(report):
+        if any(outcome.fooled is not None for outcome in report.outcomes):
+            robust = report.undefended_worst_case(eps)
+            result.append((f'worst/undefended-{norm}-{eps:.3g}', _proportion(robust), images))
         for label, kinds in (('static', (STATIC,)), ('all', (STATIC, ADAPTIVE))):
             robust = report.worst_case(eps, kinds)
             result.append((f'worst/{label}-{norm}-{eps:.3g}', _proportion(robust), images))
@@ -124,6 +127,8 @@ def defense_table(report: DefenseReport) -> str:
         ]
         header = [f'mean change under {moves.attack}', *GROUPS]
         lines += ['', *aligned(header, body)]
+    for name, warnings in report.warnings.items():
+        lines += [f'{name}: {warning}' for warning in warnings]
     if report.diagnosis is not None:
         lines += ['', 'the defended model:', masking.masking_table(report.diagnosis)]
     return '\n'.join(lines)
@@ -156,6 +161,8 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         if rate.interval is not None:
             flat[f'{key}/low'], flat[f'{key}/high'] = rate.interval.low, rate.interval.high
         flat[f'{key}/recovered'], flat[f'{key}/fooled'] = rate.recovered, rate.fooled
+    for name, warnings in report.warnings.items():
+        flat[f'defense/warnings/{name}'] = list(warnings)
     for moves in report.moves:
         key = moves.attack.removeprefix(f'{STATIC}/')
         for name, by_size in moves.controls.items():
@@ -209,13 +216,6 @@ def accuracy_figure(report: DefenseReport) -> Figure:
     axes = figure.subplots()
     eps = [radius for _, radius in radii(report)]
 
-    def undefended(radius: float) -> np.ndarray:
-        robust = report.undefended.correct
-        for outcome in report.outcomes:
-            if outcome.eps == radius and outcome.fooled is not None:
-                robust = robust & ~outcome.fooled
-        return robust
-
     curves = [
         ('defended, attacks that do not know it', report.defended.correct,
          [report.worst_case(radius, (STATIC,)) for radius in eps]),
@@ -224,7 +224,12 @@ def accuracy_figure(report: DefenseReport) -> Figure:
     ]  # fmt: skip
     if any(outcome.fooled is not None for outcome in report.outcomes):
         curves.insert(
-            0, ('undefended', report.undefended.correct, [undefended(radius) for radius in eps])
+            0,
+            (
+                'undefended',
+                report.undefended.correct,
+                [report.undefended_worst_case(radius) for radius in eps],
+            ),
         )
     for (label, clean, flags), color in zip(curves, plots.COLORS):
         intervals = np.array([_proportion(f) for f in (clean, *flags)]) * 100

@@ -9,7 +9,7 @@ import numpy as np
 
 from neurosens.evaluation.defended import GROUPS, DefenseReport
 from neurosens.evaluation.defense_report import defense_rows, rates
-from neurosens.evaluation.html_page import Block, Figure, Section, Table
+from neurosens.evaluation.html_page import Block, Figure, Notes, Section, Table
 from neurosens.evaluation.report_page import masking_section, share_text
 
 # For each plot its caption, and what it shows for those who cannot see it.
@@ -45,6 +45,7 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         f'{report.passes} forward passes an image, {report.cost:.2f} × the time of the undefended '
         'model. Static attacks are made on the undefended model, adaptive ones with knowledge of '
         'the defence; an image withstands a radius only where no attack of any kind succeeds.',
+        *_warnings(report),
         Table(
             'Accuracy in % of the defended model, unless it says undefended, with 95 % Wilson '
             f'intervals; {len(report.defended.labels):,} images',
@@ -86,6 +87,11 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
     if report.diagnosis is not None:
         blocks.append(masking_section('Signs of gradient masking by the defence', report.diagnosis))
     return Section(title, blocks)
+
+
+def _warnings(report: DefenseReport) -> list[Block]:
+    texts = [f'{name}: {text}' for name, found in report.warnings.items() for text in found]
+    return [Notes('Robustness may be overestimated', texts)] if texts else []
 
 
 def _percent(share: float) -> str:

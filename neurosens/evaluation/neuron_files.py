@@ -59,9 +59,10 @@ def write_neurons(
     For each layer `<layer>.npz` (its arrays, as of `neuron_report.arrays`) and plots
     `<layer>-<plot>.png`, as far as their measures are there; for all layers `neurons.csv` (one line
     per neuron, empty cells where a layer lacks a measure), `agreement.csv` (how far the measures
-    agree, one line per layer and pair of them) and `agreement.md` (the same as tables). Filtering
-    of the whole network is in `%network.npz` and a plot of that name. The files
-    appear once all of them are whole, and those of an earlier evaluation go.
+    agree, one line per layer and pair of them), `agreement.md` (the same as tables) and
+    `targeting.csv` (how far an attack targets fragile neurons, by each score). Filtering of the
+    whole network is in `%network.npz` and a plot of that name. The files appear once all of them
+    are whole, and those of an earlier evaluation go.
 
     Args:
       report: the report.
@@ -83,6 +84,9 @@ def write_neurons(
         if agreement:
             _write_csv(output.path('agreement.csv'), agreement)
             output.path('agreement.md').write_text(_agreement_tables(report), encoding='utf-8')
+        targeting = list(_targeting_lines(report))
+        if targeting:
+            _write_csv(output.path('targeting.csv'), targeting)
         for place, layer in enumerate(report.layers):
             base = layer_file_name(layer.layer.name)
             _write_arrays(output.path(f'{base}.npz'), report, layer)
@@ -180,16 +184,37 @@ def _neuron_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
 
 def _agreement_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
     for layer in report.layers:
-        agreement = layer.agreement()
+        agreement = layer.agreement
         for row in neurons.agreement_rows(agreement) if agreement is not None else ():
             yield {'layer': layer.layer.name, **row}
+
+
+def _targeting_lines(report: NeuronReport) -> Iterator[dict[str, Any]]:
+    for layer in report.layers:
+        for score, found in layer.targeting.items():
+            for of, control, value in (
+                ('mean_score', '', found.score_correlation),
+                ('histogram', '', found.histogram_correlation),
+                ('mean_score', 'filter_norm', found.score_partial),
+                ('histogram', 'filter_norm', found.histogram_partial),
+            ):
+                if value is not None:
+                    yield {
+                        'layer': layer.layer.name,
+                        'score': score,
+                        'of': of,
+                        'control': control,
+                        'rho': value.value,
+                        'p_value': value.p_value,
+                        'neurons': value.count,
+                    }
 
 
 def _agreement_tables(report: NeuronReport) -> str:
     """One Markdown table per layer with at least two measures."""
     tables = []
     for layer in report.layers:
-        agreement = layer.agreement()
+        agreement = layer.agreement
         if agreement is not None:
             tables.append(f'## {layer.layer.name}\n\n{neurons.agreement_markdown(agreement)}\n')
     return '\n'.join(tables)
@@ -231,6 +256,6 @@ def _blocks(report: NeuronReport, layer: LayerReport) -> Iterator[str]:
         yield 'No neuron flips a prediction.'
     for table in neuron_tables.tables(layer, _SHOWN):
         yield '\n'.join(aligned(table.header, table.body))
-    agreement = layer.agreement()
+    agreement = layer.agreement
     if agreement is not None:
         yield neurons.agreement_table(agreement)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,7 @@ def measure(
     *,
     split: str,
     eps: float,
+    population: Sequence[data.Source] = (),
     progress: Callable[[str], accuracy.Progress] = lambda name: iter,
 ) -> NeuronReport:
     """Measures the neurons of a model on a data set.
@@ -106,6 +107,8 @@ def measure(
       key: randomness of the probes, folded with each image's position in the data set.
       split: name of the split, for the report.
       eps: linf radius of the FGSM attack behind targeting and attacked ablation, in pixel units.
+      population: data sets over all of whose images statistics are taken; by default over the
+        images that are measured.
       progress: from a label to a wrapper of an iterator of batches.
 
     Returns:
@@ -126,6 +129,9 @@ def measure(
     label = functools.partial(_predicted, forward, variables)
     predicted = run(label, progress=progress('predictions'))
     attack = jax.tree_util.Partial(_fgsm, jnp.float32(eps))
+    spread = [
+        functools.partial(accuracy.stream, one, mesh, settings.batch_size) for one in population
+    ]
     probed: dict[str, dict[str, np.ndarray]] = {}
     if 'input_gradients' in settings.measures and settings.probes:
         wrap = progress('input_gradients')
@@ -138,7 +144,7 @@ def measure(
                 continue
             wrap = progress(f'{layer.name} {measure_name}')
             task = _Task(
-                forward, variables, layer, settings, run, wrap, attack, key, mesh, measured
+                forward, variables, layer, settings, run, wrap, attack, key, mesh, measured, spread
             )
             measured.update(_MEASURES[measure_name](task))
         if 'targeting' in settings.measures:
@@ -224,6 +230,7 @@ class _Task(NamedTuple):
       key: randomness.
       mesh: devices to run on.
       measured: what the measures before this one found of the layer.
+      spread: like `run`, over each data set of which statistics are taken; empty for that of `run`.
     """
 
     forward: Forward
@@ -236,6 +243,7 @@ class _Task(NamedTuple):
     key: PRNGKeyArray
     mesh: Mesh
     measured: Mapping[str, Any]
+    spread: Sequence[Callable[..., dict[str, np.ndarray]]] = ()
 
 
 def _statistics(task: _Task) -> dict[str, Any]:
@@ -247,6 +255,10 @@ def _statistics(task: _Task) -> dict[str, Any]:
             part = from_summary(pending.pop())
             total[:] = [neurons.merge(total[0], part)] if total else [part]
 
+    def peaks(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        return {'peak': _peaks(task.forward, task.variables, x, task.layer.name, task.layer.unit)}
+
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
         summary = activation_summary(
@@ -255,9 +267,14 @@ def _statistics(task: _Task) -> dict[str, Any]:
         # Fetched one batch late, so that devices do not wait for the host.
         fetch()
         pending.append(summary)
-        return {'peak': _peaks(task.forward, task.variables, x, task.layer.name, task.layer.unit)}
+        return {} if task.spread else peaks(batch)
 
-    arrays = task.run(step, progress=task.wrap)
+    if task.spread:
+        for run in task.spread:
+            run(step, progress=task.wrap)
+        arrays = task.run(peaks, progress=task.wrap)
+    else:
+        arrays = task.run(step, progress=task.wrap)
     fetch()
     return {'statistics': total[0], 'peak': arrays['peak']}
 

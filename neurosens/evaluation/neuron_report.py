@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,9 +142,9 @@ class LayerReport:
         Returns:
           `sensitivity`: median over images of std / |Delta|, 0 where most images cannot be flipped;
           `influence`: mean of |influence|; `ablation` and `ablation_attacked`: rise of the loss
-          without the neuron; `targeting`: mean l2 norm of its change under the attack, and
-          `targeting_relative` of that relative to the clean activation; `input_gradient`: root of
-          the mean squared l2 gradient norm.
+          without the neuron; `targeting`: mean l2 norm of its change under the attack,
+          `targeting_relative` of that relative to the clean activation, and `targeting_log` of the
+          logarithm of the change; `input_gradient`: root of the mean squared l2 gradient norm.
         """
         values = {}
         if self.delta is not None:
@@ -159,13 +160,18 @@ class LayerReport:
             values['ablation'] = self.clean.loss
         if self.attacked is not None:
             values['ablation_attacked'] = self.attacked.loss
-        for name, score in (('targeting', 'l2'), ('targeting_relative', 'relative_l2')):
+        for name, score in (
+            ('targeting', 'l2'),
+            ('targeting_relative', 'relative_l2'),
+            ('targeting_log', 'mean_log'),
+        ):
             if score in self.targeting:
                 values[name] = self.targeting[score].mean_score
         if self.gradient is not None:
             values['input_gradient'] = np.sqrt(self.gradient.mean(0))
         return values
 
+    @functools.cached_property
     def agreement(self) -> neurons.Agreement | None:
         """How far the measures of `importance` agree; None for fewer than two of them."""
         measures = self.importance()
@@ -211,7 +217,8 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
       `mean`, `std` (ddof 1), `minimum`, `maximum`, `zero_share` `[N]`; `quantiles` `[Q, N]` at
       `quantile_levels` `[Q]`;
       `delta`, `flips_to` `[M, N]`; `mean_scaled_delta`, `sensitivity_rank` `[N]`;
-      `influence` `[M, N]`, `class_influence` `[K, N]` (mean per label), `influence_groups` `[N]`
+      `influence` `[M, N]`, `class_influence` `[K, N]` (mean over the images of a class that
+      are classified correctly), `influence_groups` `[N]`
       and `class_influence_groups` `[K, N]` (1 front, 0 middle, -1 tail of the means);
       `ablation_accuracy`, `ablation_loss`, `ablation_margin`, the same with `_attacked`, and
       `fragile`, `fragile_attacked` `[N]`, by the rules `fragile_rule`, `fragile_rule_attacked`;
@@ -240,8 +247,10 @@ def arrays(report: NeuronReport, layer: LayerReport) -> dict[str, np.ndarray]:
             found['sensitivity_rank'] = layer.sensitivity_rank()
     if layer.influence is not None:
         found['influence'] = layer.influence
+        # Influence is that on the predicted class, which should be the one it is called after.
+        right = report.predictions == report.labels
         of_classes = neurons.class_influence(
-            layer.influence, report.labels, report.info.num_classes
+            layer.influence[right], report.labels[right], report.info.num_classes
         )
         found['class_influence'] = of_classes
         found['influence_groups'] = layer.influence_groups(layer.influence.mean(0))
@@ -382,7 +391,7 @@ def facts(report: NeuronReport, prefix: str = 'neurons') -> dict[str, Any]:
             flat[f'{base}/attack_reached'] = summary.reached
             flat[f'{base}/attack_pgd'] = float(layer.through.pgd.mean())
         flat.update(_curve_facts(base, layer.curves))
-        agreement = layer.agreement()
+        agreement = layer.agreement
         if agreement is not None:
             for i, first in enumerate(agreement.names):
                 for j in range(i + 1, len(agreement.names)):

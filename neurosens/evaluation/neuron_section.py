@@ -123,7 +123,7 @@ def _layer(
         yield 'No neuron flips a prediction.'
     for table in neuron_tables.tables(layer, _SHOWN):
         yield Table(*table)
-    agreement = layer.agreement()
+    agreement = layer.agreement
     if agreement is not None:
         yield Table(*neuron_tables.agreement_table(agreement))
     yield from _figures(layer_file_name(layer.layer.name), layer.layer.name, pictures)

@@ -7,12 +7,12 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from neurosens import attacks, data, parallel
 from neurosens import config as config_lib
@@ -136,15 +136,19 @@ def evaluate(
     for name in (*settings.attacks, *(['transfer'] if surrogate is not None else [])):
         if name.startswith('autoattack'):
             ensemble = functools.partial(
-                _autoattack, name, forward, variables, source, mesh, settings, key, predictions
+                run_autoattack, name, forward, variables, source, mesh, settings, key
             )
             for eps in settings.eps:
-                notes = None
-                if directory is not None:
-                    notes = (
-                        directory / f'{name}-{settings.norm}-{eps:g}-{_digest(settings, mesh, key)}'
-                    )
-                outcomes.append(ensemble(eps, notes, ensemble_progress))
+                found = ensemble(eps, directory, ensemble_progress)
+                judged = accuracy.predict_images(
+                    forward,
+                    variables,
+                    found.result.x_adv,
+                    predictions.labels,
+                    mesh,
+                    settings.batch_size,
+                )
+                outcomes.append(_outcome_of(found, judged, name, eps, settings))
             continue
         # What looks for the smallest perturbation finds the answer for all radii at once.
         smallest = name in _MINIMUM
@@ -241,7 +245,21 @@ def _at_each_radius(
     return outcomes
 
 
-def _autoattack(
+class Ensemble(NamedTuple):
+    """AutoAttack over a data set.
+
+    Attributes:
+      result: of all images, which every process holds.
+      image: the clean images, uint8 `[N, ...]`.
+      broken_by: see `AttackOutcome`.
+    """
+
+    result: attacks.AutoAttackResult
+    image: UInt8[np.ndarray, 'examples height width channels']
+    broken_by: tuple[str, ...]
+
+
+def run_autoattack(
     name: str,
     forward: Forward,
     variables: Variables,
@@ -249,19 +267,37 @@ def _autoattack(
     mesh: Mesh,
     settings: config_lib.Evaluation,
     key: PRNGKeyArray,
-    clean: accuracy.Predictions,
     eps: float,
-    directory: pathlib.Path | None,
-    progress: attacks.Progress | None,
-) -> AttackOutcome:
-    """AutoAttack over the data set, all of whose images every process holds."""
+    directory: pathlib.Path | None = None,
+    progress: attacks.Progress | None = None,
+) -> Ensemble:
+    """AutoAttack over a data set.
+
+    Args:
+      name: `'autoattack'`, `'autoattack_plus'` or `'autoattack_rand'`.
+      forward: the model.
+      variables: its variables, replicated over the mesh.
+      source: the data.
+      mesh: devices to run on.
+      settings: norm, steps, queries and images.
+      key: randomness of the attacks.
+      eps: radius in pixel units.
+      directory: under which finished work is noted, apart for each threat and settings; None notes
+        nothing.
+      progress: called before each batch, see `attacks.autoattack`.
+
+    Returns:
+      Its result.
+    """
+    if directory is not None:
+        directory /= f'{name}-{settings.norm}-{eps:g}-{_digest(settings, mesh, key)}'
     held = accuracy.stream(source, mesh, settings.batch_size, _held, limit=settings.limit or None)
     version = name.partition('_')[2] or 'standard'
     result = attacks.autoattack(
         forward,
         variables,
         held['image'].astype(np.float32) / np.float32(255),
-        clean.labels,
+        held['label'],
         key,
         threat=attacks.Threat(settings.norm, eps),
         version=version,
@@ -273,16 +309,23 @@ def _autoattack(
         directory=directory,
         progress=progress,
     )
-    judged = accuracy.predict_images(
-        forward, variables, result.x_adv, clean.labels, mesh, settings.batch_size
-    )
-    keep = min(settings.examples, len(clean.labels))
-    attacked = accuracy.Attacked(
-        result.success, result.margin, judged, result.x_adv[:keep], held['image'][:keep]
-    )
     names = {attacks.ROBUST: '', attacks.CLEAN: 'clean', **dict(enumerate(result.runs))}
     broken_by = tuple(names[int(number)] for number in result.broken_by)
-    return AttackOutcome(name, settings.norm, eps, attacked, broken_by, result.warnings)
+    return Ensemble(result, held['image'], broken_by)
+
+
+def _outcome_of(
+    found: Ensemble,
+    judged: Int[np.ndarray, ' examples'],
+    name: str,
+    eps: float,
+    settings: config_lib.Evaluation,
+) -> AttackOutcome:
+    result, keep = found.result, settings.examples
+    attacked = accuracy.Attacked(
+        result.success, result.margin, judged, result.x_adv[:keep], found.image[:keep]
+    )
+    return AttackOutcome(name, settings.norm, eps, attacked, found.broken_by, result.warnings)
 
 
 # Queries that a diagnosis of masking can do with.

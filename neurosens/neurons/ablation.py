@@ -176,7 +176,8 @@ def without_neurons(
       unit: `'channel'` or `'unit'`.
 
     Returns:
-      A forward with the same variables and layers.
+      A forward with the same variables and layers; a call raises a ValueError where the layer has
+      not N neurons.
     """
     units.check_unit(unit)
     # Always the same function object: another one would be another program.
@@ -185,11 +186,13 @@ def without_neurons(
 
 
 def _mask_channels(removed: Array, activation: Array) -> Array:
+    removed = units.across(removed, activation.shape)
     return jnp.where(removed, jnp.zeros((), activation.dtype), activation)
 
 
 def _mask_units(removed: Array, activation: Array) -> Array:
-    return _mask_channels(removed.reshape(activation.shape[1:]), activation)
+    removed = units.across(removed, activation.shape, 'unit')
+    return jnp.where(removed, jnp.zeros((), activation.dtype), activation)
 
 
 # --------------------------------------------------------------------------------- on the host

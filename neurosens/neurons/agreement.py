@@ -19,6 +19,8 @@ class Agreement(NamedTuple):
     Attributes:
       names: the measures, in the order given.
       rho: Spearman's rank correlation of each pair `[M, M]`; NaN where it is not defined.
+      p_value: two-sided, by permutation of the neurons `[M, M]`; NaN where that is not defined, and
+        without permutations.
       overlap: share of the neurons that matter most by one measure that do so by the other
         `[M, M]`, in [0, 1].
       top_k: how many neurons count as those that matter most.
@@ -28,13 +30,19 @@ class Agreement(NamedTuple):
 
     names: tuple[str, ...]
     rho: Float[np.ndarray, 'measures measures']
+    p_value: Float[np.ndarray, 'measures measures']
     overlap: Float[np.ndarray, 'measures measures']
     top_k: int
     chance: float
     neurons: int
 
 
-def agreement(measures: Mapping[str, correlation.Values], *, top_k: int | None = None) -> Agreement:
+def agreement(
+    measures: Mapping[str, correlation.Values],
+    *,
+    top_k: int | None = None,
+    permutations: int = 1000,
+) -> Agreement:
     """Compares measures of the same neurons, each with each.
 
     Args:
@@ -43,6 +51,7 @@ def agreement(measures: Mapping[str, correlation.Values], *, top_k: int | None =
         counts as large.
       top_k: how many neurons count as those that matter most, from 1 to N; by default a tenth of
         them, at least 1.
+      permutations: how many p-values are made of, see `permutation_test`; 0 leaves them out.
 
     Returns:
       Rank correlations and overlaps of all pairs, and the overlap expected by chance.
@@ -68,12 +77,17 @@ def agreement(measures: Mapping[str, correlation.Values], *, top_k: int | None =
         top_k = max(1, round(count / 10))
     _validate.check_range('top_k', top_k, low=1, high=count)
     size = len(arrays)
-    rho, overlap = np.empty((size, size)), np.empty((size, size))
+    rho, p_value, overlap = (np.full((size, size), np.nan) for _ in range(3))
     values = list(arrays.values())
     for i, j in itertools.combinations_with_replacement(range(size), 2):
-        rho[i, j] = rho[j, i] = correlation.spearman(values[i], values[j])
+        if permutations and i != j:
+            found = correlation.permutation_test(values[i], values[j], permutations=permutations)
+            rho[i, j] = rho[j, i] = found.value
+            p_value[i, j] = p_value[j, i] = found.p_value
+        else:
+            rho[i, j] = rho[j, i] = correlation.spearman(values[i], values[j])
         overlap[i, j] = overlap[j, i] = correlation.overlap(values[i], values[j], top_k)
-    return Agreement(tuple(arrays), rho, overlap, top_k, top_k / count, count)
+    return Agreement(tuple(arrays), rho, p_value, overlap, top_k, top_k / count, count)
 
 
 def rows(result: Agreement) -> list[dict[str, str | float]]:
@@ -83,13 +97,15 @@ def rows(result: Agreement) -> list[dict[str, str | float]]:
       result: what `agreement` returned.
 
     Returns:
-      Dicts with the keys `first`, `second` (names), `rho`, `overlap`, `chance`, `top_k`, `neurons`.
+      Dicts with the keys `first`, `second` (names), `rho`, `p_value`, `overlap`, `chance`, `top_k`,
+      `neurons`.
     """
     return [
         {
             'first': result.names[i],
             'second': result.names[j],
             'rho': float(result.rho[i, j]),
+            'p_value': float(result.p_value[i, j]),
             'overlap': float(result.overlap[i, j]),
             'chance': result.chance,
             'top_k': result.top_k,

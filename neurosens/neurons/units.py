@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from neurosens import _validate
 
@@ -78,6 +78,31 @@ def spread(
     if unit == 'unit' or len(shape) <= 1:
         return values.reshape(tuple(shape))
     return jnp.broadcast_to(values, tuple(shape))
+
+
+def across(
+    values: Shaped[Array, ' neurons'], shape: Sequence[int], unit: str = 'channel'
+) -> Shaped[Array, '...']:
+    """One value per neuron in a shape that broadcasts over the activation of a batch.
+
+    Args:
+      values: one value per neuron `[N]`.
+      shape: shape of the activation, the batch first.
+      unit: `'channel'` or `'unit'`.
+
+    Returns:
+      The values, of the shape of one example where units are apart.
+
+    Raises:
+      ValueError: the layer has not N neurons.
+    """
+    neurons = count(shape[1:], unit)
+    if values.shape != (neurons,):
+        raise ValueError(
+            f'Values of shape {values.shape} are given for the {unit}s of an activation of shape '
+            f'{tuple(shape[1:])}; it has {neurons} of them, and needs one value for each.'
+        )
+    return values if are_channels(shape[1:], unit) else values.reshape(tuple(shape[1:]))
 
 
 def direction(

@@ -15,6 +15,8 @@ from neurosens.attacks import (
     random_forward,
     redraw,
     straight_through,
+    transfer,
+    with_gradients_of,
 )
 from neurosens.forward import with_edits, with_input_transform
 
@@ -134,3 +136,39 @@ def test_a_hidden_gradient_is_replaced(net):
     np.testing.assert_array_equal(straight_through(quantize)(net.x), quantize(net.x))
     smooth = straight_through(quantize, jnp.sin)
     np.testing.assert_allclose(jax.grad(lambda x: smooth(x).sum())(net.x), jnp.cos(net.x))
+
+
+def test_a_model_answers_as_one_and_is_differentiated_as_another(net):
+    steps = with_input_transform(net.forward, lambda x: jnp.round(x * 8) / 8)
+    mixed = with_gradients_of(steps, net.forward)
+
+    def total(model, x):
+        logits, tapped = model(net.variables, x, taps=('act1',))
+        return (logits**2).sum() + tapped['act1'].sum(), (logits, tapped)
+
+    (_, values), gradient = jax.value_and_grad(lambda x: total(mixed, x), has_aux=True)(net.x)
+    (_, expected), flat = jax.value_and_grad(lambda x: total(steps, x), has_aux=True)(net.x)
+    jax.tree.map(np.testing.assert_array_equal, values, expected)
+    np.testing.assert_array_equal(flat, 0)
+    # Derivatives of the surrogate at the values of the model.
+    logits = values[0]
+    _, pull = jax.vjp(lambda x: net.forward(net.variables, x, taps=('act1',)), net.x)
+    ones = jnp.ones_like(values[1]['act1'])
+    np.testing.assert_allclose(gradient, pull((2 * logits, {'act1': ones}))[0], rtol=1e-5)
+
+
+def test_with_the_gradients_of_a_surrogate_the_model_itself_decides(net):
+    steps = with_input_transform(net.forward, lambda x: jnp.round(x * 8) / 8)
+    # Says the last class of every image, whatever it is: nothing for `transfer` to look for.
+    surrogate = with_edits(net.forward, {'head': lambda z: z + 100 * jnp.eye(4)[3]})
+    options = {'threat': Threat('linf', 0.2), 'steps': 8}
+    arguments = net.variables, net.x, net.y, jax.random.key(0)
+    exact = pgd(steps, *arguments, **options)
+    found = pgd(with_gradients_of(steps, surrogate), *arguments, **options)
+    other = transfer(
+        steps, *arguments, surrogate=surrogate, surrogate_variables=net.variables, **options
+    )
+    for result in (exact, found, other):
+        judged = np.asarray(steps(net.variables, result.x_adv)[0]).argmax(-1) != net.y
+        np.testing.assert_array_equal(result.success, judged)
+    assert found.success.sum() > max(exact.success.sum(), other.success.sum())

@@ -442,10 +442,13 @@ def test_the_oracle_clips_after_it_has_judged():
     forward = LinenForward(Sum())
     variables = {'params': {'kernel': np.ones((2, 1), np.float32)}}
     settings = Settings(layers=('act',), front=1, tail=0)
+    known = dataclasses.replace(
+        inverse_perturbation.skeleton(settings), directions=jnp.ones((2, 1, 2))
+    )
     x, x_adv = np.float32([[1, 0.99]]), np.float32([[0.995, 0.9]])
     found = oracles.moved(
         forward, variables, x, x_adv, np.int32([1]), jax.random.key(0), rho=0.1,
-        settings=settings,
+        parameters=known,
     )  # fmt: skip
     moved = np.asarray(found['influence, oracle (released)'])[0]
     # The front unit is the first input, of gradient (1, 0) and root mean square 1 / sqrt(2).
@@ -453,11 +456,11 @@ def test_the_oracle_clips_after_it_has_judged():
     assert forward(variables, moved[None])[0].argmax() == 0
 
 
-def test_oracles_move_by_rho_along_their_directions(model):
+def test_oracles_move_by_rho_along_their_directions(model, parameters):
     forward, variables, x, y = model
     inside = 0.3 + 0.4 * x[:8]
     found = oracles.moved(
-        forward, variables, x[:8], inside, y[:8], jax.random.key(0), rho=0.05, settings=SMALL
+        forward, variables, x[:8], inside, y[:8], jax.random.key(0), rho=0.05, parameters=parameters
     )
     assert set(found) == set(oracles.NAMES)
     np.testing.assert_array_equal(found['identity'], inside)
@@ -467,9 +470,13 @@ def test_oracles_move_by_rho_along_their_directions(model):
     clean = np.asarray(directions(forward, variables, x[:8], settings=SMALL).direction)
     step = (np.asarray(found['influence, oracle (released)']) - inside) / 0.05
     np.testing.assert_allclose(np.abs((step * clean).mean((1, 2))), 1, rtol=1e-3)
+    taken_for = np.asarray(forward(variables, inside)[0]).argmax(-1)
+    assert len(set(taken_for.tolist())) > 1
+    own = np.asarray(parameters.directions)[taken_for, 0]
+    np.testing.assert_allclose((found['class direction'] - inside) / 0.05, own, atol=1e-4)
     again = oracles.moved(
         forward, variables, x[4:8], inside[4:], y[4:8], jax.random.key(0), rho=0.05,
-        settings=SMALL, index=jnp.arange(4, 8),
+        parameters=parameters, index=jnp.arange(4, 8),
     )  # fmt: skip
     np.testing.assert_allclose(again['random'], found['random'][4:], atol=1e-6)
 

@@ -72,6 +72,8 @@ def run(
     batch_size=24,
     masking_images=0,
     attacked_by=EVALUATION.attacks,
+    eps=EVALUATION.eps,
+    directory=None,
     **changes,
 ):
     forward, variables, source = problem
@@ -92,10 +94,12 @@ def run(
             batch_size=batch_size,
             masking_images=masking_images,
             attacks=attacked_by,
+            eps=eps,
         ),
         settings,
         key,
         parameters=parallel.replicate(mesh, parameters),
+        directory=directory,
     )
     return parameters, report
 
@@ -122,7 +126,7 @@ def test_a_report_agrees_with_fresh_computations(problem, inverse):
     np.testing.assert_array_equal(report.defended.correct, right(defended, x))
     outcomes = {outcome.name: outcome for outcome in report.outcomes}
     assert set(outcomes) == {
-        *(f'static/{a}-linf-{e}' for a in ('fgsm', 'pgd') for e in ('0.05', '0.12')),
+        *(f'static/{a}-linf-{e}' for a in ('fgsm', 'pgd', 'square') for e in ('0.05', '0.12')),
         *(
             f'adaptive/{a}-linf-{e}'
             for a in ('fgsm', 'pgd', 'square', 'transfer', 'pgd_straight_through', 'pgd_soft')
@@ -258,7 +262,7 @@ def test_smallest_perturbations_count_inside_the_radius_only(problem):
     forward, variables, source = problem
     _, report = run(problem, 'pruning', {'count': 0}, attacked_by=('fab',), measure='influence')
     x, y = source.images / np.float32(255), source.labels
-    static = [outcome for outcome in report.outcomes if outcome.kind == 'static']
+    static = [o for o in report.outcomes if (o.kind, o.attack) == ('static', 'fab')]
     shares = []
     for outcome in static:
         threat = attacks.Threat('linf', outcome.eps)
@@ -271,6 +275,52 @@ def test_smallest_perturbations_count_inside_the_radius_only(problem):
         np.testing.assert_array_equal(outcome.fooled, within & right)
         shares.append(outcome.fooled.mean())
     assert shares[0] < shares[1]
+
+
+def test_autoattack_meets_both_models_and_what_it_warns_of_is_said(problem, tmp_path):
+    forward, variables, source = problem
+    notes = tmp_path / 'unfinished'
+    options = {'attacked_by': ('autoattack',), 'eps': (0.12,), 'directory': notes, 'devices': 1}
+    settings = {'surrogates': ('soft',), 'surrogate_attacks': ('apgd',), 'controls': False}
+    parameters, report = run(problem, 'inverse_perturbation', INVERSE, **options, **settings)
+    outcomes = {outcome.name: outcome for outcome in report.outcomes}
+    static = outcomes['static/autoattack-linf-0.12']
+    adaptive = outcomes['adaptive/autoattack-linf-0.12']
+    assert {'adaptive/apgd_soft-linf-0.12', 'static/square-linf-0.12'} < set(outcomes)
+    # The same ensemble from Python, on either model.
+    defended = inverse_perturbation.apply(parameters, forward)
+    x, y = source.images / np.float32(255), source.labels
+    for model, success in ((forward, static.fooled), (defended, adaptive.success)):
+        found = attacks.autoattack(
+            model,
+            variables,
+            x,
+            y,
+            jax.random.key(3),
+            threat=attacks.Threat('linf', 0.12),
+            steps=EVALUATION.auto_steps,
+            queries=EVALUATION.queries,
+            batch_size=24,
+            mesh=parallel.data_mesh(1),
+        )
+        right = np.asarray(model(variables, x)[0]).argmax(-1) == y
+        expected = found.success & right if model is forward else found.success
+        np.testing.assert_array_equal(success, expected)
+        if model is forward:
+            judged = np.asarray(defended(variables, found.x_adv)[0]).argmax(-1) != y
+            np.testing.assert_array_equal(static.success, judged | ~report.defended.correct)
+    # Finished work is noted apart for the two models.
+    assert list(notes.glob('autoattack-linf-0.12-*/run*.npz'))
+    assert list(notes.glob('defended/autoattack-linf-0.12-*/run*.npz'))
+    warned = dataclasses.replace(
+        report, outcomes=(adaptive._replace(warnings=('It may be random.',)), static)
+    )
+    assert 'adaptive/autoattack-linf-0.12: It may be random.' in evaluation.defense_table(warned)
+    facts = evaluation.defense_facts(warned)
+    assert facts['defense/warnings/adaptive/autoattack-linf-0.12'] == ['It may be random.']
+    section = evaluation.defense_section(warned)
+    said = [text for block in section.blocks for text in getattr(block, 'sentences', ())]
+    assert said == ['adaptive/autoattack-linf-0.12: It may be random.']
 
 
 def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):

@@ -327,7 +327,7 @@ def test_neurons_are_shown_layer_by_layer(written, neuron_report):
     assert layers[1][5] == '22.50%'
     (top,) = [rows for rows in read.tables.values() if rows[0][0] == 'most sensitive']
     assert len(top) == 1 + 5
-    agreement = neuron_report.layers[0].agreement()
+    agreement = neuron_report.layers[0].agreement
     (agree,) = [rows for caption, rows in read.tables.items() if caption.startswith('Agreement')]
     assert agree[1] == ['sensitivity', '–', f'{agreement.rho[0, 1]:+.2f}']
     assert agree[2] == ['influence', f'{agreement.overlap[0, 1]:.2f}', '–']

@@ -201,10 +201,23 @@ def test_table_of_all_neurons_is_exact(written, report):
     assert set(rows[0]) == names | {'layer', 'neuron', *rules}
 
 
+def test_targeting_has_every_correlation(written, report):
+    rows = lines(written[0] / 'targeting.csv')
+    for layer in report.layers:
+        of_layer = [row for row in rows if row['layer'] == layer.layer.name]
+        assert {row['score'] for row in of_layer} == set(layer.targeting)
+        for row in of_layer:
+            found = layer.targeting[row['score']]
+            name = f'{row["of"]}_{"partial" if row["control"] else "correlation"}'
+            value = getattr(found, name.replace('mean_', ''))
+            assert float(row['rho']) == pytest.approx(value.value, nan_ok=True)
+            assert float(row['p_value']) == pytest.approx(value.p_value, nan_ok=True)
+
+
 def test_agreement_has_every_pair_of_every_layer(written, report):
     rows = lines(written[0] / 'agreement.csv')
-    assert len(rows) == 7 * 6 // 2 + 1
-    agreement = report.layers[1].agreement()
+    assert len(rows) == 8 * 7 // 2 + 1
+    agreement = report.layers[1].agreement
     assert rows[-1]['layer'] == 'head:in' and rows[-1]['first'] == 'sensitivity'
     assert float(rows[-1]['rho']) == agreement.rho[0, 1]
 
@@ -375,7 +388,7 @@ def test_heatmap_is_in_the_order_of_the_first_measure(report):
     layer = report.layers[0]
     figure = draw(measure_plots.measure_heatmap(layer))
     shown = figure.axes[0].images[0].get_array()
-    assert shown.shape == (7, 6)
+    assert shown.shape == (8, 6)
     assert shown[0].tolist() == sorted(shown[0], reverse=True)
     order = [int(text.get_text()) for text in figure.axes[0].get_xticklabels()]
     influence = layer.importance()['influence']
@@ -416,7 +429,7 @@ def test_many_neurons_share_columns_and_bands():
     report = make_report((600,))
     layer = report.layers[0]
     heatmap = draw(measure_plots.measure_heatmap(layer))
-    assert heatmap.axes[0].images[0].get_array().shape == (7, 300)
+    assert heatmap.axes[0].images[0].get_array().shape == (8, 300)
     draw(sensitivity_plots.sensitivity_curve({'a': layer, 'b': make_report((30,)).layers[0]}))
     draw(measure_plots.targeting(layer))
 

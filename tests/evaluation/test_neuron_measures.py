@@ -235,11 +235,11 @@ def test_a_small_layer_is_grouped_as_far_as_it_goes(model, source):
 def test_agreement_counts_as_many_neurons_as_asked(model, source):
     names = ('influence', 'ablation')
     layer, _ = measure(model, source, *names, layer='act1', agreement_top=2)
-    assert layer.agreement().top_k == 2
-    assert measure(model, source, *names, layer='act1')[0].agreement().top_k == 1
+    assert layer.agreement.top_k == 2
+    assert measure(model, source, *names, layer='act1')[0].agreement.top_k == 1
     # There are no more than two.
     layer, _ = measure(model, source, *names, layer='act1', agreement_top=5)
-    assert layer.agreement().top_k == 2
+    assert layer.agreement.top_k == 2
 
 
 def test_filtering_of_the_network_reaches_every_kernel(model, source, tmp_path):
@@ -306,6 +306,41 @@ def test_neurons_are_ranked_by_the_score_asked_for(model, source, ranking):
     rank = evaluation.neuron_arrays(report, layer)['sensitivity_rank']
     np.testing.assert_array_equal(rank[order], np.arange(layer.layer.neurons))
     np.testing.assert_array_equal(layer.through.neurons, neurons.ranking(score)[:, :2])
+
+
+def test_statistics_can_be_those_of_whole_splits(model, source):
+    images, labels = digits.read_split('train')
+    train = data.ArrayDataset(images[:7], labels[:7], data.info('digits'))
+    settings = config.Neurons(('sensitivity',), ('head:in',), batch_size=4, limit=6)
+    (layer,) = report_on(model, source, settings, population=(train, source)).layers
+    forward, variables, x = model
+    everything = np.concatenate([data.to_float(images[:7]), x])
+    values = np.float64(forward(variables, everything, taps=('head:in',))[1]['head:in'])
+    assert layer.statistics.count == 7 + IMAGES
+    np.testing.assert_allclose(layer.statistics.mean, values.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(layer.statistics.std(), values.std(0, ddof=1), rtol=1e-5)
+    # Everything else is that of the images measured.
+    assert layer.delta.shape == (6, layer.layer.neurons)
+    np.testing.assert_allclose(layer.peak, values[7:13], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ('measures', 'settings'),
+    [
+        (('sensitivity',), {'layer': 'act1', 'method': 'first_order'}),
+        (('ablation', 'influence'), {'layer': 'act1'}),
+        (('input_gradients',), {'layer': 'act1', 'probes': 0}),
+    ],
+)
+def test_the_chunk_changes_nothing(model, source, measures, settings):
+    whole, _ = measure(model, source, *measures, **settings)
+    parts, report = measure(model, source, *measures, **settings, chunk=1)
+    others = evaluation.neuron_arrays(report, parts)
+    for name, values in evaluation.neuron_arrays(report, whole).items():
+        if values.dtype.kind == 'f':
+            np.testing.assert_allclose(others[name], values, rtol=1e-4, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(others[name], values)
 
 
 def test_every_pass_over_the_images_has_a_bar_of_its_own(model, source):

@@ -144,7 +144,7 @@ def test_images_without_logits_are_left_out_of_medians(report):
 
 
 def test_agreement_of_measures(report):
-    found = report.layers[0].agreement()
+    found = report.layers[0].agreement
     place = found.names.index
     # Ranks of sensitivity 3 1 2, of ablation 3 1 2, of influence 2 3 1.
     assert found.rho[place('sensitivity'), place('ablation')] == pytest.approx(1)

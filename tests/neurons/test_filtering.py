@@ -342,6 +342,26 @@ def test_responses_are_those_of_models_zeroed_by_hand(net, twin, kind, layer):
     jax.tree.map(np.testing.assert_array_equal, other, result)
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_responses_of_half_precision_networks(net, dtype):
+    """Kernels of the narrow type are filtered as they are, and images of it are attacked."""
+    narrow = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
+    variables, x = narrow(net.variables), narrow(net.x)
+    alphas = thresholds(kernels(variables)['conv1'].astype(jnp.float32), 4)
+    forward = LinenForward(net.forward.module.clone(dtype=dtype), net.forward.kwargs)
+    result = filtering_responses(
+        forward, variables, x, net.y, alphas=alphas, kind='minmax', layer='conv1', attack=attack
+    )
+    run = jax.jit(forward)
+    assert run(variables, x)[0].dtype == dtype
+    for index, alpha in enumerate(alphas):
+        filtered = filter_variables(variables, alpha, 'minmax', layer='conv1')[0]
+        clean = run(filtered, x)[0].argmax(-1) == net.y
+        # A tie of rounded logits may go either way in another program.
+        assert (result.clean[:, index] == clean).mean() > 0.9
+    assert result.adversarial.mean() < result.clean.mean()
+
+
 def test_without_an_attack_only_clean_responses(net):
     options = {'alphas': global_thresholds(4), 'kind': 'minmax'}
     both = filtering_responses(net.forward, net.variables, net.x, net.y, attack=attack, **options)

@@ -201,7 +201,8 @@ def test_a_layer_of_one_value_is_one_neuron(unit, direction):
 
 
 @pytest.mark.parametrize('direction', ['reverse', 'forward'])
-def test_half_precision(direction):
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision(direction, dtype):
     """Derivatives are in float32; those of a bfloat16 layer are rounded to its 8 bits."""
     module = models.create('mlp', num_classes=3, hidden=(5, 6), activation='tanh')
     x = random(1, 2, 2, 2, 1)
@@ -209,20 +210,21 @@ def test_half_precision(direction):
     variables = jax.tree.map(lambda leaf: random(leaf.size, *leaf.shape) / 2, shapes)
     run = functools.partial(gradients, layer='act1', direction=direction)
     exact = run(LinenForward(module), variables, x)
-    rounded = run(LinenForward(module.clone(dtype='bfloat16')), variables, x)
+    rounded = run(LinenForward(module.clone(dtype=dtype)), variables, x)
     assert rounded.dtype == jnp.float32
     assert np.abs(rounded - exact).max() > 0
     assert_close(rounded, exact, 3e-2)
 
 
 @pytest.mark.parametrize('direction', ['reverse', 'forward'])
-def test_half_precision_images_in_a_half_precision_network(direction):
-    """Logits of bfloat16, too, are differentiated in float32."""
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_half_precision_images_in_a_half_precision_network(direction, dtype):
+    """Logits of half precision, too, are differentiated in float32."""
     run = functools.partial(logit_gradients, layer='h', direction=direction)
     forward, variables, x = smooth_net()
     exact = run(forward, variables, x)
-    half = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, jnp.bfloat16))
-    assert forward(half(variables), half(x))[0].dtype == jnp.bfloat16
+    half = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
+    assert forward(half(variables), half(x))[0].dtype == dtype
     rounded = run(forward, half(variables), half(x))
     assert rounded.dtype == jnp.float32
     # Three layers, each rounded to 8 bits.

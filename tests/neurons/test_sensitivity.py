@@ -372,6 +372,19 @@ def test_exact_changes_of_single_units_flip_the_real_network(net):
             np.testing.assert_array_equal(after, expected)
 
 
+@pytest.mark.parametrize('chunk', [1, 3, 100])
+def test_chunks_change_nothing_in_the_search_in_double_precision(net, chunk):
+    with jax.enable_x64(True):
+        forward, variables, x = net
+        variables, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (variables, x[:4]))
+        options = {'layer': 'act1', 'method': 'exact'}
+        whole = sensitivity(forward, variables, x, **options)
+        parts = sensitivity(forward, variables, x, chunk=chunk, **options)
+        assert whole.delta.dtype == jnp.float64 and np.isfinite(whole.delta).any()
+        np.testing.assert_allclose(parts.delta, whole.delta, rtol=1e-12)
+        np.testing.assert_array_equal(parts.flips_to, whole.flips_to)
+
+
 def test_chunks_change_nothing_in_the_search(net):
     forward, variables, x = net
     whole = sensitivity(forward, variables, x, layer='act1', method='exact')
@@ -401,6 +414,20 @@ def test_tied_logits_need_no_change_by_any_method(method):
     result = sensitivity(LinenForward(_Itself()), variables, x, method=method)
     np.testing.assert_array_equal(result.delta, [[0, 0]])
     assert (result.flips_to == 1).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('direction', ['forward', 'reverse'])
+def test_first_order_in_half_precision(net, dtype, direction):
+    forward, variables, x = net
+    options = {'layer': 'act1', 'method': 'first_order', 'direction': direction}
+    module = forward.module.clone(dtype=dtype)
+    low = sensitivity(LinenForward(module, forward.kwargs), variables, x, **options)
+    reference = sensitivity(*net, **options)
+    both = np.isfinite(low.delta) & np.isfinite(reference.delta)
+    assert low.delta.dtype == jnp.float32 and both.mean() > 0.2
+    apart = np.abs(low.delta / reference.delta - 1)[both]
+    assert 0 < np.median(apart) < 0.05
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
