@@ -2,7 +2,8 @@
 
     python -m benchmarks.neurons SUBJECT [--rounds N]
 
-Subjects: `delta`, `input_gradients`, `probes`, `logit_gradients`, `ablation`, `memory`, `scaling`.
+Subjects: `delta`, `input_gradients`, `probes`, `logit_gradients`, `few_neurons`,
+`ablation`, `memory`, `scaling`.
 The inputs are those of `benchmarks.neuron_problems`, the peers those of `benchmarks.torch_neurons`.
 Before timing, the results of both sides are compared.
 """
@@ -26,10 +27,12 @@ from matplotlib.figure import Figure
 from benchmarks import harness, neuron_problems
 from neurosens import models, neurons, parallel
 from neurosens.forward import LinenForward, with_edits
+from neurosens.neurons.statistics import activation_summary
 
 DELTA = {'images': 10_000, 'neurons': 512, 'classes': 10, 'seed': 0}
 GRADIENT_IMAGES = 64
 LOGIT_LAYER = 'stage2_block3'
+FEW_LAYER = 'stage1_block3'
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 DEPTHS = (20, 32, 44, 56)
 CHUNKS = (1, 2, 4, 8, 16, 32, 65)
@@ -341,10 +344,35 @@ def prepare_logit_gradients(
     """
     mesh = harness.start_jax(devices=devices)
     forward, variables, x = _resnet(mesh, images, seed)
+    _save(output, gradients=neurons.logit_gradients(forward, variables, x, layer=layer))
+    return _logit_units(mesh, forward, variables, x, layer)
+
+
+def prepare_few_neurons(
+    *, images: int, seed: int, layer: str, output: str = ''
+) -> harness.Prepared:
+    """Prepares the same of a ResNet-20 of a hundred classes, more than the layer has channels.
+
+    Args:
+        images: images in the batch.
+        seed: seed of images and weights.
+        layer: name of the layer.
+        output: not used.
+    """
+    del output
+    mesh = harness.start_jax()
+    module = models.create('cifar_resnet20', num_classes=100)
+    x = parallel.shard(mesh, neuron_problems.images(images, seed))
+    variables = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, *x.shape[1:])))
+    return _logit_units(mesh, LinenForward(module), _place(mesh, variables), x, layer)
+
+
+def _logit_units(
+    mesh: jax.sharding.Mesh, forward: LinenForward, variables: Any, x: jax.Array, layer: str
+) -> harness.Prepared:
     run = functools.partial(neurons.logit_gradients, forward, variables, x, layer=layer)
-    found = run()
-    _save(output, gradients=found)
-    _, classes, channels = found.shape
+    images, classes, channels = jax.eval_shape(run).shape
+    passes = min(classes, channels)
 
     @jax.jit
     def pullback(variables: Any, x: jax.Array) -> Any:
@@ -360,7 +388,7 @@ def prepare_logit_gradients(
     backward = jax.jit(lambda pull, cotangent: pull(cotangent)[0].sum((1, 2)))
     cotangents = [
         parallel.shard(mesh, np.tile(np.eye(classes, dtype=np.float32)[c], (images, 1)))
-        for c in range(classes)
+        for c in range(passes)
     ]
 
     def floor() -> list[jax.Array]:
@@ -370,10 +398,10 @@ def prepare_logit_gradients(
     def backward_passes() -> list[jax.Array]:
         return [backward(pull, cotangent) for cotangent in cotangents]
 
-    passes = min(classes, channels)
+    other = 'forward' if classes <= channels else 'reverse'
     units = {
         'neurosens': _blocking(run),
-        'neurosens, forward mode': _blocking(functools.partial(run, direction='forward')),
+        f'neurosens, {other} mode': _blocking(functools.partial(run, direction=other)),
         f'forward pass and {passes} backward passes, one call each': _blocking(floor),
         f'{passes} backward passes, one call each': _blocking(backward_passes),
     }
@@ -391,6 +419,28 @@ def logit_gradients(arguments: argparse.Namespace) -> None:
         f'Channels of `{LOGIT_LAYER}` of a ResNet-20, batch {GRADIENT_IMAGES}.',
         alone,
         lambda measurement: measurement.seconds[alone],
+    )
+
+
+def few_neurons(arguments: argparse.Namespace) -> None:
+    """Measures derivatives of many logits by few neurons against backward passes, and reports."""
+    with contextlib.ExitStack() as stack:
+        options = {'images': GRADIENT_IMAGES, 'seed': 0, 'layer': FEW_LAYER}
+        worker = _start(stack, 'neurons:prepare_few_neurons', options)
+        units = {name: worker.unit(name) for name in worker.details['units']}
+        measurement = harness.alternate(units, rounds=arguments.rounds)
+        channels, classes = worker.details['neurons'], worker.details['classes']
+    alone = f'{channels} backward passes, one call each'
+    definition = (
+        f'The {channels} channels of `{FEW_LAYER}` of a ResNet-20 of {classes} classes, batch '
+        f'{GRADIENT_IMAGES}: a pass for each channel in forward mode, not for each class. Floor: '
+        f'{alone}.'
+    )
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        _table(measurement, [], measurement.seconds[alone]),
+        measurements={'few_neurons': measurement},
     )
 
 
@@ -591,11 +641,14 @@ def _scaling_units(
     shape = jnp.zeros((1, *x.shape[1:]))
     variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), shape))
     plain = jax.jit(lambda v, x: forward(v, x)[0])
+    everything, x_adv = jnp.ones_like(y, dtype=bool), jnp.clip(x + 0.1, 0, 1)
     measures: dict[str, Callable[[], Any]] = {
         'forward': lambda: plain(variables, x),
         'sensitivity': lambda: neurons.sensitivity(forward, variables, x, layer=layer),
         'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
         'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
+        'statistics': lambda: activation_summary(forward, variables, x, everything, layer=layer),
+        'shift': lambda: neurons.shift(forward, variables, x, x_adv, layer=layer),
         'probes': lambda: neurons.probe_gradients(forward, variables, x, key, probes=4),
         'gradients': lambda: neurons.input_gradient_norms(
             forward, variables, x, layer=gradient_layer or layer
@@ -611,7 +664,9 @@ def scaling(arguments: argparse.Namespace) -> None:
         worker = _start(stack, 'neurons:prepare_scaling', {})
         units = {name: worker.unit(name) for name in worker.details['units']}
         measurement = harness.alternate(units, rounds=arguments.rounds)
-    measures = ('forward', 'sensitivity', 'influence', 'ablation', 'probes', 'gradients')
+    measures = tuple(
+        name.rpartition(' ')[2] for name in units if name.startswith(f'width {WIDTHS[0]} ')
+    )
     tables = []
     for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
         rows = []
@@ -624,8 +679,11 @@ def scaling(arguments: argparse.Namespace) -> None:
             exponents = np.polyfit(np.log(costly), rounds, 1)[0]
             low, middle, high = np.quantile(exponents, (0.1, 0.5, 0.9))
             exponent = harness.ratio_text(harness.Ratio(middle, low, high))
-            rows.append((measure, *(f'{value:.1f}' for value in times), exponent))
-        header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent')
+            last = np.diff(rounds[-2:], axis=0)[0] / np.log(costly[-1] / costly[-2])
+            low, middle, high = np.quantile(last, (0.1, 0.5, 0.9))
+            last_exponent = harness.ratio_text(harness.Ratio(middle, low, high))
+            rows.append((measure, *(f'{value:.1f}' for value in times), exponent, last_exponent))
+        header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent', 'of the last step')
         tables.append(harness.markdown_table(header, rows))
     if arguments.plot:
         figure = Figure(figsize=(8, 3.4), layout='constrained')
@@ -645,7 +703,8 @@ def scaling(arguments: argparse.Namespace) -> None:
         figure.legend(lines, labels, loc='outside lower center', ncols=len(measures), frameon=False)
         _save_figure(figure, arguments.plot)
     definition = (
-        '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, '
+        '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, of '
+        'all sizes and of the last two, '
         'for depth against the layers between the measured one and the logits, or, of gradients, '
         'which are those of the 64 last neurons, the pixels. There is no other floor; the forward '
         'pass shows how the cost of the network itself grows.'
@@ -750,6 +809,7 @@ _SUBJECTS = {
     'input_gradients': input_gradients,
     'probes': probes,
     'logit_gradients': logit_gradients,
+    'few_neurons': few_neurons,
     'ablation': ablation,
     'memory': memory,
     'scaling': scaling,

@@ -154,8 +154,9 @@ def _subjects() -> tuple[Subject, ...]:
         Subject('regularizers.memory', 'benchmarks.regularizers', ('memory',), torch, 6),
         neurons('delta', 9, captum, 5),
         neurons('input_gradients', 5, captum, 8),
-        neurons('probes', 10, (), 1),
-        neurons('logit_gradients', 7, captum, 4),
+        neurons('probes', 20, (), 2),
+        neurons('logit_gradients', 15, captum, 6),
+        neurons('few_neurons', 15, (), 2),
         Subject(
             'neurons.ablation',
             'benchmarks.neurons',
