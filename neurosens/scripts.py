@@ -49,7 +49,8 @@ def print_help(description: str | None, own_flags: flags.FlagValues) -> None:
     """Prints a script's description and its flags."""
     print((description or '').strip())
     print(
-        '\nSettings: --config=FILE and --config.key=value; the keys stand in neurosens/config.py.'
+        '\nSettings: --config=FILE and --config.key=value; the keys stand in '
+        'neurosens/config/settings.py.'
     )
     print(own_flags.get_help())
 

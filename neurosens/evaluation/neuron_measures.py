@@ -563,7 +563,15 @@ def _attack_through(task: _Task) -> dict[str, Any]:
             'steps': task.settings.attack_steps,
             'index': batch.index,
         }
-        result = through(*problem, **budget, **_rows(aims, batch.index))
+        result = through(
+            *problem,
+            **budget,
+            **_rows(aims, batch.index),
+            weight=task.settings.attack_weight,
+            start=task.settings.attack_start,
+            restarts=task.settings.attack_restarts,
+            keep=task.settings.attack_keep,
+        )
         return {
             'success': result.success,
             'reached': result.reached,

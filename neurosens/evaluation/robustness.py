@@ -404,6 +404,8 @@ def make_attack(
         method = attacks.spatial
     else:
         method = attacks.deepfool if name == 'deepfool' else attacks.carlini_wagner
+        if settings.search_steps:
+            options['steps'] = settings.search_steps
     threat: Any
     if settings.norm == 'spatial':
         threat = attacks.Motion(eps, settings.shift)

@@ -146,6 +146,27 @@ def test_quantised_inputs_hide_gradients(diagnose):
     assert warnings(found) >= {'gradients', 'black_box', 'straight_through', 'chance'}
 
 
+def nearest_level(x):
+    """Each pixel as the level that an argmax over a one-hot code of sixteen picks."""
+    levels = jnp.linspace(0.0, 1.0, 17)
+    return levels[jnp.argmax(-jnp.abs(x[..., None] - levels), -1)]
+
+
+def test_an_argmax_before_the_model_hides_all_gradients(diagnose):
+    found = diagnose(with_input_transform(LinenForward(Linear()), nearest_level))
+    assert warnings(found) >= {'gradients', 'black_box', 'straight_through', 'chance'}
+    gradients = figures(found, 'gradients')
+    assert gradients['zero'] == gradients['correct'] > 20
+
+
+def test_gradients_on_a_few_pixels_at_a_time_call_for_more_restarts(diagnose):
+    # Only pixels that the random start has left near where they were have one.
+    found = diagnose(model(slopes=[1.0] * 2 + [0.0] * 8))
+    assert 'converged' in warnings(found)
+    gained = figures(found, 'converged')
+    assert max(gained['gained_by_steps'], gained['gained_by_restarts']) > slack(IMAGES)
+
+
 def test_noise_that_does_as_much_as_the_attack_is_found(diagnose):
     found = diagnose(model(slopes=0, values=8.0))
     assert 'noise' in warnings(found)

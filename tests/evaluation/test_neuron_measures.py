@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from neurosens import config, data, evaluation, models, neurons, parallel
+from neurosens import attacks, config, data, evaluation, models, neurons, parallel
 from neurosens.attacks import Threat, fgsm
 from neurosens.data import digits
 from neurosens.forward import LinenForward
@@ -306,6 +306,43 @@ def test_neurons_are_ranked_by_the_score_asked_for(model, source, ranking):
     rank = evaluation.neuron_arrays(report, layer)['sensitivity_rank']
     np.testing.assert_array_equal(rank[order], np.arange(layer.layer.neurons))
     np.testing.assert_array_equal(layer.through.neurons, neurons.ranking(score)[:, :2])
+
+
+def test_attacks_through_neurons_take_the_settings(model, source):
+    settings = {
+        'attack_neurons': 3,
+        'attack_steps': 3,
+        'attack_norm': 'linf',
+        'attack_eps': 0.1,
+        'attack_start': 'random',
+        'attack_restarts': 2,
+        'attack_weight': 0.5,
+        'attack_keep': 'loss',
+    }
+    layer, report = measure(model, source, 'attack', layer='head:in', **settings)
+    forward, variables, x = model
+    chosen, change = attacks.easiest_neurons(
+        layer.delta, layer.statistics.mean, layer.statistics.std(), 3
+    )
+    options = {'start': 'random', 'restarts': 2, 'weight': 0.5, 'keep': 'loss'}
+    results = [
+        attacks.neuron_attack(
+            forward,
+            variables,
+            x,
+            report.predictions,
+            jax.random.key(1),
+            threat=Threat('linf', 0.1),
+            neurons=chosen,
+            delta=change,
+            steps=3,
+            **changed,
+        )
+        for changed in (options, {})
+    ]
+    np.testing.assert_array_equal(layer.through.neurons, chosen)
+    np.testing.assert_allclose(layer.through.gain, results[0].gain, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(layer.through.gain, results[1].gain, rtol=1e-2)
 
 
 def test_statistics_can_be_those_of_whole_splits(model, source):

@@ -1,17 +1,8 @@
-"""Experiment settings: typed dataclasses, their checks, and what a checkpoint stores of them.
-
-A config file is a Python file whose `get_config()` returns a `Config`; `neurosens.command_line`
-says how the command line chooses one and changes single settings.
-"""
+"""The settings of an experiment, and what may stand in them."""
 
 # No `from __future__ import annotations`: ml_collections reads field types at run time.
 
 import dataclasses
-import json
-import math
-from typing import Any
-
-from neurosens import _validate
 
 
 class ConfigError(ValueError):
@@ -129,6 +120,7 @@ class Evaluation:
       restarts: runs of 'pgd', 'apgd', 'fab', 'square' and 'latent' from different random starts,
         and random images of 'noise'.
       auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.
+      search_steps: steps of 'deepfool' and of each search of 'carlini_wagner'; 0 means 50 and 1000.
       queries: forward passes of 'square' and of AutoAttack's.
       examples: images in the example grid.
       masking_images: on how many first images to look for gradient masking, where there are
@@ -149,6 +141,7 @@ class Evaluation:
     step_size: float = 0.0
     restarts: int = 1
     auto_steps: int = 100
+    search_steps: int = 0
     queries: int = 5000
     examples: int = 8
     masking_images: int = 128
@@ -208,6 +201,11 @@ class Neurons:
       attack_eps: its radius, in pixels of [0, 1].
       attack_steps: its steps for each neuron.
       attack_neurons: how many of each image's easiest neurons it goes through.
+      attack_start: where it begins, 'clean' (the paper's) or 'random'.
+      attack_restarts: its runs for each neuron, which differ by a random start.
+      attack_weight: weight of the neuron's own distance from its target, 10 in the paper.
+      attack_keep: which iterate it keeps, 'misclassified' or 'loss' (the paper's: that of largest
+        cross-entropy, even where only another is misclassified).
       straight_layer: name of a layer that it takes to have the gradient of the identity, such as
         the last ReLU of a residual network; empty for none.
       agreement_top: neurons that matter most, whose overlap between measures is reported; 0 means
@@ -238,6 +236,10 @@ class Neurons:
     attack_eps: float = 0.5
     attack_steps: int = 50
     attack_neurons: int = 16
+    attack_start: str = 'clean'
+    attack_restarts: int = 1
+    attack_weight: float = 10.0
+    attack_keep: str = 'misclassified'
     straight_layer: str = ''
     agreement_top: int = 0
     top: int = 5
@@ -391,274 +393,6 @@ class Config:
     defense: Defense = dataclasses.field(default_factory=Defense)
 
 
-_GROUPS = ('optimizer', 'schedule', 'monitor', 'evaluation', 'neurons', 'defense')
+GROUPS = ('optimizer', 'schedule', 'monitor', 'evaluation', 'neurons', 'defense')
 # Settings that change neither parameters nor metrics; they may differ when training is resumed.
 FREE_KEYS = ('data_dir', 'keep_checkpoints', 'checkpoint_every', 'evaluation', 'neurons', 'defense')
-
-
-# ------------------------------------------------------------------------------------- values
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """A config as nested plain dicts, equal to what `json` would give back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The config that `to_dict` made `values` from.
-
-    Raises:
-      ConfigError: a key is unknown or a value has the wrong type.
-    """
-    config = _build(Config, values, '')
-    _check_types(config, '')
-    return config
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise ConfigError(_validate.unknown('config key', prefix + name, fields))
-    arguments = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(f'{prefix}{name} is {value!r}; it must be a group of settings.')
-            arguments[name] = _build(kind, value, f'{prefix}{name}.')  # type: ignore[arg-type]
-        else:
-            arguments[name] = _untuple(value) if isinstance(value, (list, dict)) else value
-    return cls(**arguments)
-
-
-def _untuple(value: Any) -> Any:
-    """JSON has no tuples; configs have no lists."""
-    if isinstance(value, dict):
-        return {key: _untuple(item) for key, item in value.items()}
-    return tuple(_untuple(item) for item in value) if isinstance(value, list) else value
-
-
-def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """A config as one flat dict from dotted keys to values; option dicts stay whole."""
-    values = to_dict(config) if isinstance(config, Config) else config
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name in _GROUPS:
-            flat.update({f'{name}.{key}': item for key, item in value.items()})
-        else:
-            flat[name] = value
-    return flat
-
-
-def differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between a saved config and this one, `FREE_KEYS` aside.
-
-    A setting that came after the config was saved counts as its default, which is what the
-    training did.
-
-    Args:
-      saved: as of `to_dict`, by this version or an older one.
-      config: the config now.
-
-    Returns:
-      By dotted key, sorted, the saved value and the one now; None where there is no such setting.
-    """
-    ours, theirs = flatten(config), flatten(Config()) | flatten(saved)
-    return {
-        key: (theirs[key], ours.get(key))
-        for key in sorted(theirs)
-        if key.split('.')[0] not in FREE_KEYS and (key not in ours or theirs[key] != ours[key])
-    }
-
-
-def validate(config: Config) -> None:
-    """Checks types and ranges of all settings that need no other module to judge.
-
-    Raises:
-      ConfigError: with one sentence that names the key, the value and the remedy.
-    """
-    _check_types(config, '')
-    try:
-        _check_ranges(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_types(config: Any, prefix: str) -> None:
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(field.type):
-            if not isinstance(value, field.type):  # type: ignore[arg-type]
-                raise ConfigError(f'{key} is {value!r}; it must be a {field.type.__name__}.')  # type: ignore[union-attr]
-            _check_types(value, f'{key}.')
-            continue
-        item = getattr(field.type, '__args__', (None,))[0]
-        kind = getattr(field.type, '__origin__', field.type)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, field.name, float(value))
-        elif kind is not type(value):
-            raise ConfigError(f'{key} is {value!r}; it must be of type {kind.__name__}.')  # type: ignore[union-attr]
-        if kind is tuple:
-            if item is float:
-                value = tuple(float(v) if type(v) is int else v for v in value)
-                setattr(config, field.name, value)
-            for entry in value:
-                if type(entry) is not item:
-                    raise ConfigError(
-                        f'{key} holds {entry!r}; every item must be of type {item.__name__}.'  # type: ignore[union-attr]
-                    )
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _check_ranges(config: Config) -> None:
-    check = _validate.check_range
-    check('validation_size', config.validation_size, low=0)
-    check('epochs', config.epochs, low=0, low_open=True)
-    check('steps', config.steps, low=0)
-    check('batch_size', config.batch_size, low=1)
-    check('seed', config.seed, low=0, high=2**32 - 1)
-    for mean in config.mean:
-        check('mean item', mean)
-    for std in config.std:
-        check('std item', std, low=0, low_open=True)
-    check('log_every', config.log_every, low=1)
-    check('evaluate_every', config.evaluate_every, low=0, low_open=True)
-    check('checkpoint_every', config.checkpoint_every, low=0)
-    check('keep_checkpoints', config.keep_checkpoints, low=1)
-    check('cpu_devices', config.cpu_devices, low=0)
-    optimizer, schedule, evaluation = config.optimizer, config.schedule, config.evaluation
-    check('optimizer.learning_rate', optimizer.learning_rate, low=0, low_open=True)
-    check('optimizer.momentum', optimizer.momentum, low=0, high=1, high_open=True)
-    check('optimizer.b1', optimizer.b1, low=0, high=1, high_open=True)
-    check('optimizer.b2', optimizer.b2, low=0, high=1, high_open=True)
-    check('optimizer.weight_decay', optimizer.weight_decay, low=0)
-    check('optimizer.clip_norm', optimizer.clip_norm, low=0)
-    check('optimizer.accumulate', optimizer.accumulate, low=1)
-    check('optimizer.ema_decay', optimizer.ema_decay, low=0, high=1, high_open=True)
-    if optimizer.freeze_random and not optimizer.freeze:
-        raise ConfigError(
-            'optimizer.freeze_random is True, but optimizer.freeze names no layers; name those '
-            'whose number of parameters is to be drawn.'
-        )
-    check('schedule.warmup', schedule.warmup, low=0, high=1, high_open=True)
-    check('schedule.factor', schedule.factor, low=0, low_open=True)
-    check('schedule.end', schedule.end, low=0, high=1)
-    for share in schedule.boundaries:
-        check('schedule.boundaries item', share, low=0, high=1, low_open=True, high_open=True)
-    check('evaluation.batch_size', evaluation.batch_size, low=1)
-    check('evaluation.limit', evaluation.limit, low=0)
-    check('evaluation.steps', evaluation.steps, low=1)
-    check('evaluation.step_size', evaluation.step_size, low=0)
-    check('evaluation.restarts', evaluation.restarts, low=1)
-    check('evaluation.auto_steps', evaluation.auto_steps, low=1)
-    check('evaluation.queries', evaluation.queries, low=1)
-    check('evaluation.examples', evaluation.examples, low=0)
-    check('evaluation.masking_images', evaluation.masking_images, low=0)
-    check('evaluation.shift', evaluation.shift, low=0, high=1)
-    for eps in evaluation.eps:
-        high = 180 if evaluation.norm == 'spatial' else None
-        check('evaluation.eps item', eps, low=0, high=high)
-    monitor = config.monitor
-    check('monitor.images', monitor.images, low=0)
-    check('monitor.eps', monitor.eps, low=0)
-    check('monitor.steps', monitor.steps, low=1)
-    check('monitor.top', monitor.top, low=1)
-    check('monitor.guard', monitor.guard, low=0, high=1)
-    if monitor.images > config.validation_size:
-        raise ConfigError(
-            f'monitor.images is {monitor.images}, but validation_size is '
-            f'{config.validation_size}; hold out at least as many images.'
-        )
-    if (monitor.guard or monitor.choose) and not monitor.images:
-        raise ConfigError(
-            'monitor.guard and monitor.choose need the accuracy under PGD; set monitor.images, to '
-            '500 for example.'
-        )
-    neurons = config.neurons
-    check('neurons.limit', neurons.limit, low=0)
-    check('neurons.batch_size', neurons.batch_size, low=1)
-    check('neurons.chunk', neurons.chunk, low=0)
-    check('neurons.eps', neurons.eps, low=0)
-    check('neurons.probes', neurons.probes, low=0)
-    check('neurons.thresholds', neurons.thresholds, low=3)
-    check('neurons.attack_eps', neurons.attack_eps, low=0)
-    check('neurons.attack_steps', neurons.attack_steps, low=1)
-    check('neurons.attack_neurons', neurons.attack_neurons, low=1)
-    check('neurons.search_limit', neurons.search_limit, low=0)
-    check('neurons.front', neurons.front, low=0)
-    check('neurons.tail', neurons.tail, low=0)
-    check('neurons.agreement_top', neurons.agreement_top, low=0)
-    check('neurons.top', neurons.top, low=0)
-    if not is_number(neurons.fragile) and neurons.fragile not in FRAGILE_RULES:
-        raise ConfigError(
-            _validate.unknown('neurons.fragile', neurons.fragile, (*FRAGILE_RULES, 'a number'))
-        )
-    check('defense.images', config.defense.images, low=0)
-    choices = {
-        'dtype': (config.dtype, ('float32', 'bfloat16')),
-        'evaluation.split': (evaluation.split, ('test', 'validation')),
-        'evaluation.norm': (evaluation.norm, THREATS),
-        'monitor.norm': (monitor.norm, NORMS),
-        'evaluation.loss': (
-            evaluation.loss,
-            ('cross_entropy', 'margin', 'dlr', 'scaled_cross_entropy'),
-        ),
-        'neurons.unit': (neurons.unit, ('channel', 'unit')),
-        'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),
-        'neurons.attack_norm': (neurons.attack_norm, NORMS),
-        'neurons.direction': (neurons.direction, ('auto', 'forward', 'reverse')),
-        'neurons.ranking': (neurons.ranking, ('scaled', 'absolute', 'scaled_absolute')),
-        'neurons.score': (neurons.score, ('logit', 'probability')),
-        'neurons.ablation': (neurons.ablation, ('activation', 'weights')),
-        'defense.measure': (config.defense.measure, PRUNED_BY),
-    }
-    for key, (value, valid) in choices.items():
-        if value not in valid:
-            raise ConfigError(_validate.unknown(f'{key}', value, valid))
-    if config.defense.name and evaluation.norm == 'spatial':
-        raise ConfigError(
-            f"defense.name is {config.defense.name!r} and evaluation.norm 'spatial', in which no "
-            'attack on a defence follows gradients; evaluate the defence in linf, l2 or l1.'
-        )
-    for key, named in (
-        ('evaluation.attacks', evaluation.attacks),
-        ('defense.attacks', config.defense.attacks),
-        ('defense.surrogate_attacks', config.defense.surrogate_attacks),
-    ):
-        for attack in named:
-            if attack not in ATTACKS:
-                raise ConfigError(_validate.unknown(f'{key} item', attack, ATTACKS))
-            used = config.defense.name or not key.startswith('defense.')
-            if used and (attack == 'spatial') != (evaluation.norm == 'spatial'):
-                raise ConfigError(
-                    f'{key} has {attack!r} and evaluation.norm is {evaluation.norm!r}; the attack '
-                    "'spatial' and the norm 'spatial' go together, without others."
-                )
-            counts = evaluation.norm == 'l0' and used
-            if counts and attack not in PROJECTING:
-                raise ConfigError(
-                    f"{key} has {attack!r}, which does not count pixels as evaluation.norm 'l0' "
-                    f'does; the attacks that do are {", ".join(PROJECTING)}.'
-                )
-            if attack == 'carlini_wagner' and evaluation.norm != 'l2':
-                raise ConfigError(
-                    f"{key} has 'carlini_wagner', which is for l2, but evaluation.norm is "
-                    f"{evaluation.norm!r}; use 'fmn' or 'fab' in its place."
-                )
-    for surrogate in config.defense.surrogates:
-        if surrogate not in SURROGATES:
-            raise ConfigError(_validate.unknown('defense.surrogates item', surrogate, SURROGATES))
-    for split in neurons.statistics_splits:
-        if split not in SPLITS:
-            raise ConfigError(_validate.unknown('neurons.statistics_splits item', split, SPLITS))
-    for measure in neurons.measures:
-        if measure not in MEASURES:
-            raise ConfigError(_validate.unknown('neurons.measures item', measure, MEASURES))
