@@ -291,6 +291,7 @@ def _create(
             f'The file has no linear layer, whose outputs a {model} would have as logits; name the '
             'model it is of.'
         )
+    options = naming.implied_options(model, arrays) | options
     return models.create(model, num_classes=num_classes or rows[-1], **options)
 
 

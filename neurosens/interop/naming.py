@@ -62,8 +62,10 @@ def _vgg(module: nn.Module, layer: str) -> str:
 
 
 def _densenet(module: nn.Module, layer: str) -> str:
-    """Those of torchvision."""
+    """Those of torchvision, or with the newest channels first of the robustness library's CIFAR."""
     assert isinstance(module, models.DenseNet)
+    if module.newest_first:
+        return _densenet_newest_first(layer)
     if layer == 'head':
         return 'classifier'
     if layer == 'final_norm':
@@ -74,6 +76,17 @@ def _densenet(module: nn.Module, layer: str) -> str:
     if block[0].startswith('transition'):
         return f'features.{block[0]}.{name.removesuffix("1")}'
     return f'{_block("features.denseblock{stage}.denselayer{layer}", block[0])}.{name}'
+
+
+def _densenet_newest_first(layer: str) -> str:
+    if layer in ('head', 'final_norm'):
+        return {'head': 'linear', 'final_norm': 'bn'}[layer]
+    *block, name = layer.split('/')
+    if block and block[0].startswith('transition'):
+        name = {'norm1': 'bn', 'conv1': 'conv'}[name]
+        return f'{block[0].replace("transition", "trans")}.{name}'
+    name = name.replace('norm', 'bn')
+    return f'{_block("dense{stage}.{block}", block[0])}.{name}' if block else name
 
 
 def _lenet5(module: nn.Module, layer: str) -> str:
@@ -111,6 +124,13 @@ _UNUSED: Mapping[type[nn.Module], str] = {models.WideResNet: 'sub_block1.'}
 def namings(module: nn.Module) -> tuple[Naming, ...]:
     """Every naming of a module, the usual one first and our own names last."""
     return (*_NAMINGS.get(type(module), ()), own)
+
+
+def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a network of the zoo needs for a file, as the names in it tell."""
+    if model.startswith('densenet') and any(name.startswith('dense1.') for name in arrays):
+        return {'newest_first': True}
+    return {}
 
 
 def is_chain(module: nn.Module) -> bool:

@@ -17,11 +17,13 @@ class DenseBlock(nn.Module):
         growth_rate: number of new channels; four times as many inside.
         activation: name of the nonlinearity.
         dtype: type of the computation.
+        newest_first: whether the new channels come before those of the input.
     """
 
     growth_rate: int
     activation: str
     dtype: DTypeLike
+    newest_first: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -32,7 +34,7 @@ class DenseBlock(nn.Module):
         y = common.batch_norm(name='norm2', train=train, dtype=self.dtype)(y)
         y = common.Activation(self.activation, name='act2')(y)
         y = common.conv(self.growth_rate, 3, name='conv2', dtype=self.dtype)(y)
-        return jnp.concatenate([x, y], axis=-1)
+        return jnp.concatenate([y, x] if self.newest_first else [x, y], axis=-1)
 
 
 class Transition(nn.Module):
@@ -60,7 +62,7 @@ class Transition(nn.Module):
 class DenseNet(common.Classifier):
     """DenseNet-BC, Huang et al. 2016 (https://arxiv.org/abs/1608.06993), compression 0.5.
 
-    Each block appends its new channels after the existing ones, with either stem. Layers:
+    Layers:
     `normalize`, `conv1` (with the 'imagenet' stem also `norm1`, `act1`), `stage<i>_block<j>`
     (`DenseBlock`), `transition<i>` after every stage but the last (`Transition`), `final_norm`,
     `final_act`, `head`.
@@ -70,12 +72,16 @@ class DenseNet(common.Classifier):
         growth_rate: channels that each block appends; the stem has twice as many.
         stem: 'cifar' (3 x 3 convolution) or 'imagenet' (7 x 7 convolution of stride 2,
             normalisation, activation and 3 x 3 max-pool of stride 2).
+        newest_first: whether each block puts its new channels before the existing ones, as networks
+            for CIFAR of the robustness library do, and not after them. A network is the same in
+            either order, its weights are not.
         remat: whether gradients recompute the activations inside blocks instead of storing them.
     """
 
     stage_sizes: tuple[int, ...] = (6, 12, 24, 16)
     growth_rate: int = 32
     stem: str = 'cifar'
+    newest_first: bool = False
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -112,9 +118,13 @@ class DenseNet(common.Classifier):
             x = common.max_pool(x, 3, 2, padding=1)
         for i, size in enumerate(self.stage_sizes, start=1):
             for j in range(1, size + 1):
-                x = block(self.growth_rate, self.activation, self.dtype, name=f'stage{i}_block{j}')(
-                    x, train
-                )
+                x = block(
+                    self.growth_rate,
+                    self.activation,
+                    self.dtype,
+                    self.newest_first,
+                    name=f'stage{i}_block{j}',
+                )(x, train)
             if i < len(self.stage_sizes):
                 x = Transition(self.activation, self.dtype, name=f'transition{i}')(x, train)
         x = common.batch_norm(name='final_norm', train=train, dtype=self.dtype)(x)

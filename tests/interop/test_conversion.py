@@ -92,6 +92,14 @@ FAMILIES = {
         ),
         image=(32, 32, 3),
     ),
+    'DenseNet of the robustness library': Family(
+        lambda: networks.NewestFirstDenseNet((2, 2), 4, 5),
+        lambda: models.DenseNet(
+            num_classes=5, stage_sizes=(2, 2), growth_rate=4, newest_first=True
+        ),
+        prefix='module.model.',
+        image=(16, 16, 3),
+    ),
     'LeNet-5': Family(
         networks.LeNet5, lambda: models.LeNet5(num_classes=10), image=(28, 28, 1)
     ),
@@ -191,6 +199,11 @@ LARGE = {
         {'stem': 'imagenet'},
         14_149_480,
     ),
+    'densenet169 of the robustness library': (
+        lambda: networks.NewestFirstDenseNet((6, 12, 32, 32), 32, 1000),
+        {'newest_first': True},
+        None,
+    ),
     'wide_resnet28_10': (lambda: networks.WideResNet(28, 10, 1000), {}, None),
     'preact_resnet18': (lambda: networks.PreActResNet((2, 2, 2, 2), 1000), {}, None),
 }  # fmt: skip
@@ -204,11 +217,21 @@ def test_names_and_shapes_of_large_networks(name):
     theirs = {
         entry: tuple(value.shape) for entry, value in state.items() if 'sub_block1' not in entry
     }
-    module = models.create(name, num_classes=1000, **options)
+    module = models.create(name.split()[0], num_classes=1000, **options)
     assert interop.torch_shapes(module) == theirs
     if parameters:
         counted = (n for n in theirs if n.endswith(('weight', 'bias')))
         assert sum(int(np.prod(theirs[entry])) for entry in counted) == parameters
+
+
+def test_a_file_tells_the_order_of_new_channels(images, logits_of, assert_same):
+    network = networks.randomize(networks.NewestFirstDenseNet((6, 12, 24, 16), 2, 5))
+    module, variables = interop.from_torch(network.state_dict(), 'densenet121', growth_rate=2)
+    assert module.newest_first
+    x = images(2, 16, 16, 3)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+    with pytest.raises(interop.WeightsError, match=r'dense1\.0\.bn1\.weight'):
+        interop.from_torch(network.state_dict(), 'densenet121', growth_rate=2, newest_first=False)
 
 
 def test_recomputed_blocks_have_the_same_names():

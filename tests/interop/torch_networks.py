@@ -237,6 +237,54 @@ class DenseNet(nn.Module):
         return self.classifier(self.features(x).relu().mean((2, 3)))
 
 
+class NewestFirstLayer(nn.Module):
+    def __init__(self, inputs, growth):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, 4 * growth, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), conv(4 * growth, growth, 3)
+
+    def forward(self, x):
+        y = self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+        return torch.cat([y, x], 1)
+
+
+class Halving(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(inputs), conv(inputs, inputs // 2, 1)
+
+    def forward(self, x):
+        return functional.avg_pool2d(self.conv(self.bn(x).relu()), 2)
+
+
+class NewestFirstDenseNet(nn.Module):
+    """A DenseNet for CIFAR whose new channels come first."""
+
+    def __init__(self, sizes, growth, classes):
+        super().__init__()
+        channels = 2 * growth
+        self.conv1 = conv(3, channels, 3)
+        self.stages = len(sizes)
+        for i, size in enumerate(sizes, start=1):
+            block = []
+            for _ in range(size):
+                block.append(NewestFirstLayer(channels, growth))
+                channels += growth
+            setattr(self, f'dense{i}', nn.Sequential(*block))
+            if i < len(sizes):
+                setattr(self, f'trans{i}', Halving(channels))
+                channels //= 2
+        self.bn, self.linear = nn.BatchNorm2d(channels), nn.Linear(channels, classes)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f'dense{i}')(x)
+            if i < self.stages:
+                x = getattr(self, f'trans{i}')(x)
+        return self.linear(self.bn(x).relu().mean((2, 3)))
+
+
 class LeNet5(nn.Module):
     def __init__(self):
         super().__init__()

@@ -47,7 +47,13 @@ def test_names_are_unique_and_all_can_be_created():
         ),
         (
             'densenet121',
-            {'activation': 'relu', 'growth_rate': 32, 'stem': 'cifar', 'remat': False},
+            {
+                'activation': 'relu',
+                'growth_rate': 32,
+                'newest_first': False,
+                'stem': 'cifar',
+                'remat': False,
+            },
         ),
     ],
 )
