@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -153,6 +154,7 @@ def direct_sensitivity(
     temperature: float = 0.1,
     floor: float = 0.1,
     scale: str = 'rms',
+    valid_only: bool = False,
 ) -> Regularizer:
     """1 / |Delta(i, x)| itself, to first order, of any layer: what T1 and T2 approximate (ours).
 
@@ -173,6 +175,9 @@ def direct_sensitivity(
       floor: added to margins, in units of logits; bounds q at the boundary.
       scale: `'rms'`, the root mean square of the neuron over the batch, which makes the penalty
         blind to factors moved between layers, or `'none'`.
+      valid_only: leave out falls that would take a neuron below 0, of a channel at any position, as
+        Delta of a rectified layer does. By default they count: which neurons can fall changes from
+        image to image, the slopes that allow it do not.
 
     Returns:
       The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q.
@@ -200,15 +205,20 @@ def direct_sensitivity(
         logits, slopes, activations = jax.vmap(example)(x)
         size = _size(activations, unit) if scale == 'rms' else jnp.ones(slopes.shape[-1])
 
-        def closeness(logits: Array, slopes: Array) -> Array:
+        def closeness(logits: Array, slopes: Array, lowest: Array) -> Array:
             predicted = logits.argmax()
-            margins = logits[predicted] - logits
-            reciprocal = size * jnp.abs(slopes - slopes[predicted]) / (margins + floor)[:, None]
+            margins = (logits[predicted] - logits)[:, None]
+            gains = slopes - slopes[predicted]
+            reciprocal = size * jnp.abs(gains) / (margins + floor)
+            if valid_only:
+                reachable = (gains >= 0) | (margins <= lowest * -gains)
+                reciprocal = jnp.where(reachable, reciprocal, 0.0)
             own = jnp.arange(logits.shape[0])[:, None] == predicted
             exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
             return temperature * jax.nn.logsumexp(exponents, axis=0)
 
-        nearest = jax.vmap(closeness)(logits, slopes)
+        lowest = jax.vmap(functools.partial(_lowest, unit=unit))(activations)
+        nearest = jax.vmap(closeness)(logits, slopes, lowest)
         weights, correct = _weights_of_largest(nearest, top), logits.argmax(-1) == y
         inverse = 1 / jax.lax.stop_gradient(nearest)
         distance = jnp.where(weights > 0, weights * inverse, 0.0).sum(1)
@@ -217,6 +227,13 @@ def direct_sensitivity(
         return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
 
     return regularizer
+
+
+def _lowest(activation: Float[Array, '...'], unit: str) -> Float[Array, ' neurons']:
+    """Value of each neuron of one example; of a channel the smallest over its positions."""
+    if units.are_channels(activation.shape, unit):
+        return activation.min(tuple(range(activation.ndim - 1)))
+    return activation.ravel()
 
 
 def _size(activations: Float[Array, 'batch ...'], unit: str) -> Float[Array, ' neurons']:

@@ -152,6 +152,31 @@ def test_without_smoothing_it_is_one_over_delta(straight):
     assert penalty == pytest.approx(expected.mean(), rel=1e-2)
 
 
+@pytest.mark.parametrize('valid_only', [False, True])
+def test_falls_below_zero_count_unless_they_are_left_out(relu, valid_only):
+    labels = np.asarray(relu.forward(relu.variables, relu.x)[0].argmax(-1))
+    ranges = {True: (0.0, np.inf), False: (-np.inf, np.inf)}
+    delta = [
+        np.abs(
+            neurons.sensitivity(
+                relu.forward,
+                relu.variables,
+                relu.x,
+                layer='act1',
+                method='first_order',
+                activation_range=ranges[valid],
+            ).delta
+        )
+        for valid in (valid_only, not valid_only)
+    ]
+    assert (delta[0] != delta[1]).any()
+    regularizer = direct_sensitivity(
+        layer='act1', top=1000, temperature=1e-4, floor=1e-6, scale='none', valid_only=valid_only
+    )
+    penalty, _ = regularizer(relu.forward, relu.variables, relu.x, labels, KEY)
+    assert penalty == pytest.approx((1 / np.float64(delta[0])).mean(), rel=1e-2)
+
+
 def test_direct_sensitivity_is_blind_to_factors_between_layers(relu):
     params = relu.variables['params']
     moved = {
