@@ -658,6 +658,22 @@ def _scaling_units(
         units[f'{name} {measure}'] = _blocking(run)
 
 
+def scaling_figure(measurement: harness.Measurement, measures: Sequence[str]) -> Figure:
+    """Cost of each measure against width and depth."""
+    figure = Figure(figsize=(8, 3.8), layout='constrained')
+    for axes, (kind, sizes) in zip(figure.subplots(1, 2), (('width', WIDTHS), ('depth', DEPTHS))):
+        for measure in measures:
+            times = [measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes]
+            axes.loglog(sizes, times, marker='o', label=measure)
+        axes.set_xlabel('neurons of the layer' if kind == 'width' else 'layers of the ResNet')
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_ylabel('ms per batch')
+    lines, labels = axes.get_legend_handles_labels()
+    figure.legend(lines, labels, loc='outside lower center', ncols=4, frameon=False)
+    return figure
+
+
 def scaling(arguments: argparse.Namespace) -> None:
     """Measures cost against width and depth, plots it and reports."""
     with contextlib.ExitStack() as stack:
@@ -686,22 +702,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent', 'of the last step')
         tables.append(harness.markdown_table(header, rows))
     if arguments.plot:
-        figure = Figure(figsize=(8, 3.4), layout='constrained')
-        for axes, (kind, sizes) in zip(
-            figure.subplots(1, 2), (('width', WIDTHS), ('depth', DEPTHS))
-        ):
-            for measure in measures:
-                times = [
-                    measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes
-                ]
-                axes.loglog(sizes, times, marker='o', label=measure)
-            axes.set_xlabel('neurons of the layer' if kind == 'width' else 'layers of the ResNet')
-            axes.set_xticks(sizes, [str(size) for size in sizes])
-            axes.minorticks_off()
-            axes.set_ylabel('ms per batch')
-        lines, labels = axes.get_legend_handles_labels()
-        figure.legend(lines, labels, loc='outside lower center', ncols=len(measures), frameon=False)
-        _save_figure(figure, arguments.plot)
+        _save_figure(scaling_figure(measurement, measures), arguments.plot)
     definition = (
         '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, of '
         'all sizes and of the last two, '

@@ -253,6 +253,20 @@ def test_weights_are_moved_uphill_by_their_share():
     np.testing.assert_array_equal(moved['bias'], params['bias'])
 
 
+def test_gradients_through_moved_weights_are_those_at_them():
+    params = {'kernel': jax.random.normal(KEY, (4, 3)), 'bias': jnp.arange(3.0)}
+    x = jax.random.normal(jax.random.key(9), (5, 4))
+
+    def loss(params):
+        return jnp.tanh(x @ params['kernel'] + params['bias']).std()
+
+    moved = adversarial.weight_perturbation(loss, params, 0.3)
+    through = jax.grad(lambda p: loss(adversarial.weight_perturbation(loss, p, 0.3)))(params)
+    at_moved, at_given = jax.grad(loss)(moved), jax.grad(loss)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), through, at_moved)
+    assert not np.allclose(through['kernel'], at_given['kernel'], rtol=1e-2)
+
+
 @pytest.mark.parametrize('name', ['pgd', 'trades', 'mart'])
 def test_gradients_are_taken_at_the_moved_weights(net, name):
     module, variables, x, y = net
