@@ -291,7 +291,7 @@ def _variance(arguments: argparse.Namespace) -> None:
 
         return jax.jit(jax.value_and_grad(penalty))
 
-    units, values, gradients = {}, {}, {}
+    units, values, gradients, temporary = {}, {}, {}, {}
     for name, regularizer in _estimators().items():
         run = value_and_gradient(regularizer)
         found = [run(params, jax.random.key(seed)) for seed in range(arguments.draws)]
@@ -302,6 +302,7 @@ def _variance(arguments: argparse.Namespace) -> None:
         ]
         gradients[name] = np.stack(flat)
         units[name] = functools.partial(_blocked, run, params)
+        temporary[name] = harness.temporary_memory(mesh, run, params, jax.random.key(0))
 
     def fit(params: Any, key: jax.Array) -> jax.Array:
         del key
@@ -321,13 +322,22 @@ def _variance(arguments: argparse.Namespace) -> None:
             (
                 name,
                 f'{milliseconds:.0f}',
+                f'{temporary[name]:.0f}',
                 f'{values[name].mean():.4g}',
                 '0' if relative < 1e-5 else f'{relative:.2%}'.replace('%', ' %'),
                 '0' if spread < 1e-4 else f'{100 * spread:.0f} %',
                 harness.percent(measured.share(name, measured.seconds[_FIT])),
             )
         )
-    header = ('Estimator', 'ms', 'mean', 'spread of the value', 'of the gradient', 'share of floor')
+    header = (
+        'Estimator',
+        'ms',
+        'temporary MiB',
+        'mean',
+        'spread of the value',
+        'of the gradient',
+        'share of floor',
+    )
     definition = (
         f'{arguments.networks[0]}, one batch of {arguments.batch_size}, {arguments.draws} draws. '
         'Floor: the value and gradient of the cross-entropy of the same batch.'

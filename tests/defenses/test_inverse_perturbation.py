@@ -189,6 +189,19 @@ def test_bad_input_is_refused_with_one_sentence(model):
 
 
 @pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda x: (255 * x).astype(np.uint8), 'type uint8.*divide bytes by 255'),
+        (lambda x: x[:, :3], r'Images have shape \(3, 2\).*calibrated on \(\d, \d\)'),
+    ],
+)
+def test_images_that_it_was_not_calibrated_on_are_refused(model, parameters, change, message):
+    forward, variables, x, _ = model
+    with pytest.raises(ValueError, match=message):
+        apply(parameters, forward)(variables, change(x))
+
+
+@pytest.mark.parametrize(
     'changes',
     [
         {'rule': 'avrage'},

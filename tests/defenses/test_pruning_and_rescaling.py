@@ -139,3 +139,24 @@ def test_pruning_refuses_what_it_cannot_do():
     for changes in ({'count': -1}, {'order': 'best'}, {'unit': 'filter'}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             pruning.Settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ('unit', 'layer', 'right'), [('channel', 'act1', 4), ('unit', 'act1', 100), ('unit', 'head', 3)]
+)
+def test_a_value_is_needed_for_every_neuron(net, unit, layer, right):
+    forward, variables, x = net
+    for count in (right - 1, right + 1, right):
+        pruned = pruning.calibrate(
+            np.arange(count), settings=pruning.Settings(layer=layer, unit=unit)
+        )
+        scaled = rescaling.calibrate(
+            np.arange(count), settings=rescaling.Settings(layer=layer, unit=unit)
+        )
+        for found in (pruning.apply(pruned, forward), rescaling.apply(scaled, forward)):
+            if count == right:
+                found(variables, x)
+                continue
+            message = rf'shape \({count},\) are given for the {unit}s .* has {right} of them'
+            with pytest.raises(ValueError, match=message):
+                found(variables, x)
