@@ -173,11 +173,19 @@ class LayerReport:
 
     @functools.cached_property
     def agreement(self) -> neurons.Agreement | None:
-        """How far the measures of `importance` agree; None for fewer than two of them."""
+        """How far the measures of `importance` agree; None for fewer than two of them.
+
+        Where statistics are known, constant neurons are left out: all measures put them last, which
+        would make them agree.
+        """
         measures = self.importance()
-        if len(measures) < 2:
+        if self.statistics is not None:
+            varying = self.statistics.std() > 0
+            measures = {name: values[varying] for name, values in measures.items()}
+        count = min((len(values) for values in measures.values()), default=0)
+        if len(measures) < 2 or not count:
             return None
-        top_k = min(self.agreement_top, self.layer.neurons) or None
+        top_k = min(self.agreement_top, count) or None
         return neurons.agreement(measures, top_k=top_k)
 
 

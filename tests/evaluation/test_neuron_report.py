@@ -1,5 +1,7 @@
 """What reports derive from measures of neurons, by hand for three neurons and two images."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -144,7 +146,12 @@ def test_images_without_logits_are_left_out_of_medians(report):
 
 
 def test_agreement_of_measures(report):
-    found = report.layers[0].agreement
+    (layer,) = report.layers
+    # The second neuron is constant, and left out.
+    assert layer.agreement.neurons == 2
+    varying = from_summary(summarize(np.float32([[1, 0, 0], [3, 0.5, 4]])))
+    found = dataclasses.replace(layer, statistics=varying).agreement
+    assert found.neurons == 3
     place = found.names.index
     # Ranks of sensitivity 3 1 2, of ablation 3 1 2, of influence 2 3 1.
     assert found.rho[place('sensitivity'), place('ablation')] == pytest.approx(1)
