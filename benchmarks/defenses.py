@@ -67,11 +67,11 @@ class Setting(NamedTuple):
 
 _MNIST = Setting(
     (0.1, 0.3),
-    256,
-    ('fgsm', 'pgd', 'autoattack'),
-    100,
+    128,
+    ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square'),
+    50,
     1000,
-    512,
+    256,
     'act2',
     ('act1', 'conv1'),
     (0.01, 0.03, 0.1, 0.3),
