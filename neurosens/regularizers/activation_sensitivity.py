@@ -114,22 +114,35 @@ def _cotangent(
 
 
 def _neuron_sampling(
-    function: _Activations, x: Array, key: PRNGKeyArray, samples: int
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    key: PRNGKeyArray,
+    *,
+    samples: int,
+    layers: Sequence[str] | None,
+    position: str,
 ) -> _Estimates:
-    """The squared gradient norms of some random neurons of each layer."""
-    # Not rewritten: mapped over examples, that kernel gradient is wrong on several devices.
-    values, pull = jax.vjp(function, x)
-    found = {}
-    for own, name in zip(jax.random.split(key, len(values)), values):
-        chosen = jax.random.randint(own, (samples,), 0, values[name].size)
+    """Squared gradient norms of a few random neurons of each layer, others for each image."""
 
-        def norm(neuron: Array, name: str = name) -> Array:
-            one = jnp.zeros(values[name].size).at[neuron].set(1.0)
-            zeros = jax.tree.map(jnp.zeros_like, values)
-            cotangents = {**zeros, name: one.astype(values[name].dtype).reshape(values[name].shape)}
-            return (single(pull(cotangents)[0]) ** 2).sum()
+    def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
+        del logits
+        return hidden_of(tapped, layers)
 
-        found[name] = jax.vmap(norm)(chosen).mean()
+    values, pull = passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
+    zeros, found = jax.tree.map(jnp.zeros_like, values), {}
+    keys = jax.vmap(functools.partial(jax.random.split, num=len(values)))(keys_of(key, x))
+    for place, (name, value) in enumerate(values.items()):
+        count = value[0].size
+        draw = functools.partial(jax.random.randint, shape=(samples,), minval=0, maxval=count)
+        chosen = jax.vmap(draw)(keys[:, place])
+
+        def norms(neurons: Array, name: str = name, value: Array = value) -> Array:
+            one = jax.nn.one_hot(neurons, value[0].size, dtype=value.dtype).reshape(value.shape)
+            squares = single(pull({**zeros, name: one})) ** 2
+            return squares.reshape(len(value), -1).sum(1)
+
+        found[name] = jax.vmap(norms)(chosen.T).mean(0)
     return found, zeros_of(values)
 
 
@@ -182,7 +195,7 @@ def activation_sensitivity(
         `'neuron_sampling'`: exact gradients of `samples` random neurons of each layer;
         `'finite_difference'`: activations at a random point nearby, with a bias of the order of
         sigma^2; `'exact'`: one direction per entry of the input, for tests and probes. The first
-        two can share the pass of a training objective.
+        three can share the pass of a training objective.
       layers: names of layers; None for every nonlinearity that is a module, by its name.
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
@@ -218,8 +231,6 @@ def activation_sensitivity(
 
             if estimator == 'exact':
                 return _exact(function, x)
-            if estimator == 'neuron_sampling':
-                return _neuron_sampling(function, x, key, samples)
             return _finite_difference(function, x, key, samples, sigma, distribution)
 
         common: Any = {'samples': samples, 'layers': layers, 'position': position}
@@ -229,6 +240,8 @@ def activation_sensitivity(
             parts = {name: mean_square(tangent) for name, tangent in tangents.items()}
         elif estimator == 'cotangent':
             parts, zero = _cotangent(forward, variables, x, key, **common)
+        elif estimator == 'neuron_sampling':
+            parts, zero = _neuron_sampling(forward, variables, x, key, **common)
         else:
             parts, zero = jax.vmap(example)(x, keys_of(key, x))
         means = {name: part.mean() for name, part in parts.items()}

@@ -16,6 +16,15 @@ CASES |= {
     for estimator in ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference', 'exact')
 }
 CASES |= {
+    f'activation_sensitivity {estimator}, 3 draws': (
+        'activation_sensitivity',
+        {'estimator': estimator, 'samples': 3},
+    )
+    for estimator in ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference')
+}
+CASES |= {
+    'jacobian, 3 projections': ('jacobian', {'projections': 3}),
+    'jacobian, 3 probes': ('jacobian', {'projections': 3, 'probe': 'input'}),
     'jacobian exact': ('jacobian', {'projections': -1}),
     'direct_sensitivity of channels': ('direct_sensitivity', {'layer': 'act1', 'top': 2}),
 }

@@ -224,6 +224,7 @@ SHARING = {
     'several tangents': {'activation_sensitivity': {'weight': 0.5, 'samples': 2}},
     'pre-activations': {'activation_sensitivity': {'weight': 0.5, 'position': 'pre'}},
     'cotangents': {'activation_sensitivity': {'weight': 0.5, 'estimator': 'cotangent'}},
+    'neurons': {'activation_sensitivity': {'weight': 0.5, 'estimator': 'neuron_sampling'}},
     'tangents of all': {'sensitivity_and_jacobian': {'weight': 1.0}},
     'gradients of logits': {'jacobian': {'weight': 0.5}},
     'derivatives of logits': {'jacobian': {'weight': 0.5, 'probe': 'input'}},
