@@ -185,7 +185,8 @@ def _open(arguments: Sequence[str]) -> Job:
     if config.defense.name:
         evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
         benign = images('train')
-    if 'latent' in (*config.evaluation.attacks, *(config.defense.attacks if benign else ())):
+    on_defense = (*config.defense.attacks, *config.defense.surrogate_attacks) if benign else ()
+    if 'latent' in (*config.evaluation.attacks, *on_defense):
         image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jax.numpy.float32)
         neurons.describe(model.forward, model.variables, image, config.evaluation.layer)
     for each in filter(None, (model, other)):

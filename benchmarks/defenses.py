@@ -346,8 +346,7 @@ def curve_figure(
             places = list(range(len(degrees)) if moves else map(float, degrees))
             for kind, stroke in strokes.items():
                 values = [100 * values[kind] for values in found[name].values()]
-                color = plots.COLORS[place]
-                axes.plot(places, values, stroke, color=color, marker='o', markersize=3)
+                axes.plot(places, values, stroke, **_appearance(place), markersize=3)
             if moves:
                 axes.set_xticks(places, degrees)
         axes.set_xlabel(label)
@@ -358,11 +357,16 @@ def curve_figure(
     for kind, stroke in zip(kinds, strokes.values()):
         panels[0].plot([], [], stroke, color='0.3', label=kind)
     for place, name in enumerate(pruned):
-        panels[2].plot([], [], color=plots.COLORS[place], label=name.removeprefix('prune '))
+        panels[2].plot([], [], **_appearance(place), label=name.removeprefix('prune '))
     for axes in (panels[0], panels[2]):
         axes.legend(frameon=False, fontsize=7)
     figure.suptitle(problem.name)
     return figure
+
+
+def _appearance(place: int) -> dict[str, Any]:
+    count = len(plots.COLORS)
+    return {'color': plots.COLORS[place % count], 'marker': 'os'[place // count % 2]}
 
 
 # -------------------------------------------------------------------------------------- fragile

@@ -456,3 +456,12 @@ def test_every_other_setting_may_not_differ():
         saved = config_lib.to_dict(Config())
         saved[name] = {'name': 'other'} if isinstance(saved[name], dict) else 'other'
         assert config_lib.differences(saved, Config()), name
+
+
+def test_runs_that_would_all_be_the_same_are_refused():
+    config = Config()
+    config.neurons.attack_restarts = 3
+    with pytest.raises(ConfigError, match=r'attack_restarts is 3.*attack_start to .random'):
+        config_lib.validate(config)
+    config.neurons.attack_start = 'random'
+    config_lib.validate(config)

@@ -171,7 +171,9 @@ class SubstitutedForward:
         taps: Collection[str] = (),
     ) -> tuple[Array, dict[str, Array]]:
         """Runs both; values are those of `forward`, derivatives of `surrogate`. See `Forward`."""
-        found = self.forward(variables, x, edits=edits, taps=taps)
+        # Not differentiated: what it does may have no derivative at all.
+        fixed, image = jax.lax.stop_gradient((variables, x))
+        found = self.forward(fixed, image, edits=edits, taps=taps)
         smooth = self.surrogate(variables, x, edits=edits, taps=taps)
         return jax.tree.map(_value_of, found, smooth)
 
@@ -187,7 +189,7 @@ def _value_of(value: Array, smooth: Array) -> Array:
 def _derivative_of_smooth(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    return primals[0], tangents[1].astype(primals[0].dtype)
+    return _value_of(*primals), tangents[1].astype(primals[0].dtype)
 
 
 def with_gradients_of(forward: Forward, surrogate: Forward) -> SubstitutedForward:
@@ -230,6 +232,6 @@ def straight_through(
 
     @replaced.defjvp
     def derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        return transform(*primals), jax.jvp(surrogate, primals, tangents)[1]
+        return replaced(*primals), jax.jvp(surrogate, primals, tangents)[1]
 
     return replaced

@@ -285,7 +285,9 @@ def autoattack(
       mesh: devices to split batches over; only one by default.
       index: identity of each example `[N]`, by default its place.
       directory: where finished work is noted, so that the same call goes on after an interruption;
-        the notes of other calls are refused, those of a finished one are read.
+        the notes of other calls are refused, those of a finished one are read. A model is known by
+        its arrays and by its logits of the clean images: give models that differ in gradients alone
+        (`with_gradients_of`) directories of their own.
       progress: called before each batch.
 
     Returns:

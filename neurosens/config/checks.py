@@ -211,6 +211,11 @@ def _check_neurons(neurons: Neurons) -> None:
         raise ConfigError(
             _validate.unknown('neurons.fragile', neurons.fragile, (*FRAGILE_RULES, 'a number'))
         )
+    if neurons.attack_restarts > 1 and neurons.attack_start != 'random':
+        raise ConfigError(
+            f'neurons.attack_restarts is {neurons.attack_restarts}, but runs from '
+            f"{neurons.attack_start!r} are all the same; set neurons.attack_start to 'random'."
+        )
     choices = {
         'neurons.unit': (neurons.unit, ('channel', 'unit')),
         'neurons.method': (neurons.method, ('auto', 'closed_form', 'first_order', 'exact')),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import statistics
 import time
@@ -201,6 +202,7 @@ def evaluate_defense(
         progress=progress('clean'),
     )
     names = tuple(dict.fromkeys((*evaluation.attacks, *settings.attacks)))
+    digest = _digest(parameters)
 
     def attacked(
         model: Forward, part: str, names: tuple[str, ...], **options: Any
@@ -214,7 +216,7 @@ def evaluate_defense(
             key,
             progress=lambda name: progress(f'{part} {name}'),
             ensemble_progress=ensemble_progress,
-            directory=None if directory is None else directory / part.replace(' ', '_'),
+            directory=directory and directory / f'{part.replace(" ", "_")}-{digest}',
             # Images made for the undefended model are another check of the gradients.
             surrogate=(forward, variables) if model is defended else None,
         )
@@ -304,6 +306,12 @@ def _surrogates(
         if name in settings.surrogates
         or (name.startswith('candidate_') and 'candidates' in settings.surrogates)
     }
+
+
+def _digest(parameters: Any) -> str:
+    """Tells apart defences whose unfinished AutoAttacks have nothing to say to each other."""
+    text = repr((defenses.name_of(parameters), parameters.settings))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[DefenseOutcome]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -253,13 +254,13 @@ def control_figure(report: DefenseReport) -> Figure:
     figure = Figure(figsize=(4.6 * count, 3.8), layout='constrained')
     panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
     for axes, moves in zip(panels, report.moves):
-        for (name, by_size), color in zip(moves.controls.items(), plots.COLORS):
+        for (name, by_size), color in zip(moves.controls.items(), itertools.cycle(plots.COLORS)):
             sizes = list(by_size)
             axes.plot(
                 range(len(sizes)),
                 [100 * by_size[size] for size in sizes],
                 '--' if 'oracle' in name else '-',
-                marker='o',
+                marker='o' if 'oracle' in name else 's',
                 markersize=4,
                 color=color,
                 label=name,

@@ -247,36 +247,38 @@ class _Task(NamedTuple):
 
 
 def _statistics(task: _Task) -> dict[str, Any]:
-    total: list[neurons.Statistics] = []
-    pending: list[Any] = []
+    def over(run: Callable[..., dict[str, np.ndarray]]) -> tuple[neurons.Statistics, np.ndarray]:
+        total: list[neurons.Statistics] = []
+        pending: list[Any] = []
 
-    def fetch() -> None:
-        while pending:
-            part = from_summary(pending.pop())
-            total[:] = [neurons.merge(total[0], part)] if total else [part]
+        def fetch() -> None:
+            while pending:
+                part = from_summary(pending.pop())
+                total[:] = [neurons.merge(total[0], part)] if total else [part]
 
-    def peaks(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        return {'peak': _peaks(task.forward, task.variables, x, task.layer.name, task.layer.unit)}
+        def step(batch: data.Batch) -> dict[str, Array]:
+            x, name, unit = data.to_float(batch.image), task.layer.name, task.layer.unit
+            summary = activation_summary(
+                task.forward, task.variables, x, batch.mask, layer=name, unit=unit
+            )
+            # Fetched one batch late, so that devices do not wait for the host.
+            fetch()
+            pending.append(summary)
+            return {'peak': _peaks(task.forward, task.variables, x, name, unit)}
 
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        summary = activation_summary(
-            task.forward, task.variables, x, batch.mask, layer=task.layer.name, unit=task.layer.unit
-        )
-        # Fetched one batch late, so that devices do not wait for the host.
+        arrays = run(step, progress=task.wrap)
         fetch()
-        pending.append(summary)
-        return {} if task.spread else peaks(batch)
+        return total[0], arrays['peak']
 
+    measured, peak = over(task.run)
+    varying = measured.minimum != measured.maximum
+    if measured.count < 2:
+        # One value says nothing of others.
+        varying = np.ones_like(varying)
+    statistics = measured
     if task.spread:
-        for run in task.spread:
-            run(step, progress=task.wrap)
-        arrays = task.run(peaks, progress=task.wrap)
-    else:
-        arrays = task.run(step, progress=task.wrap)
-    fetch()
-    return {'statistics': total[0], 'peak': arrays['peak']}
+        statistics = functools.reduce(neurons.merge, [over(run)[0] for run in task.spread])
+    return {'statistics': statistics, 'peak': peak, 'varying': varying}
 
 
 def _sensitivity(task: _Task) -> dict[str, Any]:
@@ -576,11 +578,13 @@ def _attack_through(task: _Task) -> dict[str, Any]:
             'success': result.success,
             'reached': result.reached,
             'gain': result.gain,
-            'pgd': attacks.pgd(*problem, **budget).success,
+            'pgd': attacks.pgd(*problem, **budget, restarts=task.settings.attack_restarts).success,
         }
 
     arrays = task.run(step, progress=task.wrap)
     words = f'{threat.norm} eps {threat.eps:g}, {task.settings.attack_steps} steps'
+    if task.settings.attack_start == 'random':
+        words += f', {task.settings.attack_restarts} random starts'
     return {'through': ThroughNeurons(words, np.asarray(chosen), **arrays)}
 
 

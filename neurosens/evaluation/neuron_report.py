@@ -75,6 +75,7 @@ class LayerReport:
       through: the attacks through the easiest neurons of each image.
       ranking: the score of Delta that ranks neurons, see `neurosens.neurons.scaled_sensitivity`.
       agreement_top: how many neurons count as those that matter most; 0 for a tenth of them.
+      varying: which neurons are not constant over the M images `[N]`.
     """
 
     layer: neurons.NeuronLayer
@@ -100,6 +101,7 @@ class LayerReport:
     through: ThroughNeurons | None = None
     ranking: str = 'scaled'
     agreement_top: int = 0
+    varying: Bool[np.ndarray, ' neurons'] | None = None
 
     def scaled_distance(self) -> Float[np.ndarray, 'images neurons']:
         """|Delta| in standard deviations of the neuron `[M, N]`; infinite for a dead neuron."""
@@ -173,15 +175,14 @@ class LayerReport:
 
     @functools.cached_property
     def agreement(self) -> neurons.Agreement | None:
-        """How far the measures of `importance` agree; None for fewer than two of them.
+        """How far the measures of `importance` agree; None for fewer than two, or no neuron.
 
-        Where statistics are known, constant neurons are left out: all measures put them last, which
-        would make them agree.
+        Where activations were measured, neurons that are constant over these images are left out:
+        most measures put dead ones last together, which would make them agree.
         """
         measures = self.importance()
-        if self.statistics is not None:
-            varying = self.statistics.std() > 0
-            measures = {name: values[varying] for name, values in measures.items()}
+        if self.varying is not None:
+            measures = {name: values[self.varying] for name, values in measures.items()}
         count = min((len(values) for values in measures.values()), default=0)
         if len(measures) < 2 or not count:
             return None

@@ -180,7 +180,8 @@ def direct_sensitivity(
         image to image, the slopes that allow it do not.
 
     Returns:
-      The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q.
+      The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q, without those
+      of which no change is valid.
 
     Raises:
       ValueError: a choice is unknown or a number out of range.
@@ -205,24 +206,28 @@ def direct_sensitivity(
         logits, slopes, activations = jax.vmap(example)(x)
         size = _size(activations, unit) if scale == 'rms' else jnp.ones(slopes.shape[-1])
 
-        def closeness(logits: Array, slopes: Array, lowest: Array) -> Array:
+        def closeness(logits: Array, slopes: Array, lowest: Array) -> tuple[Array, Array]:
             predicted = logits.argmax()
             margins = (logits[predicted] - logits)[:, None]
             gains = slopes - slopes[predicted]
             reciprocal = size * jnp.abs(gains) / (margins + floor)
-            if valid_only:
-                reachable = (gains >= 0) | (margins <= lowest * -gains)
-                reciprocal = jnp.where(reachable, reciprocal, 0.0)
+            reachable = (gains >= 0) | (margins <= lowest * -gains) | (not valid_only)
+            reciprocal = jnp.where(reachable, reciprocal, 0.0)
             own = jnp.arange(logits.shape[0])[:, None] == predicted
             exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
-            return temperature * jax.nn.logsumexp(exponents, axis=0)
+            nearest = temperature * jax.nn.logsumexp(exponents, axis=0)
+            return nearest, (reachable & ~own).any(0)
 
         lowest = jax.vmap(functools.partial(_lowest, unit=unit))(activations)
-        nearest = jax.vmap(closeness)(logits, slopes, lowest)
+        nearest, reached = jax.vmap(closeness)(logits, slopes, lowest)
         weights, correct = _weights_of_largest(nearest, top), logits.argmax(-1) == y
         inverse = 1 / jax.lax.stop_gradient(nearest)
-        distance = jnp.where(weights > 0, weights * inverse, 0.0).sum(1)
-        mean_distance = jnp.where(correct, distance, 0.0).sum() / jnp.maximum(correct.sum(), 1)
+        # Of each image the share of the k neurons that some class can be reached by.
+        share = (weights * reached).sum(1)
+        distance = jnp.where((weights > 0) & reached, weights * inverse, 0.0).sum(1)
+        distance = distance / jnp.where(share > 0, share, 1.0)
+        counted = correct & (share > 0)
+        mean_distance = jnp.where(counted, distance, 0.0).sum() / jnp.maximum(counted.sum(), 1)
         largest = (weights * nearest).sum(1)
         return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
 

@@ -172,3 +172,36 @@ def test_with_the_gradients_of_a_surrogate_the_model_itself_decides(net):
         judged = np.asarray(steps(net.variables, result.x_adv)[0]).argmax(-1) != net.y
         np.testing.assert_array_equal(result.success, judged)
     assert found.success.sum() > max(exact.success.sum(), other.success.sum())
+
+
+def test_a_model_without_derivatives_is_attacked_with_those_of_another(net):
+    def on_the_host(x):
+        return np.round(np.asarray(x) * 8) / np.float32(8)
+
+    def steps(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(on_the_host, shape, x, vmap_method='expand_dims')
+
+    outside = with_input_transform(net.forward, steps)
+    mixed = with_gradients_of(outside, net.forward)
+    options = {'threat': Threat('linf', 0.2), 'steps': 3}
+    found = pgd(mixed, net.variables, net.x, net.y, jax.random.key(0), **options)
+    judged = np.asarray(outside(net.variables, found.x_adv)[0]).argmax(-1) != net.y
+    np.testing.assert_array_equal(found.success, judged)
+    assert found.success.mean() > np.mean(~net.correct)
+
+
+def test_second_derivatives_are_those_of_the_surrogate_too(net):
+    mixed = with_gradients_of(with_input_transform(net.forward, jnp.round), net.forward)
+    smooth = straight_through(jnp.round, jnp.sin)
+
+    def slope(model, x):
+        return jax.grad(lambda x: jnp.sin(model(net.variables, x)[0]).sum())(x)
+
+    x, along = net.x[:2], jnp.ones_like(net.x[:2])
+    # The loss is taken at the values of the model, whose own derivative is 0.
+    curved = jax.jvp(lambda x: slope(mixed, x), (x,), (along,))[1]
+    assert np.isfinite(curved).all() and (curved != 0).any()
+    second = jax.grad(jax.grad(lambda x: smooth(x) ** 2))(0.7)
+    # d/dx 2 round(x) cos(x), with cos for the derivative of round.
+    assert second == pytest.approx(2 * np.cos(0.7) ** 2 - 2 * np.sin(0.7), rel=1e-5)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from neurosens import attacks, config, data, defenses, evaluation, neurons, parallel
 from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.evaluation import defense_report
 from neurosens.forward import LinenForward
 
 EVALUATION = config.Evaluation(
@@ -74,6 +75,7 @@ def run(
     attacked_by=EVALUATION.attacks,
     eps=EVALUATION.eps,
     directory=None,
+    ensemble_progress=None,
     **changes,
 ):
     forward, variables, source = problem
@@ -100,6 +102,7 @@ def run(
         key,
         parameters=parallel.replicate(mesh, parameters),
         directory=directory,
+        ensemble_progress=ensemble_progress,
     )
     return parameters, report
 
@@ -160,6 +163,8 @@ def test_controls_bound_the_defence(problem, inverse):
     assert recovered['identity'] == 0
     assert recovered['random'] <= recovered['random, oracle sign']
     assert recovered['true margin, oracle'] == max(recovered.values()) > 0
+    axes = defense_report.control_figure(report).axes[0]
+    assert len(axes.lines) == len(oracles.NAMES)
     groups = moves.shifts['head:in']
     assert set(groups) == {'front', 'middle', 'tail'}
     # An attack on a linear model lowers what speaks for the class and raises what speaks against.
@@ -311,7 +316,22 @@ def test_autoattack_meets_both_models_and_what_it_warns_of_is_said(problem, tmp_
             np.testing.assert_array_equal(static.success, judged | ~report.defended.correct)
     # Finished work is noted apart for the two models.
     assert list(notes.glob('autoattack-linf-0.12-*/run*.npz'))
-    assert list(notes.glob('defended/autoattack-linf-0.12-*/run*.npz'))
+    assert list(notes.glob('defended-*/autoattack-linf-0.12-*/run*.npz'))
+    # What they hold is not done again.
+    calls = []
+    _, again = run(
+        problem,
+        'inverse_perturbation',
+        INVERSE,
+        **options,
+        **settings,
+        ensemble_progress=lambda *arguments: calls.append(arguments),
+    )
+    assert not calls
+    for one, other in zip(report.outcomes, again.outcomes, strict=True):
+        np.testing.assert_array_equal(one.success, other.success)
+    run(problem, 'inverse_perturbation', {**INVERSE, 'front': 1}, **options, **settings)
+    assert len(list(notes.glob('defended-*'))) == 2
     warned = dataclasses.replace(
         report, outcomes=(adaptive._replace(warnings=('It may be random.',)), static)
     )

@@ -205,7 +205,15 @@ def test_targeting_has_every_correlation(written, report):
     rows = lines(written[0] / 'targeting.csv')
     for layer in report.layers:
         of_layer = [row for row in rows if row['layer'] == layer.layer.name]
-        assert {row['score'] for row in of_layer} == set(layer.targeting)
+        every = {
+            (score, of, control)
+            for score, found in layer.targeting.items()
+            for of in ('mean_score', 'histogram')
+            for control in ('', 'filter_norm')
+            if not control or found.score_partial is not None
+        }
+        assert {(row['score'], row['of'], row['control']) for row in of_layer} == every
+        assert len(of_layer) == len(every)
         for row in of_layer:
             found = layer.targeting[row['score']]
             name = f'{row["of"]}_{"partial" if row["control"] else "correlation"}'

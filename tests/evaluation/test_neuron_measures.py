@@ -356,6 +356,8 @@ def test_statistics_can_be_those_of_whole_splits(model, source):
     assert layer.statistics.count == 7 + IMAGES
     np.testing.assert_allclose(layer.statistics.mean, values.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(layer.statistics.std(), values.std(0, ddof=1), rtol=1e-5)
+    alone = np.ptp(values[7:13], axis=0) > 0
+    np.testing.assert_array_equal(layer.varying, alone)
     # Everything else is that of the images measured.
     assert layer.delta.shape == (6, layer.layer.neurons)
     np.testing.assert_allclose(layer.peak, values[7:13], rtol=1e-5, atol=1e-7)

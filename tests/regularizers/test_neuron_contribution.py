@@ -173,8 +173,12 @@ def test_falls_below_zero_count_unless_they_are_left_out(relu, valid_only):
     regularizer = direct_sensitivity(
         layer='act1', top=1000, temperature=1e-4, floor=1e-6, scale='none', valid_only=valid_only
     )
-    penalty, _ = regularizer(relu.forward, relu.variables, relu.x, labels, KEY)
+    penalty, metrics = regularizer(relu.forward, relu.variables, relu.x, labels, KEY)
     assert penalty == pytest.approx((1 / np.float64(delta[0])).mean(), rel=1e-2)
+    distance = np.where(np.isfinite(delta[0]), delta[0], np.nan)
+    distance = distance[~np.isnan(distance).all(1)]
+    expected = np.nanmean(distance, axis=1).mean()
+    assert metrics['mean_distance'] == pytest.approx(expected, rel=5e-2)
 
 
 def test_direct_sensitivity_is_blind_to_factors_between_layers(relu):
