@@ -406,7 +406,8 @@ def filtering_responses(
 ) -> Responses:
     """Which images a model classifies correctly while its weights are filtered, jit-compiled.
 
-    One compiled program runs all thresholds, one after the other. The batch may be split over
+    One compiled program runs all thresholds, one after the other, which bounds memory: it is the
+    kernels that differ, so that the whole batch goes through each. The batch may be split over
     devices; every example stays on its own.
 
     Args:

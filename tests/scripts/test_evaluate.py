@@ -123,8 +123,9 @@ def test_results_do_not_depend_on_devices_and_batches(evaluated, scripts, tmp_pa
     for key, value in again.items():
         if key == 'clean_loss' or (key.startswith('neurons/') and isinstance(value, float)):
             # Sums of other batches round differently, and so do ranks of nearly equal neurons.
-            tolerance = 1e-6 if key == 'clean_loss' else 0.05
-            assert value == pytest.approx(results[key], abs=tolerance), key
+            ranked = 'agreement' in key or 'targeting' in key
+            tolerance = {'abs': 0.05} if ranked else {'rel': 1e-4, 'abs': 1e-6}
+            assert value == pytest.approx(results[key], **tolerance), key
         elif key not in ('config', 'workdir') and not key.endswith('_rule'):
             assert value == results[key], key
 
