@@ -33,7 +33,8 @@ def measure_scatter(report: LayerReport) -> Figure:
 
     Returns:
       The lower triangle of a scatter matrix with Spearman's rho above each panel; ranks in per
-      cent, 100 for the neuron that matters most.
+      cent, 100 for the neuron that matters most. Constant neurons are left out, as in
+      `LayerReport.agreement`, unless all are.
 
     Raises:
       ValueError: there are fewer than 2 measures.
@@ -44,13 +45,19 @@ def measure_scatter(report: LayerReport) -> Figure:
             f'The report of {report.layer.name} has {len(measures)} measures; a scatter matrix '
             'needs 2.'
         )
+    shown = np.full(report.layer.neurons, True)
+    if report.varying is not None and report.varying.any():
+        shown = report.varying
+    measures = {name: values[shown] for name, values in measures.items()}
     names = list(measures)
     ranks = {name: 100 * _scaled_ranks(values) for name, values in measures.items()}
     size = len(names) - 1
     side = 3.4 if size == 1 else 2.2 if size == 2 else 1.6
     figure = Figure(figsize=(side * size + 0.8, side * size + 1.1), layout='constrained')
     grid: Any = figure.subplots(size, size, squeeze=False, sharex=True, sharey=True)
-    groups = _groups(report, rule=True)
+    groups = [
+        (name, color, members[shown]) for name, color, members in _groups(report, shown, rule=True)
+    ]
     point = float(np.clip(400 / report.layer.neurons, 4, 22))
     for row, column in np.ndindex(size, size):
         axes = grid[row, column]
@@ -91,10 +98,9 @@ def measure_scatter(report: LayerReport) -> Figure:
             fontsize=9,
         )
     gap = '\n' if size == 1 else ', '
-    figure.suptitle(
-        f'{report.layer.name}: {report.layer.neurons} neurons{gap}rank (%), 100 matters most',
-        fontsize=11,
-    )
+    kept, of = int(shown.sum()), report.layer.neurons
+    words = f'{of} neurons' if kept == of else f'{kept} of {of} neurons (others are constant)'
+    figure.suptitle(f'{report.layer.name}: {words}{gap}rank (%), 100 matters most', fontsize=11)
     return figure
 
 
@@ -175,17 +181,23 @@ def _words(name: str) -> str:
     return name.replace('_', ' ')
 
 
-def _groups(report: LayerReport, *, rule: bool = False) -> list[tuple[str, str, np.ndarray]]:
+def _groups(
+    report: LayerReport, shown: np.ndarray | None = None, *, rule: bool = False
+) -> list[tuple[str, str, np.ndarray]]:
     """Name, colour and members of the groups in which neurons are drawn, fragile ones on top.
 
-    With `rule` the name says which neurons are called fragile.
+    Only neurons that are shown, by default all, belong to a group; with `rule` the name says which
+    are called fragile.
     """
+    if shown is None:
+        shown = np.full(report.layer.neurons, True)
     if report.fragility is None:
-        return [('neurons', COLORS[0], np.full(report.layer.neurons, True))]
-    fragile = np.asarray(report.fragility.fragile)
+        return [('neurons', COLORS[0], shown)]
+    fragile = np.asarray(report.fragility.fragile) & shown
+    robust = shown & ~fragile
     meaning = f': {report.fragility.rule}' if rule else ''
     return [
-        (f'robust ({int((~fragile).sum())})', COLORS[0], ~fragile),
+        (f'robust ({int(robust.sum())})', COLORS[0], robust),
         (f'fragile ({int(fragile.sum())}){meaning}', COLORS[1], fragile),
     ]
 

@@ -392,6 +392,21 @@ def test_histogram_has_every_finite_pair(report):
     assert f'{share:.1%} unreachable' in figure.legends[0].get_texts()[0].get_text()
 
 
+def test_constant_neurons_are_left_out_of_scatter_plots(report):
+    layer = report.layers[0]
+    varying = np.arange(layer.layer.neurons) != 2
+    figure = draw(measure_plots.measure_scatter(dataclasses.replace(layer, varying=varying)))
+    assert '5 of 6 neurons' in figure.get_suptitle()
+    panel = figure.axes[0]
+    places = np.concatenate([group.get_offsets() for group in panel.collections])
+    assert len(places) == 5
+    measures = list(layer.importance().values())
+    rho = neurons.correlation.spearman(*(values[varying] for values in measures[:2]))
+    assert panel.get_title() == f'ρ = {rho:+.2f}'
+    whole = draw(measure_plots.measure_scatter(layer))
+    assert sum(len(group.get_offsets()) for group in whole.axes[0].collections) == 6
+
+
 def test_heatmap_is_in_the_order_of_the_first_measure(report):
     layer = report.layers[0]
     figure = draw(measure_plots.measure_heatmap(layer))
