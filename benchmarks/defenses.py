@@ -71,7 +71,7 @@ _MNIST = Setting(
     ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square'),
     50,
     1000,
-    256,
+    512,
     'act2',
     ('act1', 'conv1'),
     (0.01, 0.03, 0.1, 0.3),
