@@ -357,9 +357,11 @@ def curve_figure(
     for kind, stroke in zip(kinds, strokes.values()):
         panels[0].plot([], [], stroke, color='0.3', label=kind)
     for place, name in enumerate(pruned):
-        panels[2].plot([], [], **_appearance(place), label=name.removeprefix('prune '))
+        panels[2].plot(
+            [], [], **_appearance(place), label=name.removeprefix('prune ').replace('_', ' ')
+        )
     for axes in (panels[0], panels[2]):
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor='none')
     figure.suptitle(problem.name)
     return figure
 

@@ -97,10 +97,12 @@ def measure_scatter(report: LayerReport) -> Figure:
             frameon=False,
             fontsize=9,
         )
-    gap = '\n' if size == 1 else ', '
     kept, of = int(shown.sum()), report.layer.neurons
-    words = f'{of} neurons' if kept == of else f'{kept} of {of} neurons (others are constant)'
-    figure.suptitle(f'{report.layer.name}: {words}{gap}rank (%), 100 matters most', fontsize=11)
+    parts = [f'{report.layer.name}: {of} neurons', 'rank (%), 100 matters most']
+    if kept < of:
+        parts[:1] = [f'{report.layer.name}: {kept} of {of} neurons', 'others are constant']
+    # A small matrix has no room for one line.
+    figure.suptitle(('\n' if size <= 3 else ', ').join(parts), fontsize=11)
     return figure
 
 
