@@ -83,6 +83,18 @@ def _tangents(
     return jax.vmap(push)(directions), zeros_of(values[1])
 
 
+def _vjp(
+    forward: Forward, variables: Variables, x: Array, layers: Sequence[str] | None, position: str
+) -> tuple[dict[str, Array], Callable[[Any], Array]]:
+    """Activations of a batch by layer, and from their cotangents to gradients `[B, ...]`."""
+
+    def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
+        del logits
+        return hidden_of(tapped, layers)
+
+    return passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
+
+
 def _cotangent(
     forward: Forward,
     variables: Variables,
@@ -94,12 +106,7 @@ def _cotangent(
     position: str,
 ) -> _Estimates:
     """Signs over all neurons of all layers, in one pass back; terms between layers cancel."""
-
-    def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
-        del logits
-        return hidden_of(tapped, layers)
-
-    values, pull = passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
+    values, pull = _vjp(forward, variables, x, layers, position)
 
     def signs(key: PRNGKeyArray, values: dict[str, Array]) -> dict[str, Array]:
         keys = jax.random.split(key, len(values))
@@ -124,12 +131,7 @@ def _neuron_sampling(
     position: str,
 ) -> _Estimates:
     """Squared gradient norms of a few random neurons of each layer, others for each image."""
-
-    def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
-        del logits
-        return hidden_of(tapped, layers)
-
-    values, pull = passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
+    values, pull = _vjp(forward, variables, x, layers, position)
     zeros, found = jax.tree.map(jnp.zeros_like, values), {}
     keys = jax.vmap(functools.partial(jax.random.split, num=len(values)))(keys_of(key, x))
     for place, (name, value) in enumerate(values.items()):
