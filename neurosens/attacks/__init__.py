@@ -42,6 +42,7 @@ from neurosens.attacks.pgd import bim, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd
 from neurosens.attacks.result import AttackResult, worst_case
 from neurosens.attacks.spatial import Motion, SpatialResult, moved, spatial, spatial_example
 from neurosens.attacks.square import square, square_example
+from neurosens.attacks.targets import TARGETS, target_classes
 from neurosens.attacks.threat import (
     Threat,
     inside,
@@ -55,6 +56,7 @@ from neurosens.attacks.transfer import transfer
 __all__ = [
     'CLEAN',
     'ROBUST',
+    'TARGETS',
     'Progress',
     'ActivationResult',
     'AttackResult',
@@ -115,6 +117,7 @@ __all__ = [
     'square_example',
     'steepest_ascent',
     'straight_through',
+    'target_classes',
     'transfer',
     'with_gradients_of',
     'worst_case',

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +22,7 @@ from neurosens import _validate, parallel
 from neurosens.attacks.adaptive import is_random, redraw
 from neurosens.attacks.apgd import apgd
 from neurosens.attacks.autoattack_notes import Notes
-from neurosens.attacks.batches import check_images
+from neurosens.attacks.batches import check_images, check_radius
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
 from neurosens.attacks.result import AttackResult
@@ -137,9 +136,13 @@ def runs(
 
 @jax.jit
 def _clean(
-    forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
+    forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray, index: Array
 ) -> dict[str, Array]:
-    logits = redraw(forward, key)(variables, x)[0].astype(jnp.float32)
+    def drawn(image: Array, own: PRNGKeyArray) -> Array:
+        return redraw(forward, own)(variables, image[None])[0][0].astype(jnp.float32)
+
+    # Draws follow the example, not its batch.
+    logits = jax.vmap(drawn)(x, jax.vmap(jax.random.fold_in, (None, 0))(key, index))
     others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
 
     def loss(image: Array, label: Array) -> Array:
@@ -301,8 +304,7 @@ def autoattack(
     for name, value in (('steps', steps), ('queries', queries), ('batch_size', batch_size)):
         _validate.check_range(name, value, low=1)
     require_ball('autoattack', threat)
-    if not math.isfinite(threat.eps):
-        raise ValueError('The eps of the threat is infinite; AutoAttack needs a radius.')
+    check_radius(threat)
     if not len(x) or y.shape != x.shape[:1]:
         raise ValueError(
             f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
@@ -400,14 +402,14 @@ def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:
     differ = False
     devices = 1 if task.mesh is None else task.mesh.size
     for rows, count in _batches(np.arange(len(task.x)), task.batch_size, devices):
-        x, y = task.x[rows], task.y[rows]
+        x, y, index = task.x[rows], task.y[rows], task.identity[rows]
         if task.mesh is not None:
-            x, y = parallel.shard_global(task.mesh, (x, y))
+            x, y, index = parallel.shard_global(task.mesh, (x, y, index))
         keys = jax.random.split(jax.random.fold_in(task.key, 2**31 - 1))
         if task.mesh is not None:
             keys = parallel.replicate(task.mesh, keys)
         first, second = (
-            parallel.gather(_clean(task.forward, task.variables, x, y, key)) for key in keys
+            parallel.gather(_clean(task.forward, task.variables, x, y, key, index)) for key in keys
         )
         differ |= not np.array_equal(first['logits'], second['logits'])
         parts.append({name: values[:count] for name, values in first.items()})

@@ -92,6 +92,7 @@ def attack_batch(
     key: PRNGKeyArray,
     *,
     threat: Bounded | None = None,
+    unbounded: bool = False,
     index: Int[Array, ' batch'] | None = None,
     each: Mapping[str, Array | None] | None = None,
     shared: Mapping[str, Any] | None = None,
@@ -107,6 +108,7 @@ def attack_batch(
       y: labels `[B]`.
       key: randomness; folded with the identity of each example.
       threat: the perturbations allowed, if the attack takes a threat.
+      unbounded: whether its radius may be infinite.
       index: identity of each example `[B]`, by default its place in the batch.
       each: keyword arguments with a value per example `[B, ...]`; those that are None are left out.
       shared: keyword arguments that all examples share: arrays and numbers, which are traced, so
@@ -118,7 +120,8 @@ def attack_batch(
 
     Raises:
       ValueError: images, labels and `each` differ in number, or an image is not finite or outside
-        the bounds (as far as values are known: not inside a caller's jit).
+        the bounds, or the radius is infinite (as far as values are known: not inside a caller's
+        jit).
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     if x.ndim < 2 or y.shape != x.shape[:1]:
@@ -127,6 +130,8 @@ def attack_batch(
         )
     if threat is not None:
         check_images(x, threat.bounds)
+        if not unbounded:
+            check_radius(threat)
         shared = {**(shared or {}), 'threat': threat}
     given = {name: jnp.asarray(value) for name, value in (each or {}).items() if value is not None}
     for name, value in given.items():
@@ -172,6 +177,16 @@ def check_images(x: Float[Array | np.ndarray, 'batch ...'], bounds: tuple[float,
         f'Pixels reach from {low:.6g} to {high:.6g}, but the bounds of the threat are '
         f'{bounds[0]:g} and {bounds[1]:g}; scale the images or set Threat(bounds=...).'
     )
+
+
+def check_radius(threat: Bounded) -> None:
+    """Raises a ValueError where the eps of a threat, if it has one, is not finite, if known."""
+    eps = getattr(threat, 'eps', 0.0)
+    if not isinstance(eps, jax.core.Tracer) and not np.isfinite(eps):
+        raise ValueError(
+            f'The eps of the threat is {float(eps)}; without a radius there are only the attacks '
+            'that look for the smallest perturbation: fab, fmn, deepfool, carlini_wagner.'
+        )
 
 
 @jax.jit

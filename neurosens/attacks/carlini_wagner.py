@@ -68,7 +68,7 @@ def carlini_wagner_example(
         raise ValueError(f"carlini_wagner minimises the l2 norm; the threat's is {threat.norm!r}.")
     low, high = threat.bounds
     middle, half = (low + high) / 2, (high - low) / 2
-    margin = losses.named('margin', targeted=target is not None)
+    margin = losses.margin if target is None else losses.lead
     aim = (y,) if target is None else (y, target)
     adam = optax.adam(step_size)
 
@@ -153,7 +153,8 @@ def carlini_wagner(
       searches: how many c, at least 1.
       step_size: of Adam.
       initial_weight: the first c.
-      confidence: by how much the logit of another class (of the target) has to exceed the label's.
+      confidence: by how much the logit of another class has to exceed the label's (that of the
+        target: every other).
       target: classes aimed at `[B]`; success is then to be classified as them.
       index: without effect.
 
@@ -177,6 +178,7 @@ def carlini_wagner(
         y,
         key,
         threat=threat,
+        unbounded=True,
         index=index,
         each={'target': target},
         shared={

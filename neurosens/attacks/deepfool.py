@@ -153,6 +153,7 @@ def deepfool(
         y,
         key,
         threat=threat,
+        unbounded=True,
         index=index,
         shared={'steps': steps, 'overshoot': overshoot},
         options={'classes': classes, 'early_end': not isinstance(x, jax.core.Tracer)},

@@ -233,6 +233,7 @@ def fab(
         y,
         key,
         threat=threat,
+        unbounded=True,
         index=index,
         each={'target': target},
         shared={

@@ -47,7 +47,7 @@ def fmn_example(
     class; numbers may be traced. Returns one image and scalars.
     """
     require_ball('fmn', threat)
-    loss = losses.named('margin', targeted=target is not None)
+    loss = losses.margin if target is None else losses.lead
     # Distances along the way must be of one and the same model.
     look, climb = objective(forward, variables, y, loss, target=target, redrawn=False)
     norm, bounds = threat.norm, threat.bounds
@@ -145,6 +145,7 @@ def fmn(
         y,
         key,
         threat=threat,
+        unbounded=True,
         index=index,
         each={'target': target},
         shared={

@@ -95,6 +95,18 @@ def targeted_margin(
     return logits[target] - logits[y]
 
 
+def lead(
+    logits: Float[Array, ' classes'], y: Int[Array, ''], target: Int[Array, '']
+) -> Float[Array, '']:
+    """z_target minus the largest other logit: positive exactly where the target is reached.
+
+    The targeted margin is positive where the target is ahead of the label, though a third class be
+    ahead of both; for searches that stop at 0 only this one will do.
+    """
+    del y
+    return label_margin(logits, target)
+
+
 def targeted_dlr(
     logits: Float[Array, ' classes'], y: Int[Array, ''], target: Int[Array, '']
 ) -> Float[Array, '']:
@@ -138,6 +150,7 @@ TARGETED: dict[str, Loss] = {
     'margin': targeted_margin,
     'dlr': targeted_dlr,
     'scaled_cross_entropy': targeted_scaled_cross_entropy,
+    'lead': lead,
 }
 
 

@@ -25,7 +25,7 @@ class MinimumResult(NamedTuple):
       margin: logit of the label minus the largest other, on `x_adv` `[B]`.
       queries: forward passes made `[B]`.
       distance: norm of the smallest perturbation found, whatever eps is `[B]`: 0 where the clean
-        image is misclassified, infinite where nothing was found.
+        image is misclassified (with a target: classified as it), infinite where nothing was found.
     """
 
     x_adv: Float[Array, 'batch ...']

@@ -78,7 +78,11 @@ def pgd_example(
         size = step_size * (1.0 if schedule is None else schedule(number))
         position = state.x
         if look_ahead and momentum is not None:
-            position = position + size * momentum * state.momentum
+            # In other norms a gradient over its mean would lead far out of the ball.
+            ahead = state.momentum
+            if threat.norm != 'linf':
+                ahead = steepest_ascent(threat, ahead, share=share)
+            position = position + size * momentum * ahead
         gradient, iterate = climb(position, key)
         if look_ahead:
             # What counts is the image itself, not the point ahead of it.
@@ -341,8 +345,9 @@ def ni_fgsm(
 ) -> AttackResult:
     """Nesterov iterative FGSM (Lin et al. 2020), jit-compiled.
 
-    `mi_fgsm` with the gradient taken ahead, at x + step_size momentum m. The iterates themselves
-    are judged by a forward pass of their own.
+    `mi_fgsm` with the gradient taken ahead, at x + step_size momentum m; in l2 and l1, for which it
+    was not published, with the steepest direction along m in the place of m. The iterates
+    themselves are judged by a forward pass of their own.
 
     Args:
       forward: the model to attack.

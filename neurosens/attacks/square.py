@@ -100,7 +100,7 @@ def square_example(
     queries: int = 5000,
     share: float = 0.8,
     restarts: int | Int[Array, ''] = 1,
-    loss: str | losses.Loss = 'margin',
+    loss: str | losses.Loss | None = None,
     target: Int[Array, ''] | None = None,
     rescale: bool = False,
 ) -> AttackResult:
@@ -114,9 +114,10 @@ def square_example(
         raise ValueError(
             f'An image has shape {x.shape}; Square needs [height, width, channels] each.'
         )
-    look, _ = objective(
-        forward, variables, y, losses.named(loss, targeted=target is not None), target=target
-    )
+    if loss is None:
+        loss = 'margin' if target is None else 'lead'
+    loss = losses.named(loss, targeted=target is not None)
+    look, _ = objective(forward, variables, y, loss, target=target)
     sparse = threat.norm != 'linf'
     height, width, _ = x.shape
     sides = window_sides(queries, height, width, share, odd=sparse, rescale=rescale)
@@ -261,7 +262,7 @@ def square(
     queries: int = 5000,
     share: float = 0.8,
     restarts: int = 1,
-    loss: str | losses.Loss = 'margin',
+    loss: str | losses.Loss | None = None,
     target: Int[Array, ' batch'] | None = None,
     rescale: bool = False,
     index: Int[Array, ' batch'] | None = None,
@@ -283,7 +284,7 @@ def square(
       share: share of the pixels that the first windows cover, above 0 and at most 1.
       restarts: independent runs, at least 1.
       loss: what to maximise, a name of `losses.UNTARGETED` (with a target: `losses.TARGETED`) or a
-        function.
+        function; by default the margin, with a target its lead over all other classes.
       target: classes aimed at `[B]`; success is then to be classified as them.
       rescale: stretch the schedule of window sizes, made for 10,000 queries, over `queries`.
       index: identity of each example `[B]`, as of `pgd`.
@@ -299,7 +300,8 @@ def square(
     _validate.check_range('queries', queries, low=1)
     _validate.check_range('restarts', restarts, low=1)
     _validate.check_range('share', share, low=0, high=1, low_open=True)
-    losses.named(loss, targeted=target is not None)
+    if loss is not None:
+        losses.named(loss, targeted=target is not None)
     return attack_batch(
         square_example,
         forward,

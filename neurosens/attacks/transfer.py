@@ -31,6 +31,7 @@ def transfer(
     surrogate: Forward,
     surrogate_variables: Variables,
     attack: Callable[..., AttackResult] = pgd,
+    target: Int[Array, ' batch'] | None = None,
     index: Int[Array, ' batch'] | None = None,
     **options: Any,
 ) -> AttackResult:
@@ -49,33 +50,50 @@ def transfer(
       surrogate_variables: its variables.
       attack: an attack of this package on the surrogate. Images that the surrogate misclassifies
         already it leaves as they are.
+      target: classes aimed at `[B]`, if the attack takes them; success is then to be classified as
+        them.
       index: identity of each example `[B]`; by default its place in this batch.
       **options: further arguments of the attack.
 
     Returns:
       Per example the image found, whether the model misclassifies it, and its margin there; images
-      that the model misclassifies already come back unchanged. Queries are forward passes of the
-      model, one without attack and one with.
+      that the model misclassifies already (with a target: classifies as it) come back unchanged.
+      Queries are forward passes of the model, one without attack and one with.
 
     Raises:
       ValueError: an argument of the attack is wrong.
     """
+    if target is not None:
+        options['target'] = target = jnp.asarray(target)
     found = attack(surrogate, surrogate_variables, x, y, key, threat=threat, index=index, **options)
-    return _judge(forward, variables, jnp.asarray(x), found.x_adv, jnp.asarray(y), key)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    index = jnp.arange(len(y)) if index is None else jnp.asarray(index)
+    return _judge(forward, variables, x, found.x_adv, y, target, key, index)
 
 
 @jax.jit
 def _judge(
-    forward: Forward, variables: Variables, x: Array, x_adv: Array, y: Array, key: PRNGKeyArray
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    x_adv: Array,
+    y: Array,
+    target: Array | None,
+    key: PRNGKeyArray,
+    index: Array,
 ) -> AttackResult:
-    model = redraw(forward, key)
-    before, after = (_single(model(variables, images)[0]) for images in (x, x_adv))
-    wrong = jax.vmap(fooled)(before, y)
+    def drawn(image: Array, own: PRNGKeyArray) -> Array:
+        return _single(redraw(forward, own)(variables, image[None])[0][0])
+
+    # Draws follow the example, not its batch.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    before, after = (jax.vmap(drawn)(images, keys) for images in (x, x_adv))
+    wrong = jax.vmap(fooled)(before, y, target)
     logits = jnp.where(wrong[:, None], before, after)
     kept = wrong.reshape(-1, *[1] * (x.ndim - 1))
     return AttackResult(
         jnp.where(kept, x, x_adv),
-        jax.vmap(fooled)(logits, y),
+        jax.vmap(fooled)(logits, y, target),
         jax.vmap(label_margin)(logits, y),
         jnp.full(y.shape, 2, jnp.int32),
     )

@@ -170,6 +170,84 @@ def test_iterates_are_those_of_the_plain_program(net, norm, first_rises):
         assert gradient_of(result.x_adv)[0] == pytest.approx(loss, rel=1e-9)
 
 
+def nearest_l1(x, v, eps):
+    """The nearest image to v in the l1 ball of x and the box, found by bisection."""
+    wish, room = np.abs(v - x), np.where(v > x, 1 - x, x)
+    low, high = 0.0, wish.max()
+    if np.minimum(wish, room).sum() <= eps:
+        return x + np.sign(v - x) * np.minimum(wish, room)
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.clip(wish - middle, 0, room).sum() > eps:
+            low = middle
+        else:
+            high = middle
+    return x + np.sign(v - x) * np.clip(wish - high, 0, room)
+
+
+def sparse_reference(x, radii, start, gradient_of):
+    """The authors' loop in l1 for one image: a run for each of (eps, steps), written afresh."""
+    best, whole = start, len(radii) == 1
+    for eps, steps in radii:
+        current = nearest_l1(x, best, eps)
+        moved = np.count_nonzero(current != x)
+        share, last = (0.2, x.size) if whole else (moved / x.size / 1.5, moved)
+        loss, grad = gradient_of(current)
+        best, best_grad, best_loss, size = current, grad, loss, eps
+        for number in range(steps):
+            order = np.sort(np.abs(grad).ravel())
+            least = order[min(int((1 - share) * x.size), x.size - 1)]
+            sparse = np.sign(grad) * (np.abs(grad) >= least)
+            current = nearest_l1(x, current + size * sparse / np.abs(sparse).sum(), eps)
+            loss, grad = gradient_of(current)
+            if loss > best_loss:
+                best, best_grad, best_loss = current, grad, loss
+            if (number + 1) % max(int(0.04 * steps), 1) == 0:
+                moved = np.count_nonzero(best != x)
+                if moved / last < 0.95:
+                    size, current, grad = eps, best, best_grad
+                else:
+                    size = min(max(size / 1.5, eps / 10), eps)
+                share, last = moved / x.size / 1.5, moved
+    return best_loss, best
+
+
+@pytest.mark.parametrize('large_start', [False, True])
+def test_sparse_iterates_are_those_of_the_plain_program(net, large_start):
+    with jax.enable_x64(True):
+        place = int(np.flatnonzero(net.correct)[1])
+        x, y = jnp.asarray(net.x[place], jnp.float64), net.y[place]
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net.variables)
+        module = net.forward.module.clone(dtype=jnp.float64)
+        forward = type(net.forward)(module, {'train': False})
+        _, climb = objective(forward, variables, y, losses.cross_entropy)
+        climb, key, eps, steps = jax.jit(climb), jax.random.key(4), 0.3, 60
+
+        def gradient_of(image):
+            gradient, iterate = climb(jnp.asarray(image), key)
+            return float(iterate.loss), np.asarray(gradient)
+
+        draws = np.random.default_rng(2).normal(size=x.shape)
+        start = np.asarray(x) + draws
+        radii = [(3 * eps, 18), (2 * eps, 18), (eps, 24)] if large_start else [(eps, steps)]
+        loss, best = sparse_reference(np.asarray(x), radii, start, gradient_of)
+        result = apgd_example(
+            forward,
+            variables,
+            x,
+            y,
+            key,
+            threat=Threat('l1', eps),
+            steps=steps,
+            large_start=large_start,
+            start=jnp.asarray(start),
+        )
+        assert not result.success, 'of a fooled image the latest iterate is returned, not the best'
+        np.testing.assert_allclose(result.x_adv, best, rtol=0, atol=1e-9)
+        assert gradient_of(result.x_adv)[0] == pytest.approx(loss, rel=1e-9)
+        assert loss > gradient_of(x)[0] + 1e-3
+
+
 def random_starts(net, key):
     """Where linf runs with this key begin, drawn as the attack draws it."""
 

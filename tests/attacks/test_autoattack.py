@@ -87,6 +87,30 @@ def test_batches_and_devices_change_nothing(net):
         np.testing.assert_array_equal(other.accuracy, alone.accuracy)
 
 
+@pytest.mark.parametrize(
+    ('norm', 'version', 'attacks', 'expected'),
+    [
+        # A clean pass, and for each run one more, a start, and the steps; for l1 three starts.
+        ('linf', 'standard', ('apgd-ce',), 1 + (1 + 8 + 1)),
+        ('l1', 'standard', ('apgd-ce',), 1 + 5 * (1 + 8 + 3)),
+        ('linf', 'plus', ('apgd-ce',), 1 + 5 * (1 + 8 + 1)),
+        ('linf', 'rand', ('apgd-ce', 'apgd-dlr'), 1 + 2 * 20 * (1 + 8 + 1)),
+    ],
+)
+def test_restarts_draws_and_balls_are_those_of_the_version(net, norm, version, attacks, expected):
+    result = attack(net, norm, version=version, attacks=attacks, threat=Threat(norm, 1e-4))
+    assert (result.queries[result.broken_by == ROBUST] == expected).all()
+    assert (result.broken_by == ROBUST).any()
+
+
+def test_the_plus_version_is_not_weaker_than_the_standard_one(net):
+    standard, plus = attack(net), attack(net, version='plus')
+    assert plus.runs[:2] == ('apgd-ce 1', 'apgd-ce 2') and len(plus.runs) == len(
+        runs('linf', 'plus', 4)
+    )
+    assert plus.success.sum() >= standard.success.sum()
+
+
 def test_progress_tells_of_each_batch(net):
     told = []
     result = attack(net, attacks=('apgd-ce', 'square'), progress=lambda *args: told.append(args))
@@ -235,7 +259,7 @@ def test_two_classes_use_the_margin(linear, linear_forward):
         ({'version': 'fast'}, "Unknown version 'fast'"),
         ({'attacks': ('pgd',)}, "Unknown attack 'pgd'"),
         ({'batch_size': 0}, 'batch_size is 0; it must be at least 1'),
-        ({'threat': Threat('l2', float('inf'))}, 'eps of the threat is infinite'),
+        ({'threat': Threat('l2', float('inf'))}, 'eps of the threat is inf; without a radius'),
         ({'threat': Threat('l2', 1.0, (0.0, 0.5))}, r'Pixels reach from .* bounds of the threat'),
     ],
 )

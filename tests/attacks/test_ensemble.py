@@ -56,6 +56,21 @@ def test_another_attack_may_make_the_images(net, other):
     np.testing.assert_array_equal(moved.x_adv[net.correct], made[net.correct])
 
 
+def test_images_that_aim_at_a_class_are_judged_by_it(net, other):
+    target = (net.y + 1) % 4
+    surrogate = {'surrogate': other[0], 'surrogate_variables': other[1]}
+    options = {'threat': Threat('linf', 0.3), 'steps': 5, 'target': target}
+    call = (net.forward, net.variables, net.x, net.y, KEY)
+    moved = transfer(*call, **options, **surrogate)
+    made = pgd(*other, net.x, net.y, KEY, **options).x_adv
+    there = np.asarray(net.logits.argmax(-1) == target)
+    np.testing.assert_array_equal(moved.x_adv[there], net.x[there])
+    np.testing.assert_array_equal(moved.x_adv[~there], made[~there])
+    logits = np.asarray(net.forward(net.variables, moved.x_adv)[0])
+    np.testing.assert_array_equal(moved.success, logits.argmax(-1) == target)
+    assert moved.success.any() and not moved.success.all()
+
+
 def test_the_worst_case_is_that_of_each_image(net):
     call = (net.forward, net.variables, net.x, net.y)
     results = [

@@ -46,6 +46,9 @@ def test_values_by_hand(name, y, expected):
     [
         ('cross_entropy', 1, 2, 2.5 - np.log(np.exp([1, 4, 2.5, -1]).sum())),
         ('margin', 1, 3, -5.0),
+        # Ahead of the label, but not of the second class.
+        ('margin', 0, 2, 1.5),
+        ('lead', 0, 2, -1.5),
         # z_(1) - (z_(3) + z_(4)) / 2 = 4 - (1 - 1) / 2.
         ('dlr', 1, 2, -1.5 / 4),
         ('dlr', 0, 1, 3 / 4),

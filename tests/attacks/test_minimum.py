@@ -241,14 +241,33 @@ def test_a_confident_attack_goes_further(net):
     assert (far.distance[both] > near.distance[both]).all()
 
 
-def test_targets_are_reached(net):
-    order = np.argsort(-np.asarray(net.logits), -1)
-    target = np.where(order[:, 0] == net.y, order[:, 1], order[:, 0])
+@pytest.mark.parametrize('name', ['fmn', 'carlini_wagner'])
+@pytest.mark.parametrize('rank', [1, 2, 3])
+def test_targets_are_reached_though_other_classes_are_nearer(net, name, rank):
+    target = np.argsort(-np.asarray(net.logits), -1)[:, rank]
+    result = run(net, name, 'l2', target=target)
+    logits = np.asarray(net.forward(net.variables, result.x_adv)[0])
+    np.testing.assert_array_equal(logits.argmax(-1) == target, result.success)
+    assert result.success.mean() > 0.6
+    assert (result.distance > 0).all()
+
+
+def test_what_is_taken_for_the_target_already_stays(net):
+    target = np.asarray(net.logits).argmax(-1)
     for name in ('fmn', 'carlini_wagner'):
         result = run(net, name, 'l2', target=target)
-        logits = np.asarray(net.forward(net.variables, result.x_adv)[0])
-        np.testing.assert_array_equal(logits.argmax(-1)[result.success], target[result.success])
-        assert result.success.mean() > 0.5
+        np.testing.assert_array_equal(result.x_adv, net.x)
+        assert result.success.all() and (result.distance == 0).all()
+
+
+def test_a_confident_target_leads_all_other_classes(net):
+    target = np.argsort(-np.asarray(net.logits), -1)[:, 2]
+    result = run(net, 'carlini_wagner', 'l2', target=target, confidence=1.0)
+    logits = np.asarray(net.forward(net.variables, result.x_adv)[0])
+    lead = np.sort(logits, -1)
+    assert result.success.any()
+    np.testing.assert_array_equal(logits.argmax(-1)[result.success], target[result.success])
+    assert ((lead[:, -1] - lead[:, -2])[result.success] >= 1 - 1e-4).all()
 
 
 # ----------------------------------------------------------------------- curves and errors

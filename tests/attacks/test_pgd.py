@@ -274,11 +274,12 @@ def test_a_target_is_reached_and_nothing_else_counts(net):
 
 
 @pytest.mark.parametrize('method', [mi_fgsm, ni_fgsm])
-def test_momentum_follows_its_definition(net, method):
+@pytest.mark.parametrize(('norm', 'eps'), [('linf', 0.1), ('l2', 0.4)])
+def test_momentum_follows_its_definition(net, method, norm, eps):
     """Against plain loops over images and steps; of the second, with gradients taken ahead."""
-    eps, steps, momentum = 0.1, 4, 0.7
+    steps, momentum = 4, 0.7
     result = method(
-        net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=Threat('linf', eps),
+        net.forward, net.variables, net.x, net.y, jax.random.key(0), threat=Threat(norm, eps),
         steps=steps, momentum=momentum, keep='last',
     )  # fmt: skip
 
@@ -286,13 +287,24 @@ def test_momentum_follows_its_definition(net, method):
     def slope(x):
         return jax.grad(lambda x: evaluate(net.forward, net.variables, x, net.y)[0].sum())(x)
 
+    def size(values):
+        return np.sqrt((values**2).sum((1, 2, 3), keepdims=True))
+
+    def unit(values):
+        return values / np.maximum(size(values), 1e-12)
+
     x, carried = np.asarray(net.x), np.zeros_like(net.x)
     for _ in range(steps):
-        ahead = eps / steps * momentum * carried if method is ni_fgsm else 0
-        gradient = np.asarray(slope(x + ahead))
+        # In linf along the momentum itself, as published; in l2 that has no scale.
+        ahead = carried if norm == 'linf' else unit(carried)
+        gradient = np.asarray(slope(x + eps / steps * momentum * ahead * (method is ni_fgsm)))
         carried = momentum * carried + gradient / np.abs(gradient).mean((1, 2, 3), keepdims=True)
-        moved = x + eps / steps * np.sign(carried)
-        x = np.clip(np.clip(moved, net.x - eps, net.x + eps), 0, 1)
+        change = x + eps / steps * (np.sign(carried) if norm == 'linf' else unit(carried)) - net.x
+        if norm == 'linf':
+            change = np.clip(change, -eps, eps)
+        else:
+            change = change * np.minimum(1, eps / np.maximum(size(change), 1e-12))
+        x = np.clip(net.x + change, 0, 1)
     np.testing.assert_allclose(result.x_adv[net.correct], x[net.correct], atol=1e-5)
 
 

@@ -125,6 +125,21 @@ def test_auto_pgd_is_that_of_torchattacks_from_the_same_start(pair, loss, monkey
     assert np.abs(mine - expected).mean() < 2e-3
 
 
+@pytest.mark.parametrize(('norm', 'eps'), [('linf', 0.2), ('l2', 2.0)])
+def test_fgsm_is_that_of_foolbox(pair, norm, eps):
+    network, _, _, x, y = pair
+    kind = {
+        'linf': foolbox.attacks.LinfFastGradientAttack,
+        'l2': foolbox.attacks.L2FastGradientAttack,
+    }[norm]
+    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    labels = torch.from_numpy(y.astype(np.int64))
+    _, clipped, _ = kind(random_start=False)(model, images, labels, epsilons=eps)
+    mine = ours(pair, fgsm, Threat(norm, eps))
+    assert_same(mine, clipped.detach().numpy().transpose(0, 2, 3, 1), x)
+
+
 @pytest.mark.parametrize(('norm', 'eps', 'size'), [('linf', 0.2, 0.05), ('l2', 2.0, 0.4)])
 def test_pgd_is_that_of_foolbox(pair, norm, eps, size):
     network, _, _, x, y = pair
@@ -143,7 +158,7 @@ def test_pgd_is_that_of_foolbox(pair, norm, eps, size):
 def art_classifier(pair, monkeypatch):
     """The network for ART, which takes float32 unless told otherwise in each of its modules."""
     pytest.importorskip('art', reason='parity needs requirements-bench.txt')
-    from art.attacks.evasion import fast_gradient, momentum_iterative_method  # noqa: F401
+    from art.attacks.evasion import fast_gradient  # noqa: F401
     from art.estimators.classification import PyTorchClassifier
 
     for name, module in list(sys.modules.items()):
