@@ -195,6 +195,10 @@ def test_a_group_cannot_be_set_as_a_whole(group):
             "Unknown evaluation.norm 'l3'; valid names are linf, l2, l1, l0, spatial.",
         ),
         ('evaluation.attacks=("carlini_wagner",)', "evaluation.attacks has 'carlini_wagner', "),
+        (
+            'evaluation.target=next',
+            "Unknown evaluation.target 'next'; valid names are most_likely, least_likely, random.",
+        ),
         ('evaluation.queries=0', 'evaluation.queries is 0; it must be at least 1'),
         ('evaluation.split=train', "Unknown evaluation.split 'train'; valid names are "),
         ('evaluation.attacks=("cw",)', "Unknown evaluation.attacks item 'cw'; valid names are "),

@@ -9,6 +9,7 @@ from typing import Any
 
 from neurosens import _validate
 from neurosens.config.settings import (
+    AIMING,
     ATTACKS,
     FRAGILE_RULES,
     MEASURES,
@@ -17,6 +18,7 @@ from neurosens.config.settings import (
     PRUNED_BY,
     SPLITS,
     SURROGATES,
+    TARGETS,
     THREATS,
     Config,
     ConfigError,
@@ -168,6 +170,8 @@ def _check_evaluation(evaluation: Evaluation) -> None:
         'evaluation.norm': (evaluation.norm, THREATS),
         'evaluation.loss': (evaluation.loss, losses),
     }
+    if evaluation.target:
+        choices['evaluation.target'] = (evaluation.target, TARGETS)
     _check_choices(choices)
 
 
@@ -176,6 +180,7 @@ def _check_monitor(monitor: Monitor, validation_size: int) -> None:
     _check('monitor.eps', monitor.eps, low=0)
     _check('monitor.steps', monitor.steps, low=1)
     _check('monitor.top', monitor.top, low=1)
+    _check('monitor.probes', monitor.probes, low=0)
     _check('monitor.guard', monitor.guard, low=0, high=1)
     if monitor.images > validation_size:
         raise ConfigError(
@@ -241,6 +246,11 @@ def _check_defense(config: Config) -> None:
             f"defense.name is {defense.name!r} and evaluation.norm 'spatial', in which no "
             'attack on a defence follows gradients; evaluate the defence in linf, l2 or l1.'
         )
+    if defense.name and evaluation.target:
+        raise ConfigError(
+            f'defense.name is {defense.name!r} and evaluation.target {evaluation.target!r}; what a '
+            'defence recovers is counted of attacks that aim at no class: leave the target out.'
+        )
     _check_items('defense.surrogates', defense.surrogates, SURROGATES)
 
 
@@ -265,6 +275,11 @@ def _check_attacks(config: Config) -> None:
                 raise ConfigError(
                     f"{key} has {attack!r}, which does not count pixels as evaluation.norm 'l0' "
                     f'does; the attacks that do are {", ".join(PROJECTING)}.'
+                )
+            if evaluation.target and used and attack not in AIMING:
+                raise ConfigError(
+                    f'{key} has {attack!r}, which does not aim at a class, and evaluation.target '
+                    f'is {evaluation.target!r}; the attacks that do are {", ".join(AIMING)}.'
                 )
             if attack == 'carlini_wagner' and evaluation.norm != 'l2':
                 raise ConfigError(

@@ -90,6 +90,19 @@ NORMS = ('linf', 'l2', 'l1')
 THREATS = (*NORMS, 'l0', 'spatial')
 # Attacks that project their images, which any threat allows.
 PROJECTING = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'noise')
+# Attacks that can aim at a class, and succeed where they reach it.
+AIMING = (
+    'fgsm',
+    'fgsm_rs',
+    'bim',
+    'pgd',
+    'mi_fgsm',
+    'ni_fgsm',
+    'square',
+    'fmn',
+    'carlini_wagner',
+)
+TARGETS = ('most_likely', 'least_likely', 'random')
 
 
 @dataclasses.dataclass
@@ -113,6 +126,9 @@ class Evaluation:
       shift: largest translation of 'spatial' along each axis, as a share of its length.
       loss: what 'fgsm' to 'ni_fgsm' maximise, 'cross_entropy', 'margin', 'dlr' or
         'scaled_cross_entropy'.
+      target: the class that attacks aim at, 'most_likely' or 'least_likely' of those that are not
+        the label, or 'random'; empty for any. Only attacks 'fgsm' to 'ni_fgsm', 'square', 'fmn' and
+        'carlini_wagner' aim; the report then also has the share of images taken for the target.
       layer: name of the layer that 'latent' moves.
       steps: steps of 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm' and 'latent'.
       step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd' and 'latent', 1 / steps
@@ -136,6 +152,7 @@ class Evaluation:
     eps: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
     shift: float = 0.1
     loss: str = 'cross_entropy'
+    target: str = ''
     layer: str = 'head:in'
     steps: int = 20
     step_size: float = 0.0
@@ -295,6 +312,8 @@ class Monitor:
       layer: layer whose neurons are watched: sensitivity of the easiest ones, and the share of dead
         ones; empty for none.
       top: how many of its most sensitive neurons.
+      probes: random directions, always the same, along which the norm of the Jacobian and the
+        activation sensitivity of every nonlinearity are estimated; 0 leaves them out.
       guard: training stops where the PGD accuracy has fallen by more than this share below its best
         (catastrophic overfitting of single-step attacks), such as 0.2; 0 is off.
       choose: the best checkpoint is that of the highest PGD accuracy, not of the highest clean one.
@@ -306,6 +325,7 @@ class Monitor:
     steps: int = 10
     layer: str = 'head:in'
     top: int = 5
+    probes: int = 0
     guard: float = 0.0
     choose: bool = False
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from neurosens import data, parallel
 from neurosens.attacks import AttackResult, MinimumResult, SpatialResult
@@ -191,6 +191,9 @@ class Attacked(NamedTuple):
       x: the clean images of the same.
       distance: for attacks that look for the smallest perturbation its norm, whatever the radius,
         float32 `[N]`; None for others.
+      reached: of attacks that aim at a class, whether the image is taken for it, bool `[N]`; None
+        for others.
+      queries: forward passes made for the image, `[N]`; None where they were not counted.
     """
 
     success: np.ndarray
@@ -199,6 +202,8 @@ class Attacked(NamedTuple):
     x_adv: Float[np.ndarray, 'n height width channels']
     x: UInt8[np.ndarray, 'n height width channels']
     distance: Float[np.ndarray, ' examples'] | None = None
+    reached: Bool[np.ndarray, ' examples'] | None = None
+    queries: Int[np.ndarray, ' examples'] | None = None
 
 
 def attack(
@@ -211,6 +216,7 @@ def attack(
     batch_size: int = 256,
     limit: int | None = None,
     keep: int = 0,
+    targeted: bool = False,
     progress: Progress = iter,
 ) -> Attacked:
     """Attacks every image of a data set.
@@ -225,6 +231,7 @@ def attack(
       batch_size: images per batch over all devices.
       limit: only the first so many images.
       keep: of how many first images to return the attacked versions.
+      targeted: whether the attack aims at a class, so that it succeeds where that is reached.
       progress: wraps the iterator of batches, as `tqdm` does.
 
     Returns:
@@ -239,11 +246,16 @@ def attack(
             kept.append((pair['x'], pair['x_adv']))
         judged = _predict_batch(forward, variables, batch._replace(image=result.x_adv))
         found = {'distance': result.distance} if isinstance(result, MinimumResult) else {}
+        success = result.success
+        if targeted:
+            # Some other class than the one aimed at is an error too.
+            found['reached'], success = success, judged['predictions'] != batch.label
         return {
             **found,
-            'success': result.success,
+            'success': success,
             'margin': result.margin,
             'predictions': judged['predictions'],
+            'queries': result.queries,
         }
 
     arrays = stream(source, mesh, batch_size, function, limit=limit, progress=progress)

@@ -64,7 +64,8 @@ def accuracy_against_eps(report: RobustnessReport) -> Figure:
         if attack in distances:
             largest = max(o.eps for o in report.outcomes if o.attack == attack)
             marker, radii = '', np.linspace(0, largest, _RADII).tolist()
-            points = [(radius, distances[attack] > radius) for radius in radii]
+            right = report.predictions.correct
+            points = [(radius, right & (distances[attack] > radius)) for radius in radii]
         else:
             marker, points = 'o', [(0.0, report.predictions.correct)]
             points += [(o.eps, ~o.attacked.success) for o in report.outcomes if o.attack == attack]

@@ -37,7 +37,9 @@ def rows(report: RobustnessReport) -> list[tuple[str, metrics.Interval, int]]:
     Returns:
       `(key, interval, number of images)` for the keys `clean_accuracy`,
       `robust_accuracy/<attack>-<norm>-<eps>`, `robust_accuracy/worst-<norm>-<eps>` (an image counts
-      if no attack fools it) and `class_accuracy/<class>`.
+      if no attack fools it), of attacks that aim at a class
+      `target_rate/<attack>-<norm>-<eps>` (the share of images taken for it) and
+      `class_accuracy/<class>`.
     """
     predictions = report.predictions
     result = [('clean_accuracy', _proportion(predictions.correct), len(predictions.labels))]
@@ -49,6 +51,10 @@ def rows(report: RobustnessReport) -> list[tuple[str, metrics.Interval, int]]:
             robust = report.worst_case(eps)
             name = f'robust_accuracy/worst-{report.outcomes[0].norm}-{eps:.3g}'
             result.append((name, _proportion(robust), len(robust)))
+    for outcome in report.outcomes:
+        reached = outcome.attacked.reached
+        if reached is not None:
+            result.append((f'target_rate/{outcome.name}', _proportion(reached), len(reached)))
     for label, name in enumerate(report.info.class_names):
         members = predictions.labels == label
         if members.any():
@@ -60,7 +66,8 @@ def rows(report: RobustnessReport) -> list[tuple[str, metrics.Interval, int]]:
 def table(report: RobustnessReport) -> str:
     """The report as aligned text, accuracies in per cent, and what was found of masking."""
     everything = rows(report)
-    main = [row for row in everything if not row[0].startswith('class_accuracy/')]
+    main = [row for row in everything if row[0].startswith(('clean', 'robust_accuracy/'))]
+    aimed = [row for row in everything if row[0].startswith('target_rate/')]
     classes = [row for row in everything if row[0].startswith('class_accuracy/')]
     # A hundred classes do not fit a screen: the best and worst tell the story, the CSV has all.
     if len(classes) > 20:
@@ -68,6 +75,9 @@ def table(report: RobustnessReport) -> str:
         classes = classes[:5] + classes[-5:]
     columns = ['accuracy', '95 % interval', 'images']
     lines = aligned(['', *columns], [_cells(row) for row in main])
+    if aimed:
+        header = ['taken for the target', 'share', *columns[1:]]
+        lines += ['', *aligned(header, [_cells(row) for row in aimed])]
     lines += ['', *aligned(['class', *columns], [_cells(row) for row in classes])]
     found = report.median_distances()
     if found:
@@ -117,9 +127,11 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss`, and for
-      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval; the same of
-      `median_distance/<attack>-<norm>` for attacks that look for the smallest perturbation, None
-      where it is infinite; then what was found of masking, as of `masking.masking_facts`.
+      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval;
+      `queries/<attack>-<norm>-<eps>`, the mean number of forward passes for an image;
+      `median_distance/<attack>-<norm>`, with its interval, of attacks that look for the smallest
+      perturbation, None where it is infinite; then what was found of masking, as of
+      `masking.masking_facts`.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
@@ -130,6 +142,9 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
         flat[key] = interval.value
         flat[f'{key}/low'] = interval.low
         flat[f'{key}/high'] = interval.high
+    for outcome in report.outcomes:
+        if outcome.attacked.queries is not None:
+            flat[f'queries/{outcome.name}'] = float(outcome.attacked.queries.mean())
     for name, median in report.median_distances().items():
         for part, value in zip(('', '/low', '/high'), median):
             flat[f'median_distance/{name}{part}'] = value if math.isfinite(value) else None

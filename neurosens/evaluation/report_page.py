@@ -194,6 +194,7 @@ def _accuracy(
     blocks: list[Block] = [Table('Clean images', ['measurement', 'value'], clean)]
     if report.outcomes:
         blocks.append(_attack_table(report))
+        blocks += _target_table(report)
     if 'accuracy_against_eps.png' in pictures:
         blocks.append(
             Figure(
@@ -231,6 +232,27 @@ def _attack_table(report: RobustnessReport) -> Table:
     return Table(caption, ['attack', *(f'eps {eps:.3g}' for eps in radii)], rows)
 
 
+def _target_table(report: RobustnessReport) -> list[Table]:
+    """The same of the share of images taken for the class aimed at; none if no attack aims."""
+    radii = _radii(report)
+    shares = {
+        (o.attack, o.eps): share_text(_interval(o.attacked.reached))
+        for o in report.outcomes
+        if o.attacked.reached is not None
+    }
+    if not shares:
+        return []
+    rows = [
+        [attack, *(shares.get((attack, eps), '–') for eps in radii)] for attack in _attacks(report)
+    ]
+    caption = (
+        'Images taken for the class that the attack aims at, in %, in brackets the 95 % Wilson '
+        f'interval; {report.outcomes[0].norm}. The accuracy above counts any class as an error but '
+        'the label.'
+    )
+    return [Table(caption, ['attack', *(f'eps {eps:.3g}' for eps in radii)], rows)]
+
+
 def _distance_table(report: RobustnessReport) -> Table:
     """A row for each attack that looks for the smallest perturbation."""
     rows = [
@@ -239,8 +261,7 @@ def _distance_table(report: RobustnessReport) -> Table:
     ]
     caption = (
         'Median over images of the smallest perturbation found, whatever the radius, with its 95 % '
-        'bootstrap interval; 0 counts for images that are misclassified as they are. distances.csv '
-        'has every image.'
+        'bootstrap interval; 0 counts for images that need none. distances.csv has every image.'
     )
     return Table(caption, ['attack', 'median distance', '95 % interval'], rows)
 

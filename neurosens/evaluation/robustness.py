@@ -162,12 +162,17 @@ def evaluate(
                 batch_size=settings.batch_size,
                 limit=limit,
                 keep=settings.examples,
+                targeted=bool(settings.target),
                 progress=progress(f'{name} {eps:g}'),
             )
+            if settings.target:
+                # An image that is wrong as it is stays so, wherever an attack has moved it.
+                wrong = attacked.success | ~predictions.correct
+                attacked = attacked._replace(success=wrong)
             outcomes += (
                 _at_each_radius(name, settings, attacked, predictions)
                 if smallest
-                else [AttackOutcome(name, settings.norm, eps, attacked)]
+                else [AttackOutcome(_label(name, settings), settings.norm, eps, attacked)]
             )
     diagnosis = None
     radii = sorted(eps for eps in settings.eps if eps)
@@ -233,16 +238,23 @@ def _at_each_radius(
     outcomes = []
     assert attacked.distance is not None
     for eps in settings.eps:
-        success = attacked.distance <= eps
-        shown = success[: len(attacked.x)].reshape(-1, *[1] * (attacked.x.ndim - 1))
+        found = attacked.distance <= eps
+        success = found | ~clean.correct
+        shown = found[: len(attacked.x)].reshape(-1, *[1] * (attacked.x.ndim - 1))
         at_radius = attacked._replace(
             success=success,
-            margin=np.where(success, attacked.margin, clean.margin),
-            predictions=np.where(success, attacked.predictions, clean.predictions),
+            margin=np.where(found, attacked.margin, clean.margin),
+            predictions=np.where(found, attacked.predictions, clean.predictions),
+            reached=None if attacked.reached is None else found,
             x_adv=np.where(shown, attacked.x_adv, attacked.x / np.float32(255)),
         )
-        outcomes.append(AttackOutcome(name, settings.norm, eps, at_radius))
+        outcomes.append(AttackOutcome(_label(name, settings), settings.norm, eps, at_radius))
     return outcomes
+
+
+def _label(name: str, settings: config_lib.Evaluation) -> str:
+    """An attack's name, with what it aims at."""
+    return f'{name}_{settings.target}' if settings.target else name
 
 
 class Ensemble(NamedTuple):
@@ -323,7 +335,12 @@ def _outcome_of(
 ) -> AttackOutcome:
     result, keep = found.result, settings.examples
     attacked = accuracy.Attacked(
-        result.success, result.margin, judged, result.x_adv[:keep], found.image[:keep]
+        result.success,
+        result.margin,
+        judged,
+        result.x_adv[:keep],
+        found.image[:keep],
+        queries=result.queries,
     )
     return AttackOutcome(name, settings.norm, eps, attacked, found.broken_by, result.warnings)
 
@@ -352,7 +369,7 @@ def make_attack(
       name: one of `config.ATTACKS` but AutoAttack, or `'transfer'`.
       forward: the model to attack.
       variables: its variables, replicated.
-      settings: norm, steps, restarts and loss.
+      settings: norm, steps, restarts, loss and target.
       eps: radius in pixel units.
       key: randomness of the attack.
       surrogate: the model and its variables that `'transfer'` runs PGD on.
@@ -413,7 +430,14 @@ def make_attack(
         threat = attacks.Threat(settings.norm, eps)
 
     def run(x: Array, y: Array, index: Array) -> Found:
-        return method(forward, variables, x, y, key, threat=threat, index=index, **options)
+        aim: dict[str, Any] = {}
+        if settings.target:
+            # No example has this index.
+            own = jax.random.fold_in(key, 2**32 - 1)
+            aim['target'] = attacks.target_classes(
+                forward, variables, x, y, own, kind=settings.target, index=index
+            )
+        return method(forward, variables, x, y, key, threat=threat, index=index, **options, **aim)
 
     return run
 

@@ -22,6 +22,8 @@ _ACCURACIES = {
 _NEURONS = {
     'monitor/sensitivity': '|Delta| / std of the easiest neurons',
     'monitor/dead_share': 'share of dead neurons',
+    'monitor/jacobian_norm': 'norm of the Jacobian',
+    'monitor/activation_sensitivity': 'activation sensitivity',
 }
 
 

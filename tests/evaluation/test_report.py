@@ -82,6 +82,31 @@ def test_without_attacks_there_is_no_curve(report, tmp_path):
     assert written == {'index.html', 'results.json', 'results.csv', 'class_accuracy.png'}
 
 
+def test_what_attacks_aim_at_is_reported_beside_accuracy(report, tmp_path):
+    reached = np.arange(8) < 3
+    aimed = evaluation.AttackOutcome(
+        'pgd_random', 'linf', 0.1, report.outcomes[0].attacked._replace(reached=reached)
+    )
+    whole = dataclasses.replace(report, outcomes=(*report.outcomes, aimed))
+    values = {key: (interval.value, count) for key, interval, count in evaluation.rows(whole)}
+    assert values['target_rate/pgd_random-linf-0.1'] == (3 / 8, 8)
+    assert values['robust_accuracy/pgd_random-linf-0.1'] == (6 / 8, 8)
+    blocks = evaluation.table(whole).split('\n\n')
+    header, _, line = blocks[1].splitlines()
+    assert header.startswith('taken for the target') and line.split()[:2] == [
+        'pgd_random-linf-0.1',
+        '37.50',
+    ]
+    assert 'target' not in blocks[0] and 'target' not in evaluation.table(report)
+    evaluation.write(whole, tmp_path, {})
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['target_rate/pgd_random-linf-0.1'] == 3 / 8
+    page = (tmp_path / 'index.html').read_text()
+    interval = metrics.wilson_interval(3, 8)
+    assert 'Images taken for the class' in page
+    assert f'37.50 ({interval.low * 100:.2f}–{interval.high * 100:.2f})' in page
+
+
 def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_path):
     images = report.outcomes[0].attacked._replace(success=np.arange(8) % 2 == 1)
     broken_by = ('', 'apgd-ce', '', 'square', '', 'square', '', 'clean')
@@ -102,7 +127,7 @@ def test_an_ensemble_says_who_broke_each_image_and_what_to_doubt(report, tmp_pat
 
 
 def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(report, tmp_path):
-    distance = np.array([0, 0.05, 0.11, 0.12, 0.13, 0.3, np.inf, np.inf], np.float32)
+    distance = np.array([0.05, 0.11, 0.12, 0.13, 0.3, np.inf, np.inf, 0], np.float32)
     outcomes = tuple(
         evaluation.AttackOutcome(
             'fab',

@@ -274,6 +274,60 @@ def test_threats_that_no_norm_bounds_are_reported(trained, capsys, tmp_path, nor
     assert (workdir / 'report' / 'accuracy_against_eps.png').exists()
 
 
+def test_attacks_aim_at_a_class(trained, capsys, tmp_path):
+    import evaluate
+
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
+    arguments = [
+        f'--workdir={workdir}',
+        '--noprogress',
+        '--config.cpu_devices=8',
+        '--config.evaluation.target=random',
+        "--config.evaluation.attacks=('pgd','fmn')",
+        '--config.evaluation.eps=(0.1,0.3)',
+        '--config.evaluation.steps=5',
+        '--config.evaluation.auto_steps=10',
+        '--config.evaluation.limit=24',
+        '--config.evaluation.batch_size=8',
+        '--config.evaluation.masking_images=0',
+        '--config.neurons.measures=()',
+    ]
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    results = json.loads((workdir / 'report' / 'results.json').read_text())
+    model, test = training.load(workdir), data.load('digits', 'test')
+    x, y = data.to_float(test.images[:24]), test.labels[:24]
+    key = evaluation.fixed_key(0)
+    problem = (model.forward, model.variables, x, y)
+    own = jax.random.fold_in(key, 2**32 - 1)
+    target = attacks.target_classes(*problem, own, kind='random')
+    right = model.forward(model.variables, x)[0].argmax(-1) == y
+    nearest = attacks.fmn(
+        *problem, key, threat=attacks.Threat('linf', 0.3), target=target, steps=10
+    )
+    for eps in (0.1, 0.3):
+        found = attacks.pgd(
+            *problem, key, threat=attacks.Threat('linf', eps), target=target, steps=5
+        )
+        predictions = model.forward(model.variables, found.x_adv)[0].argmax(-1)
+        name = f'pgd_random-linf-{eps}'
+        assert results[f'target_rate/{name}'] == pytest.approx(np.mean(predictions == target))
+        robust = np.mean(right & (predictions == y))
+        assert results[f'robust_accuracy/{name}'] == pytest.approx(robust)
+        share = np.mean(nearest.distance <= eps)
+        assert results[f'target_rate/fmn_random-linf-{eps}'] == pytest.approx(share)
+        robust = np.mean(right & ~(nearest.distance <= eps))
+        assert results[f'robust_accuracy/fmn_random-linf-{eps}'] == pytest.approx(robust)
+    assert 0 < results['target_rate/pgd_random-linf-0.3'] < 1
+    assert 'taken for the target' in out and 'fmn_random-linf-0.3' in out
+    # Attacks that cannot aim are refused, before anything runs.
+    arguments[4] = "--config.evaluation.attacks=('pgd','fab')"
+    with pytest.raises(SystemExit, match='2'):
+        evaluate.main(arguments)
+    assert "evaluation.attacks has 'fab', which does not aim" in capsys.readouterr().err
+
+
 def test_two_models_are_compared(trained, scripts, tmp_path):
     workdir, _ = trained
     other = tmp_path / 'other'
