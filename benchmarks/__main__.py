@@ -5,8 +5,8 @@
         [--rounds N] [--device cpu|gpu] [--docs docs]
 
 The output folder gets NAME.md (the report), NAME.json (the timings of every round), NAME.log and
-plots. With `--docs` reports replace their blocks in DOCS/benchmarks.md and plots go to
-DOCS/figures; nothing else there is touched. A subject that fails, or lacks something, is named at
+plots. With `--docs` reports replace their blocks in the pages of DOCS and plots go to DOCS/figures;
+nothing else there is touched. A subject that fails, or lacks something, is named at
 the end, with exit status 1; the others run all the same.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from benchmarks import documents, registry
 
-_DOCUMENT, _FIGURES = 'benchmarks.md', 'figures'
+_FIGURES = 'figures'
 
 
 def run(subject: registry.Subject, arguments: argparse.Namespace) -> str:
@@ -76,7 +76,7 @@ def write(subject: registry.Subject, output: pathlib.Path, docs: pathlib.Path) -
     Raises:
         documents.MarkerError: markers are damaged or missing; nothing is written.
     """
-    document = docs / _DOCUMENT
+    document = docs / subject.document
     report = (output / f'{subject.name}.md').read_text(encoding='utf-8')
     text = documents.replaced(document.read_text(encoding='utf-8'), {subject.name: report})
     if subject.plot:
@@ -118,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subjects = registry.chosen(chosen.only)
         if chosen.docs:
             # Known before anything has run for hours.
-            text = (pathlib.Path(chosen.docs) / _DOCUMENT).read_text(encoding='utf-8')
-            documents.check(text, [subject.name for subject in subjects])
+            for page in {subject.document for subject in subjects}:
+                text = (pathlib.Path(chosen.docs) / page).read_text(encoding='utf-8')
+                documents.check(text, [one.name for one in subjects if one.document == page])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What defences are worth on published networks, against attacks that know them.
 
     python -m benchmarks.defenses SUBJECT --weights DIR --data_dir DIR --output DIR [--networks ...]
+        [--plot FILE]
 
 SUBJECT is one of
 
@@ -229,18 +230,21 @@ def _defended(
 
 
 def curves(problem: Problem, folder: pathlib.Path) -> str:
-    """Moves, rescales and prunes by degrees; returns a Markdown table and writes a plot."""
-    found = _kept(folder / f'{problem.name}_curves.json', lambda: _curves(problem))
+    """Moves, rescales and prunes by degrees; returns a Markdown table."""
+    found = _kept(_curve_file(folder, problem.name), lambda: _curves(problem))
     rows = [
         (name, degree, *(_percent(values[kind]) for kind in ('clean', 'fgsm', 'pgd', 'apgd')))
         for name, by_degree in found.items()
         for degree, values in by_degree.items()
     ]
-    plots.save(curve_figure(found, problem), folder / f'{problem.name}_curves.png')
     eps = problem.setting.eps[0]
     return harness.markdown_table(
         ('Change', 'degree', 'clean %', f'FGSM {eps:.3g}', 'PGD-20', 'APGD-DLR'), rows
     )
+
+
+def _curve_file(folder: pathlib.Path, network: str) -> pathlib.Path:
+    return folder / f'{network}_curves.json'
 
 
 def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
@@ -322,47 +326,52 @@ def _accuracies(problem: Problem, model: Any) -> dict[str, float]:
     return found
 
 
-def curve_figure(
-    found: Mapping[str, Mapping[str, Mapping[str, float]]], problem: Problem
-) -> Figure:
-    """Accuracy against degree, clean and attacked."""
-    figure = Figure(figsize=(13, 3.8), layout='constrained')
-    panels = figure.subplots(1, 3, sharey=True)
-    pruned = [name for name in found if name.startswith('prune')]
+def curve_figure(networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Figure:
+    """Accuracy against degree, clean and attacked.
+
+    Args:
+        networks: by name, what `curves` found by change, degree and kind of accuracy.
+
+    Returns:
+        A row of three panels for each network.
+    """
+    figure = Figure(figsize=(13, 0.4 + 3.4 * len(networks)), layout='constrained')
+    rows = figure.subplots(len(networks), 3, sharey=True, squeeze=False)
     strokes = {'clean': '-', 'fgsm': ':', 'pgd': '--', 'apgd': '-.'}
-    for axes, chosen, label in zip(
-        panels,
-        (['inverse perturbation'], ['compress/amplify'], pruned),
-        (
-            'inverse perturbation: size of the move rho, rms per pixel',
-            'compress/amplify: strength',
-            "pruning: neurons taken from the last layer's input",
-        ),
-    ):
-        for place, name in enumerate(chosen):
-            degrees = list(found[name])
-            # Sizes of moves are a factor apart.
-            moves = axes is panels[0]
-            places = list(range(len(degrees)) if moves else map(float, degrees))
-            for kind, stroke in strokes.items():
-                values = [100 * values[kind] for values in found[name].values()]
-                axes.plot(places, values, stroke, **_appearance(place), markersize=3)
-            if moves:
-                axes.set_xticks(places, degrees)
-        axes.set_xlabel(label)
-        axes.set_ylim(-2, 102)
-        plots.style(axes)
-    panels[0].set_ylabel('accuracy (%)')
-    kinds = ('clean', f'FGSM {problem.setting.eps[0]:.3g}', 'PGD', 'Auto-PGD on DLR')
-    for kind, stroke in zip(kinds, strokes.values()):
-        panels[0].plot([], [], stroke, color='0.3', label=kind)
-    for place, name in enumerate(pruned):
-        panels[2].plot(
-            [], [], **_appearance(place), label=name.removeprefix('prune ').replace('_', ' ')
-        )
-    for axes in (panels[0], panels[2]):
-        axes.legend(fontsize=7, framealpha=0.8, edgecolor='none')
-    figure.suptitle(problem.name)
+    for panels, (network, found) in zip(rows, networks.items()):
+        pruned = [name for name in found if name.startswith('prune')]
+        for axes, chosen, label in zip(
+            panels,
+            (['inverse perturbation'], ['compress/amplify'], pruned),
+            (
+                'inverse perturbation: size of the move rho, rms per pixel',
+                'compress/amplify: strength',
+                "pruning: neurons taken from the last layer's input",
+            ),
+        ):
+            for place, name in enumerate(chosen):
+                degrees = list(found[name])
+                # Sizes of moves are a factor apart.
+                moves = axes is panels[0]
+                places = list(range(len(degrees)) if moves else map(float, degrees))
+                for kind, stroke in strokes.items():
+                    values = [100 * values[kind] for values in found[name].values()]
+                    axes.plot(places, values, stroke, **_appearance(place), markersize=3)
+                if moves:
+                    axes.set_xticks(places, degrees)
+            axes.set_xlabel(label)
+            axes.set_ylim(-2, 102)
+            plots.style(axes)
+        panels[0].set_ylabel(f'{network}: accuracy (%)')
+        eps = SETTINGS[network].eps[0]
+        kinds = ('clean', f'FGSM {eps:.3g}', 'PGD', 'Auto-PGD on DLR')
+        for kind, stroke in zip(kinds, strokes.values()):
+            panels[0].plot([], [], stroke, color='0.3', label=kind)
+        for place, name in enumerate(pruned):
+            shown = name.removeprefix('prune ').replace('_', ' ')
+            panels[2].plot([], [], **_appearance(place), label=shown)
+        for axes in (panels[0], panels[2]):
+            axes.legend(fontsize=7, framealpha=0.8, edgecolor='none')
     return figure
 
 
@@ -428,6 +437,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--output', required=True, help='folder of the results')
     parser.add_argument('--networks', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument('--images', type=int, default=0, help='in place of those of the settings')
+    parser.add_argument('--plot', help='where the plot of curves goes')
     harness.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -448,6 +458,11 @@ def main() -> None:
             )
             problem = problem._replace(setting=changed)
         tables += [f'{name}:', _SUBJECTS[arguments.subject](problem, folder)]
+    if arguments.subject == 'curves' and arguments.plot:
+        found = {
+            name: json.loads(_curve_file(folder, name).read_text()) for name in arguments.networks
+        }
+        plots.save(curve_figure(found), pathlib.Path(arguments.plot))
     harness.report(arguments, *tables)
 
 

@@ -188,6 +188,14 @@ _LOADERS: dict[str, Callable[[pathlib.Path], Published]] = {
     'mlp5x100': _mlp5x100,
 }
 NAMES = tuple(_LOADERS)
+_ORIGINS = {
+    'lenet5': 'LeNet-5 for MNIST (advertorch)',
+    'lenet5_robust': 'LeNet-5, adversarially trained (advertorch)',
+    'resnet20': 'CIFAR ResNet-20 (akamaster/pytorch_resnet_cifar10)',
+    'resnet2b': "ResNet-2B (alpha-beta-CROWN), a module of the user's",
+    'cnn_a': "CNN-A (alpha-beta-CROWN), `'sequential'`",
+    'mlp5x100': "MLP 5 x 100 for MNIST (ERAN), `'sequential'`",
+}
 
 
 def accuracies(weights: str, data_dir: str, count: int) -> str:
@@ -214,8 +222,15 @@ def accuracies(weights: str, data_dir: str, count: int) -> str:
         shares = [np.mean(predicted == y) for predicted in predictions]
         shares.append(np.mean(predictions[0] == predictions[1]))
         difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
-        rows.append((name, *(f'{100 * share:.2f}' for share in shares), f'{difference:.1e}'))
-    header = ('Network', 'ours', 'PyTorch', 'same predictions', 'difference of logits')
+        shown = (f'{100 * share:.2f} %' for share in shares)
+        rows.append((_ORIGINS[name], *shown, f'{difference:.1e}'))
+    header = (
+        'Network (file of)',
+        'accuracy here',
+        'in PyTorch',
+        'same predictions',
+        'largest difference of logits',
+    )
     return harness.markdown_table(header, rows)
 
 

@@ -22,6 +22,7 @@ class Subject:
         minutes: roughly how long it takes on two cores.
         plot: name of the figure that it draws, or empty.
         devices: what it can run on.
+        document: page of the documentation that has its block.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Subject:
     minutes: int
     plot: str = ''
     devices: tuple[str, ...] = ('cpu', 'gpu')
+    document: str = 'benchmarks.md'
 
     def command(self, paths: Mapping[str, str], rounds: int = 0, device: str = '') -> list[str]:
         """Returns the arguments of Python that run it.
@@ -79,6 +81,7 @@ def _subjects() -> tuple[Subject, ...]:
     real = ('--weights', WEIGHTS, '--data_dir', DATA)
     networks = ('--networks', 'resnet2b', 'lenet5_robust')
     single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
+    lenets = ('lenet5', 'lenet5_robust')
     cpu = ('cpu',)
 
     def attacks(subject: str, rounds: int, packages: tuple[str, ...], minutes: int) -> Subject:
@@ -95,6 +98,18 @@ def _subjects() -> tuple[Subject, ...]:
         devices = cpu if subject == 'memory' else ('cpu', 'gpu')
         name, module = f'neurons.{subject}', 'benchmarks.neurons'
         return Subject(name, module, arguments, packages, minutes, plot, devices)
+
+    def training(data_set: str, seeds: int, minutes: int, *options: str) -> Subject:
+        arguments = ('--dataset', data_set, '--data_dir', DATA, '--output', OUTPUT)
+        arguments += ('--seeds', str(seeds), *options)
+        name, module = f'robust_training.{data_set}', 'benchmarks.robust_training'
+        return Subject(name, module, arguments, (), minutes, document='results.md')
+
+    def defenses(subject: str, minutes: int, networks: tuple[str, ...], plot: str = '') -> Subject:
+        drawn = ('--plot', PLOT) if plot else ()
+        arguments = (subject, *real, '--output', OUTPUT, '--networks', *networks, *drawn)
+        name, module = f'defenses.{subject}', 'benchmarks.defenses'
+        return Subject(name, module, arguments, torch, minutes, plot, document='results.md')
 
     return (
         Subject('training_step', 'benchmarks.training_step', ('--rounds', '8'), torch, 12),
@@ -168,6 +183,20 @@ def _subjects() -> tuple[Subject, ...]:
         neurons('scaling', 4, (), 4, 'neuron_scaling.png'),
         Subject('memory', 'benchmarks.memory', (), (), 3),
         Subject('scaling', 'benchmarks.scaling', ('--rounds', '5'), (), 8, devices=cpu),
+        Subject(
+            'published',
+            'benchmarks.published',
+            real,
+            torch,
+            3,
+            devices=cpu,
+            document='from_pytorch.md',
+        ),
+        training('mnist', 3, 120),
+        training('cifar10', 1, 95, '--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000'),
+        defenses('defended', 40, lenets),
+        defenses('curves', 30, lenets, 'defense_curves.png'),
+        defenses('fragile', 10, (*lenets, 'resnet20')),
     )
 
 

@@ -1,11 +1,11 @@
 """What each way of training buys: clean and robust accuracy in three norms, and what it costs.
 
     python -m benchmarks.robust_training --data_dir DIR --output DIR [--dataset NAME] [--seeds N]
-        [--methods NAME ...]
+        [--methods NAME ...] [--attacks NAME ...] [--queries N]
 
-Trains one network by every method and seed, attacks each with the strongest attacks there are in
-linf, l2 and l1, and keeps every result in the output folder, so that an interrupted run goes on
-where it stopped. An image counts as robust if it withstands all attacks of a norm.
+Trains one network by every method and seed, attacks each in linf, l2 and l1 by AutoAttack, or those
+of its attacks that are named, and keeps every result in the output folder, so that an interrupted
+run goes on where it stopped. An image counts as robust if it withstands all attacks of a norm.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ def _methods(eps: float, jacobian: float, steps: int) -> dict[str, Method]:
     return {
         'standard': Method(),
         'weight decay 5e-4': Method(weight_decay=5e-4),
-        'T1 + T2': Method(regularizers={'neuron_contribution': {'weight': 0.01, **shared}}),
+        'T1 + T2, published weights': Method(
+            regularizers={'neuron_contribution': {'weight': 1.0, **shared}}
+        ),
+        'T1 + T2, a hundredth': Method(
+            regularizers={'neuron_contribution': {'weight': 0.01, **shared}}
+        ),
         'direct sensitivity': Method(
             regularizers={'direct_sensitivity': {'weight': 0.1, 'top': 16, **_RAMP}}
         ),
@@ -170,7 +175,11 @@ def _steps(experiment: training.Experiment) -> harness.Unit:
 
 
 def run(
-    setting: Setting, method: Method, seed: int, data_dir: str, folder: pathlib.Path, images: int
+    setting: Setting,
+    method: Method,
+    seed: int,
+    folder: pathlib.Path,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Trains and attacks one model.
 
@@ -178,22 +187,22 @@ def run(
         setting: data, network and radii.
         method: how to train.
         seed: of initialisation, data order and attacks.
-        data_dir: directory of TFDS.
         folder: for the training, removed afterwards.
-        images: test images that are attacked.
+        arguments: of the command line: data, and how many images are attacked by what.
 
     Returns:
         Clean accuracy on the whole test set, and robust accuracy by norm.
     """
-    settings = settings_of(setting, method, seed, data_dir)
+    settings = settings_of(setting, method, seed, arguments.data_dir)
     experiment = training.prepare(settings)
     result = training.train(experiment, folder, progress=False)
     shutil.rmtree(folder)
-    source = data.open(settings.dataset, 'test', data_dir)
+    source = data.open(settings.dataset, 'test', arguments.data_dir)
     variables = result.state.variables
     predictions = accuracy.predict(
         experiment.forward, variables, source, experiment.mesh, batch_size=1000
     )
+    images = arguments.images
     batch = next(iter(source.eval_batches(batch_size=images)))
     x, y = np.float32(batch.image) / 255, np.int32(batch.label)
     found: dict[str, Any] = {
@@ -208,8 +217,8 @@ def run(
             y,
             jax.random.key(seed),
             threat=attacks.Threat(norm, eps),
-            attacks=('apgd-ce', 'apgd-t', 'square'),
-            queries=1000,
+            attacks=arguments.attacks or None,
+            queries=arguments.queries,
             batch_size=BATCH_SIZE,
             mesh=experiment.mesh,
         )
@@ -242,6 +251,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--methods', nargs='+', default=(), help='names; all by default')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each method')
     parser.add_argument('--images', type=int, default=1000, help='test images that are attacked')
+    parser.add_argument('--attacks', nargs='+', default=(), help='of AutoAttack; all by default')
+    parser.add_argument('--queries', type=int, default=5000, help='of Square')
     harness.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -257,7 +268,9 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.methods or setting.methods:
         for seed in range(arguments.seeds):
-            stem = f'{arguments.dataset}_{name.replace(" ", "_")}_{seed}_{arguments.images}'
+            by = '+'.join(arguments.attacks) or 'autoattack'
+            effort = f'{arguments.images}_{by}_{arguments.queries}'
+            stem = f'{arguments.dataset}_{name.replace(" ", "_")}_{seed}_{effort}'
             file = folder / f'{stem}.json'
             if not file.exists():
                 start = time.perf_counter()
@@ -265,9 +278,8 @@ def main() -> None:
                     setting,
                     setting.methods[name],
                     seed,
-                    arguments.data_dir,
                     folder / f'{stem}_training',
-                    arguments.images,
+                    arguments,
                 )
                 file.write_text(json.dumps(found))
                 print(f'{stem}: {found}, {time.perf_counter() - start:.0f} s', flush=True)

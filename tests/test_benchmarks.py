@@ -16,7 +16,7 @@ from benchmarks import attack_loop, attacks, documents, harness, neurons, regist
 from benchmarks.attack_settings import Setting
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENT = (REPOSITORY / 'docs' / 'benchmarks.md').read_text(encoding='utf-8')
+DOCUMENTS = REPOSITORY / 'docs'
 TEXT = """# Title
 
 Prose.
@@ -68,7 +68,12 @@ def test_damaged_markers_are_refused(old, new, message):
 
 
 def test_the_documentation_has_a_block_for_every_subject_and_no_other():
-    assert documents.blocks(DOCUMENT).keys() == registry.SUBJECTS.keys()
+    for page in DOCUMENTS.glob('*.md'):
+        expected = {name for name, one in registry.SUBJECTS.items() if one.document == page.name}
+        assert documents.blocks(page.read_text(encoding='utf-8')).keys() == expected
+    assert {one.document for one in registry.SUBJECTS.values()} <= {
+        page.name for page in DOCUMENTS.glob('*.md')
+    }
 
 
 @pytest.mark.parametrize('subject', registry.SUBJECTS.values(), ids=lambda subject: subject.name)
@@ -339,7 +344,7 @@ def fake_worker(spec):
 REPORTED = [
     subject
     for subject in registry.SUBJECTS.values()
-    if not subject.name.startswith('attack_parity')
+    if not subject.name.startswith(('attack_parity', 'robust_training', 'defenses', 'published'))
     and subject.name not in ('attacks.compile', 'regularizers.variance')
 ]
 
@@ -369,3 +374,118 @@ def test_every_report_is_made(subject, tmp_path, monkeypatch):
     assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)
     assert json.loads((tmp_path / 'a.json').read_text())['machine']
     print(text)
+
+
+# ------------------------------------------------- reports of what is kept in the output folder
+
+
+def made(monkeypatch, script, name, tmp_path):
+    """Runs a subject of the registry; returns its report."""
+    subject = registry.SUBJECTS[name]
+    paths = {**PATHS, 'output': str(tmp_path / 'kept'), 'plot': str(tmp_path / 'plot.png')}
+    _, module, *arguments = subject.command(paths)
+    monkeypatch.setattr(sys, 'argv', ['x.py', *arguments, '--markdown', str(tmp_path / 'a.md')])
+    spec = types.SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, '__main__', types.SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(harness, 'use_device', lambda name: None)
+    monkeypatch.setattr(harness, 'start_jax', lambda batch_size: None)
+    script.main()
+    assert (tmp_path / 'plot.png').exists() == bool(subject.plot)
+    text = (tmp_path / 'a.md').read_text()
+    assert text.startswith('```sh\npython -m benchmarks') and '\n> 2' in text
+    return text
+
+
+def cells_of(text):
+    return [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in text.splitlines()
+        if line.startswith('| ')
+    ]
+
+
+def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
+    from benchmarks import robust_training
+
+    kept, calls = tmp_path / 'kept', []
+
+    def run(setting, method, seed, folder, arguments):
+        del folder
+        calls.append((method, seed))
+        assert arguments.queries == 5000 and not arguments.attacks
+        share = 0.1 * seed
+        return {'clean': 0.9, 'linf': share, 'l2': 2 * share, 'l1': 3 * share}
+
+    def costs(setting, data_dir):
+        del data_dir
+        return harness.Measurement(dict.fromkeys(setting.methods, (1.0, 2.0)))
+
+    monkeypatch.setattr(robust_training, 'run', run)
+    monkeypatch.setattr(robust_training, 'costs', costs)
+    text = made(monkeypatch, robust_training, 'robust_training.mnist', tmp_path)
+    methods = robust_training.SETTINGS['mnist'].methods
+    assert len(calls) == 3 * len(methods) == len(list(kept.glob('*.json')))
+    header, _, *rows = cells_of(text)
+    assert header[1:] == ['clean %', 'linf 0.1', 'l2 1', 'l1 5', 'step / standard']
+    assert [row[0] for row in rows] == list(methods)
+    assert all(row[1:4] == ['90.0 ± 0.0', '10.0 ± 10.0', '20.0 ± 20.0'] for row in rows)
+    # What is there is not made again.
+    assert cells_of(made(monkeypatch, robust_training, 'robust_training.mnist', tmp_path))
+    assert len(calls) == 3 * len(methods)
+
+
+@pytest.fixture
+def kept_defenses(tmp_path, monkeypatch):
+    """The script, with networks that are never used."""
+    published_defenses = pytest.importorskip('benchmarks.defenses', exc_type=ImportError)
+
+    def load(name, arguments, mesh):
+        setting = published_defenses.SETTINGS[name]
+        return published_defenses.Problem(name, setting, *[None] * 4, mesh)
+
+    monkeypatch.setattr(published_defenses, 'load', load)
+    (tmp_path / 'kept').mkdir()
+    return published_defenses
+
+
+def test_defences_are_reported_from_what_is_kept(kept_defenses, tmp_path, monkeypatch):
+    facts = {
+        'defense/undefended/clean_accuracy': 0.99,
+        'defense/clean_accuracy': 0.98,
+        'defense/relative_cost': 7.04,
+    }
+    for eps in ('0.1', '0.3'):
+        for place, kind in enumerate(('undefended', 'static', 'all')):
+            facts[f'defense/worst/{kind}-linf-{eps}'] = (3 - place) / 10
+        facts[f'defense/success_rate/pgd-linf-{eps}'] = 0.25
+        facts[f'defense/success_rate/pgd-linf-{eps}/fooled'] = 8
+    for network in ('lenet5', 'lenet5_robust'):
+        for name in ('inverse_perturbation', 'rescaling', 'pruning'):
+            (tmp_path / 'kept' / f'{network}_{name}.json').write_text(json.dumps(facts))
+    text = made(monkeypatch, kept_defenses, 'defenses.defended', tmp_path)
+    rows = [row for row in cells_of(text) if row[1].startswith('linf')]
+    assert len(rows) == 12 and 'lenet5:' in text and 'lenet5_robust:' in text
+    assert rows[0] == [
+        *('inverse_perturbation', 'linf-0.1', '99.0', '98.0', '30.0', '20.0', '25.0 of 8'),
+        *('10.0', '7.0'),
+    ]
+
+
+def test_curves_and_filters_are_reported_from_what_is_kept(kept_defenses, tmp_path, monkeypatch):
+    values = {'clean': 0.9, 'fgsm': 0.5, 'pgd': 0.4, 'apgd': 0.3}
+    found = {
+        'inverse perturbation': {'0': values, '0.1': values},
+        'compress/amplify': {'0': values, '1': values},
+        'prune most scaled_sensitivity': {'0': values, '10': values},
+    }
+    for network in kept_defenses.SETTINGS:
+        curves = tmp_path / 'kept' / f'{network}_curves.json'
+        curves.write_text(json.dumps(found))
+        fragile = tmp_path / 'kept' / f'{network}_fragile.json'
+        fragile.write_text(json.dumps({'ablation/fragile': '13'}))
+    text = made(monkeypatch, kept_defenses, 'defenses.curves', tmp_path)
+    rows = [row for row in cells_of(text) if row[0] in found]
+    assert len(rows) == 12 and rows[1][1:] == ['0.1', '90.0', '50.0', '40.0', '30.0']
+    (tmp_path / 'plot.png').unlink()
+    text = made(monkeypatch, kept_defenses, 'defenses.fragile', tmp_path)
+    assert cells_of(text).count(['ablation/fragile', '13']) == 3
