@@ -22,6 +22,6 @@ def get_config() -> Config:
         optimizer=Optimizer(name='sgd', learning_rate=0.05, weight_decay=5e-4, clip_norm=5.0),
         schedule=Schedule(name='cosine', warmup=0.1),
         log_every=50,
-        monitor=Monitor(images=500, eps=0.1, steps=20),
+        monitor=Monitor(images=500, eps=0.1, steps=20, probes=8),
         evaluation=Evaluation(attacks=('pgd', 'apgd', 'apgd_dlr'), eps=(0.1,), limit=1000),
     )

@@ -23,7 +23,7 @@ def get_config() -> Config:
         schedule=Schedule(name='piecewise', warmup=0.0),
         log_every=50,
         evaluate_every=5,
-        monitor=Monitor(images=1000, norm='linf', eps=2 / 255),
+        monitor=Monitor(images=1000, norm='linf', eps=2 / 255, probes=8),
         evaluation=Evaluation(
             attacks=('pgd', 'autoattack'), norm='linf', eps=(2 / 255,), limit=1000
         ),

@@ -24,6 +24,6 @@ def get_config() -> Config:
         optimizer=Optimizer(name='adamw', learning_rate=1e-3, weight_decay=0.0),
         schedule=Schedule(name='constant', warmup=0.0),
         log_every=50,
-        monitor=Monitor(images=500, eps=0.1, steps=20),
+        monitor=Monitor(images=500, eps=0.1, steps=20, probes=8),
         evaluation=Evaluation(attacks=('deepfool', 'fgsm'), norm='l2', eps=(1.0,), limit=1000),
     )

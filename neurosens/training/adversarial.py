@@ -293,6 +293,8 @@ def fgsm_rs(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
+    # 0 would stand for 2.5 there.
+    _validate.check_range('step_size', step_size, low=0, low_open=True)
     return pgd(norm=norm, eps=eps, steps=1, step_size=step_size, attack_mode=attack_mode)
 
 

@@ -147,7 +147,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         ema_decay=config.optimizer.ema_decay,
         **seen,
     )
-    if config.monitor.images and config.monitor.layer:
+    if config.monitor.images:
         monitor.check(module, info, config.monitor)
     shares = None
     if terms and config.gradient_shares:

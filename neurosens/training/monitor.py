@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import attacks, data, evaluation, parallel
 from neurosens import config as config_lib
 from neurosens.evaluation import accuracy
 from neurosens.forward import Forward, LinenForward, Variables
+from neurosens.regularizers import passes, regularizer
 
 PGD_ACCURACY = 'monitor/pgd_accuracy'
+# No layer has this name.
+_JACOBIAN = '||J||^2'
 
 
 def check(module: nn.Module, info: data.DatasetInfo, settings: config_lib.Monitor) -> None:
-    """Finds out before training whether a layer can be watched.
+    """Finds out before training whether the layers can be watched.
 
     Args:
       module: the model.
       info: the data set.
-      settings: names the layer.
+      settings: names the layer, if there is one, and says whether derivatives are wanted.
 
     Raises:
       LayerError: the layer cannot be tapped.
+      ValueError: no module has the name of a nonlinearity.
     """
     image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), image)
     forward = LinenForward(module, {'train': False})
-    evaluation.neuron_layers(forward, variables, info, _neurons(settings))
+    if settings.layer:
+        evaluation.neuron_layers(forward, variables, info, _neurons(settings))
+    if settings.probes:
+
+        def hidden(variables: Variables, x: Array) -> dict[str, Array]:
+            return regularizer.hidden(forward, variables, x[0], None)
+
+        jax.eval_shape(hidden, variables, image)
 
 
 def _neurons(settings: config_lib.Monitor, batch_size: int = 1) -> config_lib.Neurons:
@@ -69,7 +81,10 @@ def measure(
       `monitor/clean_accuracy` and `monitor/pgd_accuracy`, shares of the images; where a layer is
       named `monitor/sensitivity`, the mean over the `top` most sensitive neurons of the median of
       |Delta| / std over the images, left out where no neuron flips half of them, and
-      `monitor/dead_share`, the share of neurons that are 0 on all of the images.
+      `monitor/dead_share`, the share of neurons that are 0 on all of the images. With `probes`
+      estimates of `monitor/jacobian_norm`, the root of the mean of ||J||_F^2 over the images, and
+      of `monitor/activation_sensitivity/<layer>`, the mean of squared derivatives over images and
+      neurons, for every nonlinearity, with their mean `monitor/activation_sensitivity`.
     """
     images = settings.images
     # A batch of the size of training would mostly be filling.
@@ -102,7 +117,51 @@ def measure(
             forward, variables, source, mesh, wanted, key, split='validation', eps=0.0
         )
         found.update(_of_layer(report.layers[0], settings.top))
+    if settings.probes:
+        key = parallel.replicate(mesh, key)
+        squares = accuracy.stream(
+            source,
+            mesh,
+            batch_size,
+            lambda batch: _squares(forward, variables, batch, key, settings.probes),
+            limit=images,
+        )
+        found.update(_derivatives({name: float(each.mean()) for name, each in squares.items()}))
     return found
+
+
+@functools.partial(jax.jit, static_argnames='probes')
+def _squares(
+    forward: Forward, variables: Variables, batch: data.Batch, key: PRNGKeyArray, probes: int
+) -> dict[str, Array]:
+    """Of each image, squared derivatives along directions of its own.
+
+    Returns:
+      Under `_JACOBIAN` the sum over logits, by nonlinearity the mean over its neurons, `[B]`.
+    """
+    x = data.to_float(batch.image)
+
+    def read(logits: Array, tapped: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        return regularizer.single(logits), regularizer.hidden_of(tapped, None)
+
+    _, push = passes.linearize(forward, variables, x, read, regularizer.hidden_taps(None, 'post'))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
+    shape = (probes, *x.shape[1:])
+    directions = jax.vmap(lambda own: jax.random.rademacher(own, shape, x.dtype), out_axes=1)(keys)
+    logits, tangents = jax.vmap(push)(directions)
+    found = {_JACOBIAN: (logits**2).sum(-1).mean(0)}
+    for name, tangent in tangents.items():
+        found[name] = (tangent**2).reshape(probes, len(x), -1).mean((0, 2))
+    return found
+
+
+def _derivatives(squares: Mapping[str, float]) -> dict[str, float]:
+    layers = {name: value for name, value in squares.items() if name != _JACOBIAN}
+    return {
+        'monitor/jacobian_norm': squares[_JACOBIAN] ** 0.5,
+        'monitor/activation_sensitivity': sum(layers.values()) / len(layers),
+        **{f'monitor/activation_sensitivity/{name}': value for name, value in layers.items()},
+    }
 
 
 def _of_layer(layer: evaluation.LayerReport, top: int) -> dict[str, float]:

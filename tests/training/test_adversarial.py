@@ -332,6 +332,7 @@ def test_one_and_eight_devices_have_the_same_loss_and_gradient(net, name):
         (adversarial.pgd, {'steps': 0}, 'steps is 0'),
         (adversarial.pgd, {'clean_share': 1.5}, 'clean_share is 1.5'),
         (adversarial.fgsm_rs, {'step_size': -1.0}, 'step_size is -1.0'),
+        (adversarial.fgsm_rs, {'step_size': 0.0}, 'step_size is 0.0'),
         (adversarial.trades, {'beta': -1.0}, 'beta is -1.0'),
         (adversarial.mart, {'attack_mode': 'both'}, "Unknown attack_mode 'both'; valid names are"),
         (adversarial.multi_norm, {'norms': ('l2',)}, 'give one radius for each norm'),

@@ -448,6 +448,41 @@ def test_what_is_watched_is_what_evaluation_says(tmp_path):
     assert watched[-1]['monitor/sensitivity'] == pytest.approx(easiest.mean(), rel=1e-3)
 
 
+@pytest.mark.parametrize(('batch_size', 'devices'), [(40, 1), (16, 8)])
+def test_watched_derivatives_are_those_of_the_whole_jacobian(batch_size, devices):
+    experiment = training.prepare(CONFIG)
+    variables = training.experiment.initial_state(experiment).variables
+    images = next(experiment.validation.eval_batches(batch_size=40))
+    mesh = parallel.data_mesh(devices)
+    found = monitor.measure(
+        experiment.forward,
+        parallel.replicate(mesh, variables),
+        experiment.validation,
+        mesh,
+        config_lib.Monitor(images=40, eps=0.1, steps=1, layer='', probes=200),
+        jax.random.key(3),
+        batch_size,
+    )
+
+    def values(x):
+        logits, tapped = experiment.forward(variables, x[None], taps=('*',))
+        layers = {name: value for name, value in tapped.items() if name.startswith('act')}
+        return logits[0], {name: value.ravel() for name, value in layers.items()}
+
+    jacobian, hidden = jax.vmap(jax.jacrev(values))(data.to_float(images.image))
+    expected = {'monitor/jacobian_norm': float(np.sqrt((jacobian**2).sum() / 40))}
+    for name, each in hidden.items():
+        size = float((each**2).sum()) / (40 * each.shape[1])
+        expected[f'monitor/activation_sensitivity/{name}'] = size
+    assert len(hidden) > 0
+    expected['monitor/activation_sensitivity'] = np.mean(list(expected.values())[1:])
+    measured = {name: found[name] for name in found if name in expected or 'layer' in name}
+    assert measured.keys() == expected.keys()
+    for name, value in expected.items():
+        # 200 directions for each of 40 images.
+        assert measured[name] == pytest.approx(value, rel=0.03)
+
+
 def fallen(monkeypatch, values):
     """Training whose accuracy under PGD takes given values."""
     remaining = iter(values)
