@@ -355,7 +355,8 @@ class Config:
       regularizers: for each regularizer name its options, its `'weight'`, and, as shares of
         training, `'start'` (before which the weight is 0) and `'ramp'` (over which it then rises
         linearly). With `'shared': True` it uses the objective's pass over the clean images, in
-        training mode, in place of a pass of its own in evaluation mode.
+        training mode, in place of a pass of its own in evaluation mode; with `'attacked': True` it
+        sees the images that the objective's attack found, in place of the clean ones.
       initial_weights: work directory of a trained model of the same kind to start from, with a
         fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
         network of the same kind that was trained in PyTorch, by images of the same `mean` and

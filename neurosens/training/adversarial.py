@@ -197,7 +197,8 @@ def _against_one_threat(
             )
             variables = {**variables, 'params': params}
         value, (clean, attacked, updates, tapped) = total(variables)
-        return value, Outcome(attacked, updates, _metrics(clean, attacked, y), tapped, clean)
+        metrics = _metrics(clean, attacked, y)
+        return value, Outcome(attacked, updates, metrics, tapped, clean, x_adv)
 
     return objective
 
@@ -544,6 +545,7 @@ def multi_norm(
                 jax.random.fold_in(loss_key, number),
             )
             total += cross_entropy(attacked, y).mean() / len(found)
-        return total, Outcome(attacked, updates, _metrics(None, attacked, y))
+        metrics = _metrics(None, attacked, y)
+        return total, Outcome(attacked, updates, metrics, attacked=found[-1])
 
     return objective

@@ -169,7 +169,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     )
     if config.optimizer.freeze:
         _state_shapes(experiment)
-    if any(term.shared for term in terms):
+    if any(term.shared or term.attacked for term in terms):
         _trace(experiment)
     return experiment
 
@@ -208,7 +208,7 @@ def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None
 
 
 def _trace(experiment: Experiment) -> None:
-    """Traces a step, which finds regularizers that cannot share the objective's pass."""
+    """Traces a step, which finds regularizers that ask of the objective what it has not."""
     size = experiment.config.batch_size
     shape = data.info(experiment.config.dataset).image_shape
     kinds = ((size, *shape), jnp.uint8), ((size,), jnp.int32), ((size,), bool), ((size,), jnp.int32)
@@ -229,14 +229,20 @@ def _weighted_regularizer(
                 f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
                 'number from 0 to 1.'
             )
-    shared = options.pop('shared', False)
-    if not isinstance(shared, bool):
+    shared, attacked = flags = [options.pop(key, False) for key in ('shared', 'attacked')]
+    for key, flag in zip(('shared', 'attacked'), flags):
+        if not isinstance(flag, bool):
+            raise config_lib.ConfigError(
+                f'The {key!r} of regularizer {name!r} is {flag!r}; it is True or False.'
+            )
+    if shared and attacked:
         raise config_lib.ConfigError(
-            f"The 'shared' of regularizer {name!r} is {shared!r}; it is True or False."
+            f"Regularizer {name!r} is both 'shared' and 'attacked', but only the pass over clean "
+            'images can be shared; leave out one of them.'
         )
     regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
     ramp, start = (round(share * total_steps) for share in shares.values())
-    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, shared)
+    return WeightedRegularizer(name, regularizer, float(weight), ramp, start, shared, attacked)
 
 
 def initial_state(experiment: Experiment) -> TrainState:

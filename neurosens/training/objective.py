@@ -30,6 +30,8 @@ class Outcome(NamedTuple):
       metrics: further scalars to log, by name.
       tapped: activations of the layers asked for, of the clean images in training mode.
       clean_logits: the logits of that pass, or None without one.
+      attacked: the images that its attack found, or None without one; of several those that
+        `logits` are of.
     """
 
     logits: Float[Array, 'batch classes']
@@ -37,6 +39,7 @@ class Outcome(NamedTuple):
     metrics: Mapping[str, Float[Array, '']]
     tapped: Mapping[str, Array] = {}
     clean_logits: Float[Array, 'batch classes'] | None = None
+    attacked: Float[Array, 'batch ...'] | None = None
 
 
 class Objective(Protocol):
@@ -88,7 +91,8 @@ class Replayed:
         taps: Collection[str] | None = None,
     ) -> tuple[Float[Array, ''], Outcome]:
         """The objective of perturbed images."""
-        return self.objective(module, variables, x, y, key, taps)
+        loss, outcome = self.objective(module, variables, x, y, key, taps)
+        return loss, outcome._replace(attacked=x)
 
 
 def refuse_taps(taps: Collection[str] | None) -> None:

@@ -52,6 +52,7 @@ class WeightedRegularizer(NamedTuple):
       shared: whether it uses the objective's pass over the clean images, in training mode, in place
         of a pass of its own on running statistics. Of the regularizers of a step one at most can
         take derivatives of that pass.
+      attacked: whether it sees the images that the objective's attack found, not the clean ones.
     """
 
     name: str
@@ -60,6 +61,7 @@ class WeightedRegularizer(NamedTuple):
     ramp: int
     start: int = 0
     shared: bool = False
+    attacked: bool = False
 
     def factor(self, step: Array | int) -> Array:
         """The factor in the loss of a step, counted from 0."""
@@ -305,10 +307,11 @@ def _make_losses(
         shared = ObjectivePass(forward, x, run)
         # The objective is differentiated where it is first asked for.
         order = sorted(terms, key=lambda pair: not _derivatives(wanted, pair[0]))
-        found = {
-            term.name: term.regularizer(shared if term.shared else forward, variables, x, y, own)
-            for term, own in order
-        }
+        found = {}
+        for term, own in order:
+            seen = _attacked_images(term, shared.objective()[1]) if term.attacked else x
+            model = shared if term.shared else forward
+            found[term.name] = term.regularizer(model, variables, seen, y, own)
         loss, outcome = shared.objective()
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
         if regularizers:
@@ -342,6 +345,16 @@ def _wanted(
             "share the objective's pass over the batch; leave out its 'shared'."
         )
     return requests
+
+
+def _attacked_images(term: WeightedRegularizer, outcome: Outcome) -> Array:
+    if outcome.attacked is None:
+        raise ValueError(
+            f'The regularizer {term.name!r} is to see attacked images, but the objective attacks '
+            "none; take another objective, or leave out 'attacked'."
+        )
+    # Like the objective's own, they are taken as they are.
+    return jax.lax.stop_gradient(outcome.attacked)
 
 
 def _check_derivatives(wanted: Mapping[str, Requests]) -> None:

@@ -393,6 +393,12 @@ def chex_equal(a, b):
         ({'objective': 'free', 'objective_options': {'replays': 2.5}}, 'a whole number'),
         ({'objective': 'pgd', 'objective_options': {'steps': 2.5}}, 'a whole number'),
         ({'regularizers': {'jacobian': {'shared': 'head:in'}}}, 'it is True or False'),
+        ({'regularizers': {'jacobian': {'attacked': 1}}}, "The 'attacked' of .* is 1; it is True"),
+        ({'regularizers': {'jacobian': {'attacked': True}}}, 'but the objective attacks none'),
+        (
+            {'regularizers': {'jacobian': {'attacked': True, 'shared': True}}},
+            "both 'shared' and 'attacked'",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(changes, sentence):
@@ -413,6 +419,61 @@ def test_a_share_of_training_out_of_range_is_one_sentence(name, value):
     regularizers = {'jacobian': {name: value}}
     with pytest.raises(config_lib.ConfigError, match=f"The {name} of regularizer 'jacobian' is"):
         training.prepare(dataclasses.replace(CONFIG, regularizers=regularizers))
+
+
+PROBE = np.random.default_rng(5).normal(size=(32, 8, 8, 1)).astype(np.float32)
+
+
+def probed(name, attacked):
+    """A regularizer of weight 0 that logs what it sees."""
+
+    def regularizer(forward, variables, x, y, key):
+        del forward, variables, y, key
+        return x.mean(), {'seen': (x * PROBE).sum()}
+
+    return step.WeightedRegularizer(name, regularizer, 0.0, 0, attacked=attacked)
+
+
+def recorded(objective):
+    """An objective that logs the images it is trained on."""
+
+    def wrapped(module, variables, x, y, key, taps=None):
+        del taps
+        loss, outcome = objective(module, variables, x, y, key)
+        images = x if outcome.attacked is None else outcome.attacked
+        return loss, outcome._replace(metrics={'seen': (images * PROBE).sum()})
+
+    return wrapped
+
+
+@pytest.mark.parametrize('name', ['pgd', 'trades', 'mart', 'free', 'multi_norm'])
+def test_penalties_may_be_of_attacked_images(name):
+    options = {'eps': (0.1,), 'norms': ('linf',)} if name == 'multi_norm' else {'eps': 0.1}
+    objective = training.objectives.create(
+        'objective', name, options, training.objectives.OBJECTIVES
+    )
+    if name == 'free':
+        # Each batch starts where the last one ended, the first at no change at all.
+        objective = dataclasses.replace(objective, objective=recorded(objective.objective))
+    else:
+        objective = recorded(objective)
+    settings = dataclasses.replace(CONFIG, objective=name, objective_options=options)
+    experiment = training.prepare(settings)
+    run = training.make_train_step(
+        experiment.module,
+        experiment.optimizer,
+        lambda _: 0.1,
+        objective,
+        [probed('clean', False), probed('attacked', True)],
+        experiment.mesh,
+    )
+    state = training.experiment.initial_state(experiment)
+    batch = next(experiment.source.train_batches(batch_size=32, seed=0))
+    batch = parallel.shard(experiment.mesh, batch)
+    for _ in range(2):
+        state, metrics = run(state, batch, experiment.key(1))
+    assert float(metrics['attacked/seen']) == pytest.approx(float(metrics['seen']), rel=1e-5)
+    assert abs(metrics['clean/seen'] - metrics['seen']) > 0.1
 
 
 # -------------------------------------------------------------------------------------- monitor
