@@ -6,6 +6,7 @@ import re
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -199,6 +200,34 @@ def test_results_are_inside_the_threat_and_what_they_claim(net, name, seed, shar
         assert (fresh <= margins(np.float64(logits), y) + 1e-4).all()
     elif name in NEAREST:
         np.testing.assert_array_equal(x_adv[~success], x[~success])
+
+
+def operations(jaxpr):
+    """How many a program has, those of its loops and branches counted once each."""
+    inner = [jax.extend.core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]
+    return len(inner) + sum(operations(one) for several in inner for one in several)
+
+
+@pytest.mark.parametrize(
+    ('name', 'number'),
+    [
+        *((name, 'steps') for name in ('pgd', 'apgd', 'apgd_l1', 'fab', 'fmn', 'deepfool')),
+        ('carlini_wagner', 'steps'),
+        ('carlini_wagner', 'searches'),
+        ('latent', 'steps'),
+        ('square', 'queries'),
+    ],
+)
+def test_programs_do_not_grow_with_steps(net, name, number):
+    attack, _ = chosen(name)
+
+    def size(count):
+        def run(x):
+            return attack(net.forward, net.variables, x, net.y, KEY, **{number: count})[:2]
+
+        return operations(jax.make_jaxpr(run)(net.x).jaxpr)
+
+    assert size(20) == size(100) > 50
 
 
 @pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'neuron'])

@@ -1,12 +1,13 @@
 """Square: schedule, windows, and results that are inside the threat and never get worse."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from neurosens import attacks
-from neurosens.attacks import Threat, square
-from neurosens.attacks.square import bump, window_sides
+from neurosens.attacks import Threat, project, square
+from neurosens.attacks.square import _proposer, _start, _window, bump, window_sides
 
 EPS = {'linf': 0.08, 'l2': 0.5, 'l1': 2.5}
 ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
@@ -51,6 +52,58 @@ def test_a_small_bump_by_hand():
     lower /= np.linalg.norm(lower)
     expected = np.concatenate([upper[None], -lower]) / 2**0.5
     np.testing.assert_allclose(bump(3, 2), expected)
+
+
+def authors_move(norm, x, image, side, places, signs, turned, eps):
+    """A query of the authors' program in l2 or l1, written afresh in NumPy; before the box."""
+    (row, column), (row2, column2) = places
+    change = np.float64(image - x)
+    channels = change.shape[-1]
+    window = slice(row, row + side), slice(column, column + side)
+    other = slice(row2, row2 + side), slice(column2, column2 + side)
+    order = 2 if norm == 'l2' else 1
+
+    def by_channel(values):
+        return np.linalg.norm(values.reshape(-1, channels), order, axis=0)
+
+    held = np.zeros_like(change)
+    held[window], held[other] = change[window], change[other]
+    whole, freed = (np.linalg.norm(v.ravel(), order) for v in (change, held))
+    pattern = bump(side, 2 if norm == 'l2' else 4)
+    new = (pattern.T if turned else pattern)[..., None] * signs
+    new = new + change[window] / (1e-12 + by_channel(change[window]))
+    new = new / (1e-12 + by_channel(new))
+    if norm == 'l2':
+        new = new * np.sqrt(max(eps**2 - whole**2, 0) / channels + freed**2)
+    else:
+        new = new * (max(eps - whole, 0) / channels + freed) * channels
+    change[other] = 0
+    change[window] = new
+    return change
+
+
+@pytest.mark.parametrize(('norm', 'eps'), [('l2', 0.5), ('l1', 2.0)])
+def test_queries_are_those_of_the_plain_program(norm, eps):
+    threat, x = Threat(norm, eps), jnp.full((15, 15, 3), 0.5)
+    sides = window_sides(200, 15, 15, 0.8, odd=True)
+    propose = jax.jit(_proposer(threat, x, sides))
+    image, turns = _start(threat, x, jax.random.key(0)), set()
+    for number in (3, 20, 80, 150, 199):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        sign_key, turn_key, *place_keys = jax.random.split(key, 4)
+        places = [tuple(map(int, _window(x, int(sides[number]), own)[:2])) for own in place_keys]
+        signs = np.asarray(jax.random.rademacher(sign_key, (3,), jnp.float32))
+        turned = bool(jax.random.bernoulli(turn_key))
+        turns.add(turned)
+        expected = authors_move(norm, x, image, int(sides[number]), places, signs, turned, eps)
+        if norm == 'l2':
+            expected = expected * eps / np.linalg.norm(expected)
+        else:
+            moved = project(Threat('l1', eps * (1 - 1e-6)), x, x + jnp.float32(expected))
+            expected = np.asarray(moved - x)
+        image = propose(image, number, key)
+        np.testing.assert_allclose(np.asarray(image - x), expected, atol=2e-6)
+    assert turns == {False, True}
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])

@@ -1,12 +1,13 @@
 """The same iterates as PyTorch libraries, step for step, on a published network."""
 
+import copy
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from neurosens.attacks import Threat, apgd, fgsm, mi_fgsm, pgd
+from neurosens.attacks import Threat, apgd, fab, fgsm, mi_fgsm, pgd
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 torchattacks = pytest.importorskip('torchattacks', reason='parity needs requirements-bench.txt')
@@ -190,3 +191,34 @@ def test_ten_steps_of_pgd_are_those_of_art(pair, art_classifier):
     )
     found = ours(pair, pgd, Threat('linf', 0.2), steps=10, step_size=0.03, start='clean')
     np.testing.assert_allclose(found, of_art(pair, attack), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(('norm', 'kind'), [('linf', 'Linf'), ('l2', 'L2')])
+@pytest.mark.parametrize('aimed', [False, True])
+def test_fab_from_the_image_is_that_of_torchattacks(pair, norm, kind, aimed):
+    """In single precision, which it turns images into: distances agree as far as rounding lets."""
+    network, forward, variables, x, y = pair
+    single = copy.deepcopy(network).float()
+    images = torch.from_numpy(np.float32(x.transpose(0, 3, 1, 2)))
+    labels = torch.from_numpy(np.int64(y))
+    module = type(forward)(forward.module.clone(dtype=np.float32), {'train': False})
+    arrays = jax.tree.map(np.float32, variables)
+    order = np.asarray(module(arrays, np.float32(x))[0]).argsort(-1)
+    attack = torchattacks.FAB(single, norm=kind, eps=1e6, steps=20)
+    if aimed:
+        attack.multi_targeted, attack.target_class = True, 2
+        found = attack.attack_single_run_targeted(images, labels, use_rand_start=False)
+    else:
+        found = attack.attack_single_run(images, labels, use_rand_start=False)
+    change = (found - images).numpy().reshape(COUNT, -1)
+    expected = np.linalg.norm(np.float64(change), np.inf if norm == 'linf' else 2, axis=1)
+    target = order[:, -2] if aimed else None
+    result = fab(
+        module, arrays, np.float32(x), y, jax.random.key(0),
+        threat=Threat(norm, np.inf), steps=20, target=target,
+    )  # fmt: skip
+    distance = np.asarray(result.distance)
+    assert np.isfinite(distance).all() and (distance > 0).all()
+    ratio = distance / expected
+    assert abs(np.median(ratio) - 1) < 1e-3
+    np.testing.assert_allclose(ratio, 1, atol=0.02)
