@@ -37,6 +37,8 @@ from neurosens.forward import LinenForward
 if TYPE_CHECKING:
     from benchmarks import published
 
+# Attacks without random decisions but their start.
+_FROM_STARTS = ('apgd-ce', 'apgd-dlr', 'apgd-t')
 _SETTINGS = {
     ('lenet5_robust', 'linf'): 0.3,
     ('lenet5_robust', 'l2'): 2.0,
@@ -214,7 +216,7 @@ def from_same_starts(arguments: argparse.Namespace) -> None:
     for name in arguments.networks:
         pair, variables, x, y = _loaded(name, arguments, arguments.images)
         setting = Setting('linf', _SETTINGS[name, 'linf'], batch_size=_BATCH)
-        for attack in ('apgd-ce', 'apgd-dlr', 'apgd-t'):
+        for attack in (one for one in _FROM_STARTS if one in arguments.attacks):
             both = []
             for seed in range(arguments.seeds):
                 # One draw for all images: torchattacks leaves out those that have fallen, target
