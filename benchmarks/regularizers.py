@@ -69,17 +69,17 @@ class Term(NamedTuple):
 _PLAIN: tuple[str, dict[str, Any]] = ('standard', {})
 # Of terms that use the pass of the objective.
 SHARED = ', shared pass'
-_DERIVATIVES = {
+_PENALTIES = {
+    'T1 + T2': ('neuron_contribution', {}, 1.1),
     'activation sensitivity': ('activation_sensitivity', {}, 2.2),
     'Jacobian, one projection': ('jacobian', {'projections': 1}, 2.5),
     'both in one pass': ('sensitivity_and_jacobian', {}, 2.7),
 }
 TERMS = {
     'plain': Term(_PLAIN, None, 1.0),
-    'T1 + T2': Term(_PLAIN, ('neuron_contribution', {'shared': True}), 1.1),
     **{
         f'{term}{suffix}': Term(_PLAIN, (name, {**options, 'shared': bool(suffix)}), limit)
-        for term, (name, options, limit) in _DERIVATIVES.items()
+        for term, (name, options, limit) in _PENALTIES.items()
         for suffix in ('', SHARED)
     },
     f'PGD-{PGD_STEPS}': Term(('pgd', {'steps': PGD_STEPS}), None, 1.1 * (PGD_STEPS + 1)),

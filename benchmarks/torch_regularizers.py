@@ -141,11 +141,16 @@ def _loss(
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if name.startswith('PGD'):
             return functional.cross_entropy(network(attacked(network, x, y, eps)), y)
-        if name == 'T1 + T2':
+        kind = name.removesuffix(regularizers.SHARED)
+        if kind == 'T1 + T2':
             with _Hidden(network) as hidden:
                 fit = functional.cross_entropy(network(x), y)
+            if kind == name:
+                network.eval()
+                with _Hidden(network) as hidden:
+                    network(x)
+                network.train()
             return fit + _WEIGHT * contribution(network, hidden.features[0], y)
-        kind = name.removesuffix(regularizers.SHARED)
         if kind not in _PENALTIES:
             return functional.cross_entropy(network(x), y)
         if kind == name:
