@@ -144,7 +144,7 @@ def _subjects() -> tuple[Subject, ...]:
         Subject(
             'attack_parity.starts',
             'benchmarks.attack_parity',
-            ('starts', *real, '--seeds', '2', '--networks', 'lenet5_robust'),
+            ('starts', *real, '--images', '250', '--networks', 'lenet5_robust', 'resnet2b'),
             parity,
             15,
         ),
