@@ -12,7 +12,16 @@ import types
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks import attack_loop, attacks, documents, harness, neurons, registry, scaling
+from benchmarks import (
+    attack_loop,
+    attacks,
+    batch_norm,
+    documents,
+    harness,
+    neurons,
+    registry,
+    scaling,
+)
 from benchmarks.attack_settings import Setting
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -296,6 +305,10 @@ DETAILS = {
         'parameters': 7, 'logits': 1e-5, 'losses': 1e-5, 'steps': 3
     },
     'training_step:count': {'flops': 1e9},
+    'batch_norm:prepare': {
+        'units': [f'{name}, {kind}' for name in (batch_norm.FORWARD, batch_norm.GRADIENT)
+                  for kind in batch_norm.KINDS]
+    },
     'attack_loop:prepare': {'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd']},
     'attacks:prepare': {
         'units': [name for names in attacks.SUBJECTS.values() for name in names
