@@ -3,7 +3,8 @@
 penalty, metrics = regularizer(forward, variables, x, y, key)
 
 `forward` is the model in evaluation mode: penalties see the running statistics of BatchNorm, so
-that an image's penalty does not depend on the others of its batch.
+that an image's penalty does not depend on the others of its batch, but for the root of a batch's
+Jacobians and the neurons' sizes of direct sensitivity.
 """
 
 from neurosens.regularizers.activation_sensitivity import (

@@ -80,7 +80,7 @@ def _tangents(
     values, push = passes.linearize(forward, variables, x, read, taps)
     draw = functools.partial(_direction, distribution=distribution)
     directions = jax.vmap(jax.vmap(draw), (0, None))(_draws(key, x, samples), x)
-    return jax.vmap(push)(directions), zeros_of(values[1])
+    return passes.each(push, directions), zeros_of(values[1])
 
 
 def _vjp(
@@ -116,7 +116,7 @@ def _cotangent(
         }
 
     drawn = jax.vmap(jax.vmap(signs), (0, None))(_draws(key, x, samples), values)
-    squares = single(jax.vmap(pull)(drawn)) ** 2
+    squares = single(passes.each(pull, drawn)) ** 2
     return {'': squares.sum() / (samples * x.shape[0])}, zeros_of(values)
 
 
@@ -144,7 +144,7 @@ def _neuron_sampling(
             squares = single(pull({**zeros, name: one})) ** 2
             return squares.reshape(len(value), -1).sum(1)
 
-        found[name] = jax.vmap(norms)(chosen.T).mean(0)
+        found[name] = passes.each(norms, chosen.T).mean(0)
     return found, zeros_of(values)
 
 

@@ -64,7 +64,8 @@ def squared_jacobian_norm(
             return jax.vmap(draw)(jax.random.split(key, projections))
 
         _, push = passes.linearize(forward, variables, x, read)
-        return squares(jax.vmap(push)(jax.vmap(signs, out_axes=1)(keys, x))) / projections
+        directions = jax.vmap(signs, out_axes=1)(keys, x)
+        return squares(passes.each(push, directions)) / projections
     logits, pull = passes.vjp(forward, variables, x, read)
     classes = logits.shape[-1]
     if projections == EXACT:
@@ -80,7 +81,7 @@ def squared_jacobian_norm(
             # The only directions are 1 and -1: no randomness is left.
             directions = jnp.ones_like(directions)
         scale = classes / projections
-    return scale * squares(jax.vmap(pull)(directions))
+    return scale * squares(passes.each(pull, directions))
 
 
 def jacobian(*, projections: int = 1, probe: str = 'output') -> Regularizer:

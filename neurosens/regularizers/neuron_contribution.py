@@ -151,7 +151,7 @@ def direct_sensitivity(
     layer: str = 'head:in',
     unit: str = 'channel',
     top: int = 16,
-    temperature: float = 0.1,
+    order: float = 8.0,
     floor: float = 0.1,
     scale: str = 'rms',
     valid_only: bool = False,
@@ -163,15 +163,17 @@ def direct_sensitivity(
 
         q(c, i) = size_i |d (z_c - z_p) / d h_i| / (m_c + floor).
 
-    Of each neuron a smooth maximum over classes counts (the nearest class), of these the mean over
-    the k largest, and of those the mean over images, where misclassified ones count 0: there the
-    nearest boundary should not be pushed away.
+    Of each neuron the p-norm over classes counts, a smooth maximum at any scale (of |Delta| a
+    smooth minimum: the nearest class), of these the mean over the k largest, and of those the mean
+    over images, where misclassified ones count 0: there the nearest boundary should not be pushed
+    away.
 
     Args:
       layer: the layer whose neurons count.
       unit: `'channel'` or `'unit'`.
       top: k.
-      temperature: of the smooth maximum t log sum exp(q / t).
+      order: p, above 1; the norm is at least the largest q, and at most (classes - 1)^(1 / p) times
+        as much.
       floor: added to margins, in units of logits; bounds q at the boundary.
       scale: `'rms'`, the root mean square of the neuron over the batch, which makes the penalty
         blind to factors moved between layers, or `'none'`.
@@ -181,14 +183,14 @@ def direct_sensitivity(
 
     Returns:
       The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q, without those
-      of which no change is valid.
+      that no class can be reached by.
 
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
     units.check_unit(unit)
     _validate.check_range('top', top, low=1)
-    _validate.check_range('temperature', temperature, low=0, low_open=True)
+    _validate.check_range('order', order, low=1, low_open=True)
     _validate.check_range('floor', floor, low=0, low_open=True)
     if scale not in SCALES:
         raise ValueError(_validate.unknown('scale', scale, SCALES))
@@ -206,22 +208,20 @@ def direct_sensitivity(
         logits, slopes, activations = jax.vmap(example)(x)
         size = _size(activations, unit) if scale == 'rms' else jnp.ones(slopes.shape[-1])
 
-        def closeness(logits: Array, slopes: Array, lowest: Array) -> tuple[Array, Array]:
+        def closeness(logits: Array, slopes: Array, lowest: Array) -> Array:
             predicted = logits.argmax()
             margins = (logits[predicted] - logits)[:, None]
             gains = slopes - slopes[predicted]
             reciprocal = size * jnp.abs(gains) / (margins + floor)
             reachable = (gains >= 0) | (margins <= lowest * -gains) | (not valid_only)
-            reciprocal = jnp.where(reachable, reciprocal, 0.0)
             own = jnp.arange(logits.shape[0])[:, None] == predicted
-            exponents = jnp.where(own, -jnp.inf, reciprocal / temperature)
-            nearest = temperature * jax.nn.logsumexp(exponents, axis=0)
-            return nearest, (reachable & ~own).any(0)
+            return _smooth_maximum(jnp.where(reachable & ~own, reciprocal, 0.0), order)
 
         lowest = jax.vmap(functools.partial(_lowest, unit=unit))(activations)
-        nearest, reached = jax.vmap(closeness)(logits, slopes, lowest)
+        nearest = jax.vmap(closeness)(logits, slopes, lowest)
+        reached = nearest > 0
         weights, correct = _weights_of_largest(nearest, top), logits.argmax(-1) == y
-        inverse = 1 / jax.lax.stop_gradient(nearest)
+        inverse = 1 / jnp.where(reached, jax.lax.stop_gradient(nearest), 1.0)
         # Of each image the share of the k neurons that some class can be reached by.
         share = (weights * reached).sum(1)
         distance = jnp.where((weights > 0) & reached, weights * inverse, 0.0).sum(1)
@@ -232,6 +232,17 @@ def direct_sensitivity(
         return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
 
     return regularizer
+
+
+def _smooth_maximum(
+    values: Float[Array, 'classes neurons'], order: float
+) -> Float[Array, ' neurons']:
+    """The p-norm over classes of values from 0 up; 0, with no gradient, where all are 0."""
+    largest = jax.lax.stop_gradient(values.max(0))
+    some = largest > 0
+    scale = jnp.where(some, largest, 1.0)
+    total = ((values / scale) ** order).sum(0)
+    return jnp.where(some, scale * jnp.where(some, total, 1.0) ** (1 / order), 0.0)
 
 
 def _lowest(activation: Float[Array, '...'], unit: str) -> Float[Array, ' neurons']:

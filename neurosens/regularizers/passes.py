@@ -89,3 +89,22 @@ def vjp(
     fast = with_fast_input_gradients(lambda x: read(*forward(variables, x, taps=taps)))
     values, pull = jax.vjp(fast, x)
     return values, lambda cotangents: pull(cotangents)[0]
+
+
+def each(function: Callable[[Any], Any], directions: Any) -> Any:
+    """Applies the derivative of a batch to one direction after the other.
+
+    A map over directions would put them before the images: devices that share the images would
+    gather all of them for every convolution, and each do the work of all.
+
+    Args:
+      function: from a direction, or a cotangent, of a batch to a pytree.
+      directions: pytree of arrays `[S, B, ...]`.
+
+    Returns:
+      The results, stacked `[S, B, ...]`.
+    """
+    if len(jax.tree.leaves(directions)[0]) == 1:
+        only = function(jax.tree.map(lambda value: value[0], directions))
+        return jax.tree.map(lambda value: value[None], only)
+    return jax.lax.map(function, directions)

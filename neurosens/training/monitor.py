@@ -148,7 +148,7 @@ def _squares(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
     shape = (probes, *x.shape[1:])
     directions = jax.vmap(lambda own: jax.random.rademacher(own, shape, x.dtype), out_axes=1)(keys)
-    logits, tangents = jax.vmap(push)(directions)
+    logits, tangents = passes.each(push, directions)
     found = {_JACOBIAN: (logits**2).sum(-1).mean(0)}
     for name, tangent in tangents.items():
         found[name] = (tangent**2).reshape(probes, len(x), -1).mean((0, 2))

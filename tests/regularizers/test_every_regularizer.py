@@ -1,11 +1,14 @@
 """Every regularizer is the same compiled or not, and on any number of devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens import models, parallel
+from neurosens import models, parallel, regularizers
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import LinenForward
 from neurosens.training import REGULARIZERS
 
@@ -77,3 +80,44 @@ def test_it_is_the_same_compiled_or_not_and_on_one_or_eight_devices(net, case):
     params, key = parallel.replicate(mesh, (variables['params'], KEY))
     split = compiled(params, *parallel.shard(mesh, (np.asarray(x), np.asarray(y))), key)
     assert_same(alone, split, tolerance)
+
+
+SEVERAL = {
+    'jacobian': {'projections': 3},
+    'jacobian, input': {'projections': 3, 'probe': 'input'},
+    'jacobian_root': {},
+    'activation_sensitivity': {'samples': 3},
+    'activation_sensitivity, cotangent': {'estimator': 'cotangent', 'samples': 3},
+    'activation_sensitivity, neurons': {'estimator': 'neuron_sampling', 'samples': 3},
+}
+
+
+@pytest.mark.parametrize('name', SEVERAL)
+def test_devices_share_several_draws_without_gathering_images(name):
+    """Gradients of the penalty of a convolutional network, whose images are split."""
+    regularizer = getattr(regularizers, name.partition(',')[0])(**SEVERAL[name])
+    module = models.create('cnn', num_classes=3, features=(4,), hidden=(8,))
+    forward = LinenForward(module, {'train': False})
+    x = np.random.default_rng(0).random((16, 8, 8, 1)).astype(np.float32)
+    y, key = np.arange(16) % 3, jax.random.key(0)
+    params = jax.jit(module.init)(key, x)['params']
+
+    @jax.jit
+    def slope(params, x, y, key):
+        @with_fast_input_gradients
+        def penalty(params):
+            return regularizer(forward, {'params': params}, x, y, key)[0]
+
+        return jax.grad(penalty)(params)
+
+    alone = slope.lower(params, x, y, key).compile()
+    mesh = parallel.data_mesh()
+    images, labels = parallel.shard(mesh, (x, y))
+    inputs = parallel.replicate(mesh, params), images, labels, parallel.replicate(mesh, key)
+    together = slope.lower(*inputs).compile()
+    assert not re.findall(r' (all-gather|all-to-all|collective-permute)', together.as_text())
+    share = together.cost_analysis()['flops'] / alone.cost_analysis()['flops']
+    assert share == pytest.approx(1 / 8, rel=0.15)
+    plain = alone(params, x, y, key)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(together(*inputs))):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(one).max())

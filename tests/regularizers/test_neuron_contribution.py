@@ -105,7 +105,7 @@ def test_a_layer_that_logits_are_not_affine_in_is_refused(relu):
         neuron_contribution(layer='dense1')(relu.forward, relu.variables, relu.x, relu.y, KEY)
 
 
-def direct_by_loops(relu, top, temperature, floor):
+def direct_by_loops(relu, top, order, floor):
     delta_scale = np.float64(relu.forward(relu.variables, relu.x, taps=('act1',))[1]['act1'])
     size = np.sqrt((delta_scale**2).mean(0))
     weights = relu.matrix('head')
@@ -122,7 +122,7 @@ def direct_by_loops(relu, top, temperature, floor):
                 for c in range(len(z))
                 if c != p
             ]
-            nearest.append(temperature * np.log(np.exp(np.array(closeness) / temperature).sum()))
+            nearest.append((np.array(closeness) ** order).sum() ** (1 / order))
         total += top_mean(np.array(nearest), top)
     return total / len(logits)
 
@@ -132,9 +132,9 @@ def test_direct_sensitivity_is_that_of_plain_loops(relu, labels):
     if labels == 'predicted':
         logits = relu.forward(relu.variables, relu.x)[0]
         relu = type(relu)(relu.forward, relu.variables, relu.x, np.asarray(logits.argmax(-1)))
-    regularizer = direct_sensitivity(top=2, temperature=0.2, floor=0.1)
+    regularizer = direct_sensitivity(top=2, order=5.0, floor=0.1)
     penalty, metrics = regularizer(relu.forward, relu.variables, relu.x, relu.y, KEY)
-    assert penalty == pytest.approx(direct_by_loops(relu, 2, 0.2, 0.1), rel=1e-4)
+    assert penalty == pytest.approx(direct_by_loops(relu, 2, 5.0, 0.1), rel=1e-4)
     assert np.isfinite(metrics['mean_distance'])
 
 
@@ -145,9 +145,7 @@ def test_without_smoothing_it_is_one_over_delta(straight):
         straight.forward, straight.variables, straight.x, layer='act1', method='first_order'
     ).delta
     expected = np.where(np.isfinite(delta), 1 / np.abs(np.float64(delta)), 0)
-    regularizer = direct_sensitivity(
-        layer='act1', top=5, temperature=1e-4, floor=1e-6, scale='none'
-    )
+    regularizer = direct_sensitivity(layer='act1', top=5, order=400.0, floor=1e-6, scale='none')
     penalty, _ = regularizer(straight.forward, straight.variables, straight.x, labels, KEY)
     assert penalty == pytest.approx(expected.mean(), rel=1e-2)
 
@@ -171,7 +169,7 @@ def test_falls_below_zero_count_unless_they_are_left_out(relu, valid_only):
     ]
     assert (delta[0] != delta[1]).any()
     regularizer = direct_sensitivity(
-        layer='act1', top=1000, temperature=1e-4, floor=1e-6, scale='none', valid_only=valid_only
+        layer='act1', top=1000, order=400.0, floor=1e-6, scale='none', valid_only=valid_only
     )
     penalty, metrics = regularizer(relu.forward, relu.variables, relu.x, labels, KEY)
     assert penalty == pytest.approx((1 / np.float64(delta[0])).mean(), rel=1e-2)
@@ -179,6 +177,28 @@ def test_falls_below_zero_count_unless_they_are_left_out(relu, valid_only):
     distance = distance[~np.isnan(distance).all(1)]
     expected = np.nanmean(distance, axis=1).mean()
     assert metrics['mean_distance'] == pytest.approx(expected, rel=5e-2)
+
+
+@pytest.mark.parametrize('scale', ['rms', 'none'])
+def test_dead_neurons_are_at_no_distance_and_have_no_gradient(relu, scale):
+    """Of two classes, where nothing but one neuron says how near the other one is."""
+    head = relu.variables['params']['head']
+    dense = relu.variables['params']['dense1']
+    params = {
+        'dense1': {'kernel': dense['kernel'], 'bias': dense['bias'].at[0].set(-1e3)},
+        'head': {'kernel': head['kernel'].at[1].set(0.0), 'bias': head['bias']},
+    }
+    regularizer = direct_sensitivity(top=1000, scale=scale)
+
+    def penalty(params):
+        labels = relu.forward({'params': params}, relu.x)[0].argmax(-1)
+        return regularizer(relu.forward, {'params': params}, relu.x, labels, KEY)
+
+    (value, metrics), gradient = jax.value_and_grad(penalty, has_aux=True)(params)
+    assert value > 0 and 0 < metrics['mean_distance'] < 1e4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    # The first neuron is never on, the second counts for no class.
+    assert (np.asarray(gradient['dense1']['bias'])[:2] == 0).all()
 
 
 def test_direct_sensitivity_is_blind_to_factors_between_layers(relu):
@@ -244,7 +264,7 @@ def test_the_size_of_activations_by_hand(relu):
     [
         (neuron_contribution, {'top': 0}, 'top is 0'),
         (neuron_contribution, {'contribution_weight': -1.0}, 'contribution_weight is -1.0'),
-        (direct_sensitivity, {'temperature': 0.0}, 'temperature is 0.0'),
+        (direct_sensitivity, {'order': 1.0}, 'order is 1.0; it must be greater than 1'),
         (direct_sensitivity, {'floor': 0.0}, 'floor is 0.0'),
         (direct_sensitivity, {'scale': 'std'}, "Unknown scale 'std'; valid names are rms, none"),
         (direct_sensitivity, {'unit': 'filter'}, "Unknown unit 'filter'"),
