@@ -2,7 +2,7 @@
 
 On MNIST, in a minute on two cores. Their penalty is taken with respect to standardised pixels and
 with weight 0.1; ours is per pixel, with the standardisation inside the model, so that the same
-weight is 0.1 * 0.3081 ** 2.
+weight is 0.1 * 0.3081 ** 2. Biases are not decayed, which those of their program are.
 
 python train.py --config=configs/papers/hoffman_2019_small.py --config.data_dir=DIR
 """

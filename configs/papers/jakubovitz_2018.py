@@ -1,7 +1,8 @@
 """Jacobian regularization as post-processing (Jakubovitz & Giryes 2018).
 
 Two phases: training to convergence, and then a short one with the root of the batch's Jacobian
-norms and fresh moments of Adam, which starts from the first by --config.initial_weights.
+norms and fresh moments of Adam, which starts from the first by --config.initial_weights. The images
+held out and the initialisation are ours.
 
 python train.py --config=configs/papers/jakubovitz_2018.py --config.data_dir=DIR \
   --workdir=runs/plain

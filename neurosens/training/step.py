@@ -341,8 +341,8 @@ def _wanted(
     jax.eval_shape(lambda: term.regularizer(requests, variables, x, y, key))
     if not requests.passes:
         raise ValueError(
-            f'The regularizer {term.name!r} runs the model on one image at a time, so it cannot '
-            "share the objective's pass over the batch; leave out its 'shared'."
+            f'The regularizer {term.name!r} runs the model on one image at a time, or on some of '
+            "them, so it cannot share the objective's pass over the batch; leave out its 'shared'."
         )
     return requests
 
