@@ -6,8 +6,8 @@
 
 The output folder gets NAME.md (the report), NAME.json (the timings of every round), NAME.log and
 plots. With `--docs` reports replace their blocks in the pages of DOCS and plots go to DOCS/figures;
-nothing else there is touched. A subject that fails, or lacks something, is named at
-the end, with exit status 1; the others run all the same.
+nothing else there is touched. A subject that fails, or lacks something, is named at the end, with
+exit status 1; the others run all the same.
 """
 
 from __future__ import annotations

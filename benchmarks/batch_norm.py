@@ -91,11 +91,14 @@ def prepare(*, batch_size: int) -> harness.Prepared:
 def _unit(
     function: Callable[..., jax.Array], interceptor: Any, arguments: tuple[Any, ...]
 ) -> harness.Unit:
-    if interceptor is None:
-        compiled = jax.jit(function).lower(*arguments).compile()
-    else:
+    # A function of its own: of the same one JAX would take the trace of another kind.
+    def run(*arguments: Any) -> jax.Array:
+        if interceptor is None:
+            return function(*arguments)
         with nn.intercept_methods(interceptor):
-            compiled = jax.jit(function).lower(*arguments).compile()
+            return function(*arguments)
+
+    compiled = jax.jit(run).lower(*arguments).compile()
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 

@@ -82,6 +82,7 @@ def _subjects() -> tuple[Subject, ...]:
     networks = ('--networks', 'resnet2b', 'lenet5_robust')
     single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
     lenets = ('lenet5', 'lenet5_robust')
+    reduced = ('--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000')
     cpu = ('cpu',)
 
     def attacks(subject: str, rounds: int, packages: tuple[str, ...], minutes: int) -> Subject:
@@ -193,8 +194,8 @@ def _subjects() -> tuple[Subject, ...]:
             devices=cpu,
             document='from_pytorch.md',
         ),
-        training('mnist', 3, 120),
-        training('cifar10', 1, 95, '--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000'),
+        training('mnist', 3, 120, *reduced),
+        training('cifar10', 1, 95, *reduced),
         defenses('defended', 40, lenets),
         defenses('curves', 30, lenets, 'defense_curves.png'),
         defenses('fragile', 10, (*lenets, 'resnet20')),

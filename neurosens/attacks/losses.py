@@ -158,7 +158,8 @@ def named(loss: str | Loss, *, targeted: bool = False) -> Loss:
     """Looks up a loss.
 
     Args:
-      loss: a name of `UNTARGETED` and `TARGETED`, or a function, which is returned as it is.
+      loss: a name of `UNTARGETED` (if `targeted`, of `TARGETED`), or a function, which is returned
+        as it is.
       targeted: whether the loss takes a target class.
 
     Returns:

@@ -49,7 +49,7 @@ def transfer(
       surrogate: the model that is attacked in its place, of the same classes.
       surrogate_variables: its variables.
       attack: an attack of this package on the surrogate. Images that the surrogate misclassifies
-        already it leaves as they are.
+        already (with a target, by most attacks: takes for it) it leaves as they are.
       target: classes aimed at `[B]`, if the attack takes them; success is then to be classified as
         them.
       index: identity of each example `[B]`; by default its place in this batch.

@@ -128,7 +128,8 @@ class Evaluation:
         'scaled_cross_entropy'.
       target: the class that attacks aim at, 'most_likely' or 'least_likely' of those that are not
         the label, or 'random'; empty for any. Only attacks 'fgsm' to 'ni_fgsm', 'square', 'fmn' and
-        'carlini_wagner' aim; the report then also has the share of images taken for the target.
+        'carlini_wagner', and images of another model, aim; the report then also has the share of
+        images taken for the target.
       layer: name of the layer that 'latent' moves.
       steps: steps of 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm' and 'latent'.
       step_size: their step as a share of eps; 0 means 2.5 / steps for 'pgd' and 'latent', 1 / steps

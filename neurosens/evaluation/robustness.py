@@ -25,7 +25,7 @@ class AttackOutcome:
     """One attack at one radius.
 
     Attributes:
-      attack: its name.
+      attack: its name, with what it aims at, such as `'pgd'` or `'pgd_random'`.
       norm: norm of the threat.
       eps: radius in pixel units.
       attacked: per-image results.

@@ -94,8 +94,8 @@ def vjp(
 def each(function: Callable[[Any], Any], directions: Any) -> Any:
     """Applies the derivative of a batch to one direction after the other.
 
-    A map over directions would put them before the images: devices that share the images would
-    gather all of them for every convolution, and each do the work of all.
+    `vmap` over directions would put their axis before that of the images: devices that share the
+    images would gather all of them for every convolution, and each do the work of all.
 
     Args:
       function: from a direction, or a cotangent, of a batch to a pytree.

@@ -285,7 +285,7 @@ def fgsm_rs(
     Args:
       norm: of the threat.
       eps: its radius, in pixels of [0, 1].
-      step_size: length of the step as a share of eps.
+      step_size: length of the step as a share of eps, above 0.
       attack_mode: as of `pgd`.
 
     Returns:

@@ -45,7 +45,10 @@ def check(module: nn.Module, info: data.DatasetInfo, settings: config_lib.Monito
         def hidden(variables: Variables, x: Array) -> dict[str, Array]:
             return regularizer.hidden(forward, variables, x[0], None)
 
-        jax.eval_shape(hidden, variables, image)
+        try:
+            jax.eval_shape(hidden, variables, image)
+        except ValueError as error:
+            raise ValueError(f'{error} Or leave out monitor.probes.') from None
 
 
 def _neurons(settings: config_lib.Monitor, batch_size: int = 1) -> config_lib.Neurons:
@@ -74,7 +77,7 @@ def measure(
       source: the data.
       mesh: devices to run on.
       settings: what to measure.
-      key: randomness of the attack; the same key attacks from the same places.
+      key: randomness of the attack and of the directions; the same key gives the same ones.
       batch_size: images per batch over all devices.
 
     Returns:

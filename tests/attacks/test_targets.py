@@ -1,6 +1,7 @@
 """Which class attacks aim at."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from neurosens import attacks
 from neurosens.attacks import TARGETS, Threat, random_forward, target_classes
+from neurosens.config import settings
 from neurosens.forward import with_input_transform
 
 KEY = jax.random.key(2)
@@ -57,6 +59,15 @@ def test_two_classes_leave_no_choice_and_one_none_at_all(kind):
     np.testing.assert_array_equal(chosen(logits, y, kind), 1 - y)
     with pytest.raises(ValueError, match='The model has 1 class, and none to aim at'):
         chosen(logits[:, :1], 0 * y, kind)
+
+
+def test_settings_know_what_can_be_aimed_at_and_by_what():
+    assert settings.TARGETS == TARGETS
+    for name in settings.AIMING:
+        function = getattr(attacks, name)
+        parameters = inspect.signature(function).parameters
+        # The others hand all their options to PGD.
+        assert 'target' in parameters or 'options' in parameters
 
 
 def test_an_unknown_kind_is_named():

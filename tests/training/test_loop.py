@@ -295,8 +295,8 @@ def test_a_regularizer_takes_its_weight_ramp_and_options_from_the_config(monkeyp
     penalty = 'penalty of power 3'
     ramp, start = round(STEPS / 2), round(STEPS / 4)
     first, second = (
-        ('small', penalty, 2.0, ramp, start, False),
-        ('small', penalty, 1.0, 0, 0, False),
+        ('small', penalty, 2.0, ramp, start, False, False),
+        ('small', penalty, 1.0, 0, 0, False, False),
     )
     assert made == [[first], [second]]
     assert options == {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
