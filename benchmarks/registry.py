@@ -197,7 +197,7 @@ def _subjects() -> tuple[Subject, ...]:
         training('mnist', 3, 120, *reduced),
         training('cifar10', 1, 95, *reduced),
         defenses('defended', 40, lenets),
-        defenses('curves', 30, lenets, 'defense_curves.png'),
+        defenses('curves', 10, ('lenet5',), 'defense_curves.png'),
         defenses('fragile', 10, (*lenets, 'resnet20')),
     )
 

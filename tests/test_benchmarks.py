@@ -525,7 +525,7 @@ def test_curves_and_filters_are_reported_from_what_is_kept(kept_defenses, tmp_pa
         fragile.write_text(json.dumps({'ablation/fragile': '13'}))
     text = made(monkeypatch, kept_defenses, 'defenses.curves', tmp_path)
     rows = [row for row in cells_of(text) if row[0] in found]
-    assert len(rows) == 12 and rows[1][1:] == ['0.1', '90.0', '50.0', '40.0', '30.0']
+    assert len(rows) == 6 and rows[1][1:] == ['0.1', '90.0', '50.0', '40.0', '30.0']
     (tmp_path / 'plot.png').unlink()
     text = made(monkeypatch, kept_defenses, 'defenses.fragile', tmp_path)
     assert cells_of(text).count(['ablation/fragile', '13']) == 3
