@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from neurosens import _validate, parallel
-from neurosens.attacks.adaptive import is_random, redraw
+from neurosens.attacks.adaptive import is_random
 from neurosens.attacks.apgd import apgd
 from neurosens.attacks.autoattack_notes import Notes
 from neurosens.attacks.batches import check_images, check_radius
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
+from neurosens.attacks.objective import drawn_logits
 from neurosens.attacks.result import AttackResult
 from neurosens.attacks.square import square
 from neurosens.attacks.threat import Threat, require_ball
@@ -138,11 +139,7 @@ def runs(
 def _clean(
     forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray, index: Array
 ) -> dict[str, Array]:
-    def drawn(image: Array, own: PRNGKeyArray) -> Array:
-        return redraw(forward, own)(variables, image[None])[0][0].astype(jnp.float32)
-
-    # Draws follow the example, not its batch.
-    logits = jax.vmap(drawn)(x, jax.vmap(jax.random.fold_in, (None, 0))(key, index))
+    logits = drawn_logits(forward, variables, x, key, index).astype(jnp.float32)
     others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
 
     def loss(image: Array, label: Array) -> Array:

@@ -69,3 +69,29 @@ def objective(
         return gradient, judge(x, logits, y, value, target)
 
     return look, climb
+
+
+def drawn_logits(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array, 'batch ...'],
+    key: PRNGKeyArray,
+    index: Int[Array, ' batch'],
+) -> Float[Array, 'batch classes']:
+    """Logits of a batch, in which draws of a random model follow the example, not its batch.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: images `[B, ...]`.
+      key: randomness of a random model.
+      index: identity of each example `[B]`.
+
+    Returns:
+      The logits, in single precision at least.
+    """
+
+    def one(image: Array, own: PRNGKeyArray) -> Array:
+        return logits_of(redraw(forward, own), variables, image)
+
+    return jax.vmap(one)(x, jax.vmap(jax.random.fold_in, (None, 0))(key, index))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from neurosens import _validate
-from neurosens.attacks.adaptive import redraw
+from neurosens.attacks.objective import drawn_logits
 from neurosens.forward import Forward, Variables
 
 TARGETS = ('most_likely', 'least_likely', 'random')
@@ -58,16 +58,12 @@ def target_classes(
 def _chosen(
     forward: Forward, variables: Variables, x: Array, y: Array, key: Array, index: Array, kind: str
 ) -> Array:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-    def drawn(image: Array, own: Array) -> Array:
-        return redraw(forward, own)(variables, image[None])[0][0]
-
-    logits = jax.vmap(drawn)(x, keys)
+    logits = drawn_logits(forward, variables, x, key, index)
     classes = logits.shape[-1]
     if classes < 2:
         raise ValueError(f'The model has {classes} class, and none to aim at beside the label.')
     if kind == 'random':
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         others = jax.vmap(lambda own: jax.random.randint(own, (), 0, classes - 1))(keys)
         return others + (others >= y)
     own = jnp.arange(classes) == y[:, None]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from neurosens.attacks.adaptive import redraw
 from neurosens.attacks.losses import label_margin
+from neurosens.attacks.objective import drawn_logits
 from neurosens.attacks.pgd import pgd
 from neurosens.attacks.result import AttackResult, fooled
 from neurosens.attacks.threat import Threat
@@ -82,12 +82,7 @@ def _judge(
     key: PRNGKeyArray,
     index: Array,
 ) -> AttackResult:
-    def drawn(image: Array, own: PRNGKeyArray) -> Array:
-        return _single(redraw(forward, own)(variables, image[None])[0][0])
-
-    # Draws follow the example, not its batch.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    before, after = (jax.vmap(drawn)(images, keys) for images in (x, x_adv))
+    before, after = (drawn_logits(forward, variables, each, key, index) for each in (x, x_adv))
     wrong = jax.vmap(fooled)(before, y, target)
     logits = jnp.where(wrong[:, None], before, after)
     kept = wrong.reshape(-1, *[1] * (x.ndim - 1))
@@ -97,8 +92,3 @@ def _judge(
         jax.vmap(label_margin)(logits, y),
         jnp.full(y.shape, 2, jnp.int32),
     )
-
-
-def _single(logits: Array) -> Array:
-    """Logits in single precision at least."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
