@@ -83,6 +83,10 @@ def table(report: RobustnessReport) -> str:
     if found:
         cells = [[name, *(f'{value:.4g}' for value in median)] for name, median in found.items()]
         lines += ['', *aligned(['median distance', 'value', 'low', 'high'], cells)]
+        relative = report.relative_distances()
+        if relative:
+            cells = [[name, f'{value:.4g}'] for name, value in relative.items()]
+            lines += ['', *aligned(['mean distance / norm of the image', 'value'], cells)]
     for outcome in report.outcomes:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
     if report.diagnosis is not None:
@@ -130,7 +134,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
       each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval;
       `queries/<attack>-<norm>-<eps>`, the mean number of forward passes for an image;
       `median_distance/<attack>-<norm>`, with its interval, of attacks that look for the smallest
-      perturbation, None where it is infinite; then what was found of masking, as of
+      perturbation, and `relative_distance/<attack>-<norm>`, their mean share of the image's norm,
+      None where infinite; then what was found of masking, as of
       `masking.masking_facts`.
     """
     flat: dict[str, Any] = dict(facts)
@@ -148,6 +153,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
     for name, median in report.median_distances().items():
         for part, value in zip(('', '/low', '/high'), median):
             flat[f'median_distance/{name}{part}'] = value if math.isfinite(value) else None
+    for name, mean in report.relative_distances().items():
+        flat[f'relative_distance/{name}'] = mean if math.isfinite(mean) else None
     if report.diagnosis is not None:
         flat.update(masking.masking_facts(report.diagnosis))
     return flat

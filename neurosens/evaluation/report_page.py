@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -255,15 +256,18 @@ def _target_table(report: RobustnessReport) -> list[Table]:
 
 def _distance_table(report: RobustnessReport) -> Table:
     """A row for each attack that looks for the smallest perturbation."""
+    relative = report.relative_distances()
     rows = [
-        [name, f'{value:.4g}', f'{low:.4g} – {high:.4g}']
+        [name, f'{value:.4g}', f'{low:.4g} – {high:.4g}', f'{relative.get(name, math.nan):.4g}']
         for name, (value, low, high) in report.median_distances().items()
     ]
     caption = (
         'Median over images of the smallest perturbation found, whatever the radius, with its 95 % '
-        'bootstrap interval; 0 counts for images that need none. distances.csv has every image.'
+        'bootstrap interval, and its mean share of the norm of the image (rho_adv); 0 counts for '
+        'images that need none. distances.csv has every image.'
     )
-    return Table(caption, ['attack', 'median distance', '95 % interval'], rows)
+    columns = ['attack', 'median distance', '95 % interval', 'mean / norm of the image']
+    return Table(caption, columns, rows)
 
 
 def _ensemble(outcome: AttackOutcome) -> Table:

@@ -57,6 +57,7 @@ class RobustnessReport:
       predictions: per-image results on clean images.
       outcomes: per attack and radius.
       diagnosis: of gradient masking; None where it was not asked for.
+      lengths: norm of each clean image, where an attack looked for the smallest perturbation.
     """
 
     info: data.DatasetInfo
@@ -64,6 +65,7 @@ class RobustnessReport:
     predictions: accuracy.Predictions
     outcomes: tuple[AttackOutcome, ...]
     diagnosis: masking.Diagnosis | None = None
+    lengths: Float[np.ndarray, ' examples'] | None = None
 
     def worst_case(self, eps: float) -> Bool[np.ndarray, ' examples']:
         """Whether each image stays classified correctly under every attack of radius `eps`."""
@@ -85,6 +87,23 @@ class RobustnessReport:
         """Medians of `distances` with their intervals, by names such as `'fab-linf'`."""
         return {
             f'{attack}-{self.outcomes[0].norm}': attacks.median_distance(distance)
+            for attack, distance in self.distances().items()
+        }
+
+    def relative_distances(self) -> dict[str, float]:
+        """Means over images of the smallest perturbation over the image itself, both in norm.
+
+        The robustness rho_adv of Moosavi-Dezfooli et al. 2016 and Jakubovitz & Giryes 2018, there
+        of DeepFool in l2. By names such as `'deepfool-l2'`; infinite where an image has none, and
+        without black images, which have no size.
+        """
+        if self.lengths is None:
+            return {}
+        seen = self.lengths > 0
+        return {
+            f'{attack}-{self.outcomes[0].norm}': float(
+                np.mean(np.float64(distance[seen]) / self.lengths[seen])
+            )
             for attack, distance in self.distances().items()
         }
 
@@ -181,7 +200,19 @@ def evaluate(
         diagnosis = _diagnose(
             forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
         )
-    return RobustnessReport(source.info, settings.split, predictions, tuple(outcomes), diagnosis)
+    lengths = None
+    if any(name in _MINIMUM for name in settings.attacks):
+
+        def of_batch(batch: data.Batch) -> dict[str, Array]:
+            size = functools.partial(attacks.length, settings.norm)
+            return {'length': jax.vmap(size)(data.to_float(batch.image))}
+
+        lengths = accuracy.stream(
+            source, mesh, settings.batch_size, jax.jit(of_batch), limit=limit
+        )['length']
+    return RobustnessReport(
+        source.info, settings.split, predictions, tuple(outcomes), diagnosis, lengths
+    )
 
 
 def _diagnose(

@@ -19,16 +19,19 @@ _ACCURACIES = {
     'monitor/clean_accuracy': 'watched images',
     'monitor/pgd_accuracy': 'watched images under PGD',
 }
-_NEURONS = {
+_WATCHED = {
     'monitor/sensitivity': '|Delta| / std of the easiest neurons',
     'monitor/dead_share': 'share of dead neurons',
     'monitor/jacobian_norm': 'norm of the Jacobian',
+    'monitor/boundary_distance': 'first-order l2 distance',
     'monitor/activation_sensitivity': 'activation sensitivity',
+    'images_per_second': 'images/s',
 }
+_LAYERS = 'monitor/activation_sensitivity/'
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy, penalties, gradient shares and neurons over training, as far as logged.
+    """Loss, accuracy, penalties, gradient shares, neurons and speed, as far as logged.
 
     Args:
       lines: of `metrics.jsonl`, in order.
@@ -52,7 +55,10 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         panels.append(('penalty', {name: _term(name) for name in penalties}, 'log'))
     if shares:
         panels.append(('share of gradient (%)', {name: _term(name) for name in shares}, 'percent'))
-    panels += [(label, {name: ''}, 'linear') for name, label in _NEURONS.items() if name in names]
+    panels += [(label, {name: ''}, 'linear') for name, label in _WATCHED.items() if name in names]
+    layers = {name: name.removeprefix(_LAYERS) for name in names if name.startswith(_LAYERS)}
+    if layers:
+        panels.append(('activation sensitivity', layers, 'log'))
     height = _PANEL_HEIGHT * len(panels)
     figure = Figure(figsize=(PANEL, height), layout='constrained')
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)

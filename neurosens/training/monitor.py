@@ -14,13 +14,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import attacks, data, evaluation, parallel
 from neurosens import config as config_lib
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.evaluation import accuracy
 from neurosens.forward import Forward, LinenForward, Variables
 from neurosens.regularizers import passes, regularizer
 
 PGD_ACCURACY = 'monitor/pgd_accuracy'
-# No layer has this name.
-_JACOBIAN = '||J||^2'
+# No layer has these names.
+_JACOBIAN, _DISTANCE = '||J||^2', 'gap / ||J||'
 
 
 def check(module: nn.Module, info: data.DatasetInfo, settings: config_lib.Monitor) -> None:
@@ -87,7 +88,10 @@ def measure(
       `monitor/dead_share`, the share of neurons that are 0 on all of the images. With `probes`
       estimates of `monitor/jacobian_norm`, the root of the mean of ||J||_F^2 over the images, and
       of `monitor/activation_sensitivity/<layer>`, the mean of squared derivatives over images and
-      neurons, for every nonlinearity, with their mean `monitor/activation_sensitivity`.
+      neurons, for every nonlinearity, with their mean `monitor/activation_sensitivity`; and
+      `monitor/boundary_distance`, the median over the images of the gap between the two largest
+      logits over the l2 norm of its gradient, which a common factor of the logits does not change
+      as it does ||J||; left out where the gradient of half of the images is 0.
     """
     images = settings.images
     # A batch of the size of training would mostly be filling.
@@ -122,14 +126,17 @@ def measure(
         found.update(_of_layer(report.layers[0], settings.top))
     if settings.probes:
         key = parallel.replicate(mesh, key)
-        squares = accuracy.stream(
+        each = accuracy.stream(
             source,
             mesh,
             batch_size,
-            lambda batch: _squares(forward, variables, batch, key, settings.probes),
+            lambda batch: {
+                **_squares(forward, variables, batch, key, settings.probes),
+                _DISTANCE: _boundary_distance(forward, variables, batch),
+            },
             limit=images,
         )
-        found.update(_derivatives({name: float(each.mean()) for name, each in squares.items()}))
+        found.update(_derivatives(each))
     return found
 
 
@@ -158,13 +165,33 @@ def _squares(
     return found
 
 
-def _derivatives(squares: Mapping[str, float]) -> dict[str, float]:
+@jax.jit
+def _boundary_distance(forward: Forward, variables: Variables, batch: data.Batch) -> Array:
+    """To first order how far each image is from the class with the second largest logit `[B]`."""
+
+    def gap(x: Array) -> tuple[Array, Array]:
+        largest, _ = jax.lax.top_k(regularizer.single(forward(variables, x)[0]), 2)
+        gaps = largest[:, 0] - largest[:, 1]
+        return gaps.sum(), gaps
+
+    x = data.to_float(batch.image)
+    slope, gaps = jax.grad(with_fast_input_gradients(gap), has_aux=True)(x)
+    return gaps / jnp.linalg.norm(regularizer.single(slope).reshape(len(x), -1), axis=1)
+
+
+def _derivatives(each: Mapping[str, np.ndarray]) -> dict[str, float]:
+    squares = {name: float(values.mean()) for name, values in each.items() if name != _DISTANCE}
     layers = {name: value for name, value in squares.items() if name != _JACOBIAN}
-    return {
+    found = {
         'monitor/jacobian_norm': squares[_JACOBIAN] ** 0.5,
         'monitor/activation_sensitivity': sum(layers.values()) / len(layers),
         **{f'monitor/activation_sensitivity/{name}': value for name, value in layers.items()},
     }
+    # 0 / 0 where nothing tells the classes apart.
+    distance = float(np.median(np.nan_to_num(each[_DISTANCE], nan=0.0, posinf=np.inf)))
+    if np.isfinite(distance):
+        found['monitor/boundary_distance'] = distance
+    return found
 
 
 def _of_layer(layer: evaluation.LayerReport, top: int) -> dict[str, float]:

@@ -137,7 +137,8 @@ def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(repo
         )
         for eps in (0.1, 0.2)
     )
-    whole = dataclasses.replace(report, outcomes=(*report.outcomes, *outcomes))
+    lengths = np.array([1, 1, 2, 1, 3, 4, 4, 0], np.float32)
+    whole = dataclasses.replace(report, outcomes=(*report.outcomes, *outcomes), lengths=lengths)
     written = {path.name for path in evaluation.write(whole, tmp_path, {})}
     assert 'distances.csv' in written
     with (tmp_path / 'distances.csv').open() as file:
@@ -146,6 +147,7 @@ def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(repo
     assert [int(line['label']) for line in lines] == report.predictions.labels.tolist()
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['median_distance/fab-linf'] == pytest.approx(0.12)
+    assert results['relative_distance/fab-linf'] is None, 'no mean where some have none'
     low, high = (results[f'median_distance/fab-linf/{end}'] for end in ('low', 'high'))
     # Of 8 images, two of which nothing fools, samples may have no finite median.
     assert 0 < low < 0.12 and (high is None or high > 0.12)
@@ -153,6 +155,14 @@ def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(repo
         line.startswith('fab-linf ') and '0.12' in line
         for line in evaluation.table(whole).splitlines()
     )
+    found = np.array([0.1, 0.2, 0.4, 0, 0.3, 1, 2, 0], np.float32)
+    outcome = dataclasses.replace(
+        outcomes[0], attacked=outcomes[0].attacked._replace(distance=found)
+    )
+    relative = dataclasses.replace(whole, outcomes=(outcome,)).relative_distances()
+    # Black images have no size.
+    shares = [0.1, 0.2, 0.2, 0, 0.1, 0.25, 0.5]
+    assert relative == {'fab-linf': pytest.approx(np.mean(shares))}
     axes = plots.accuracy_against_eps(whole).axes[0]
     (curve,) = (line for line in axes.lines if line.get_label() == 'FAB')
     for eps, share in ((0.0, 7 / 8), (0.1, 6 / 8), (0.2, 3 / 8)):
@@ -196,8 +206,16 @@ def test_the_curve_shows_every_attack_there_is_in_every_norm(report, norm):
 LOG = [
     {'step': 5, 'loss': 2.0, 'accuracy': 0.3, 'a/penalty': 3.0, 'a/gradient_share': 0.25},
     {'step': 6, 'validation_accuracy': 0.5, 'validation_loss': 1.5},
-    {'step': 6, 'monitor/pgd_accuracy': 0.25, 'monitor/sensitivity': 4.0},
+    {
+        'step': 6,
+        'monitor/pgd_accuracy': 0.25,
+        'monitor/sensitivity': 4.0,
+        'monitor/activation_sensitivity': 2.5,
+        'monitor/activation_sensitivity/act1': 3.0,
+        'monitor/activation_sensitivity/act2': 2.0,
+    },
     {'step': 10, 'loss': 1.0, 'accuracy': 0.6, 'a/penalty': 0.0, 'a/gradient_share': 0.5},
+    {'step': 12, 'images_per_second': 800.0},
 ]
 
 
@@ -213,7 +231,9 @@ def test_curves_of_training_are_those_of_the_log():
     assert drawn['accuracy (%)', 'watched images under PGD'] == [[6, 25.0]]
     assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
     assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
-    assert len(figure.axes) == 5
+    assert drawn['activation sensitivity', 'act2'] == [[6, 2.0]]
+    assert drawn['images/s', '_child0'] == [[12, 800.0]]
+    assert len(figure.axes) == 8
     scales = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
     # 0 has no place on a logarithmic axis.
     assert (scales['loss'], scales['penalty']) == ('log', 'linear')

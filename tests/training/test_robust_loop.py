@@ -537,6 +537,13 @@ def test_watched_derivatives_are_those_of_the_whole_jacobian(batch_size, devices
         expected[f'monitor/activation_sensitivity/{name}'] = size
     assert len(hidden) > 0
     expected['monitor/activation_sensitivity'] = np.mean(list(expected.values())[1:])
+    x = data.to_float(images.image)
+    logits = np.asarray(experiment.forward(variables, x)[0])
+    first, second = np.argsort(-logits, axis=1)[:, :2].T
+    rows = np.arange(40)
+    slopes = np.asarray(jacobian)[rows, first] - np.asarray(jacobian)[rows, second]
+    distance = (logits[rows, first] - logits[rows, second]) / np.sqrt((slopes**2).sum((1, 2, 3)))
+    assert found['monitor/boundary_distance'] == pytest.approx(np.median(distance), rel=1e-4)
     measured = {name: found[name] for name in found if 'jacobian' in name or 'sensitivity' in name}
     assert measured.keys() == expected.keys()
     for name, value in expected.items():
