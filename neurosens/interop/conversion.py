@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -20,6 +21,7 @@ from neurosens.interop import cleaning, layers, naming, reading, sequential
 from neurosens.interop.errors import WeightsError
 
 SEQUENTIAL = 'sequential'
+_IN_ORDER = 'save it with PyTorch, or give from_torch the state dict in order'
 # Sides of images that are tried where none is given: only layers behind a flatten depend on it.
 _SIDES = (32, 28, 224, 64, 8, 16, 96, 128, 256, 299)
 
@@ -58,7 +60,8 @@ def load_torch(
       `(module, variables)`.
 
     Raises:
-      WeightsError: the file cannot be read, or does not fit.
+      WeightsError: the file cannot be read, or does not fit; or it is one of safetensors, which
+        keep no order, layers go by their order, and their names do not tell it.
       FileNotFoundError: there is no such file.
       ValueError: an option of the model is unknown or wrong.
     """
@@ -66,6 +69,7 @@ def load_torch(
         reading.read_state_dict(path, key),
         model,
         repr(str(path)),
+        ordered=reading.keeps_order(path),
         num_classes=num_classes,
         mean=mean,
         std=std,
@@ -123,6 +127,7 @@ def from_torch(
         reading.plain_arrays(state),
         model,
         'The state dict',
+        ordered=True,
         num_classes=num_classes,
         mean=mean,
         std=std,
@@ -217,6 +222,7 @@ def _convert(
     model: str | nn.Module,
     source: str,
     *,
+    ordered: bool,
     num_classes: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -228,6 +234,9 @@ def _convert(
     cleaned = cleaning.clean(state)
     if not cleaned.arrays:
         raise WeightsError(f'{source} is empty; save the state_dict() of the network.')
+    if model == SEQUENTIAL and not ordered:
+        remedy = f'{_IN_ORDER}, or give a module and names={{path: layer}}.'
+        naming.check_order(cleaned.arrays, source, remedy, stacked=True)
     if isinstance(model, nn.Module):
         given = {'num_classes': num_classes, 'mean': mean, 'std': std, **options}
         for name, value in given.items():
@@ -244,13 +253,13 @@ def _convert(
         settings = {'mean': mean, 'std': std, 'dtype': dtype, **options}
         module = _create(model, cleaned.arrays, num_classes, settings)
     arrays = naming.without_unused(module, cleaned.arrays)
-    found = _fitting(
-        module,
-        image_shape,
-        arrays.values(),
-        lambda found: _weights(_names(module, found, arrays, names), arrays),
+    pair = functools.partial(
+        _names, module, arrays=arrays, given=names, unordered='' if ordered else source
     )
-    chosen = _names(module, found, arrays, names)
+    found = _fitting(
+        module, image_shape, arrays.values(), lambda found: _weights(pair(found), arrays)
+    )
+    chosen = pair(found)
     _check(_problems(found, chosen, arrays, cleaned.originals), source, module)
     flat = {
         leaf: jnp.array(
@@ -309,7 +318,9 @@ def _normalization(
                 f'{name} is {tuple(given)}, but the network in the file normalises by {saved}; '
                 f'leave {name} out.'
             )
-        chosen.append(tuple(saved if given is None and saved is not None else given or default))
+        # In this order: a tuple of zeros or an array of the caller's counts as given.
+        value = given if given is not None else saved if saved is not None else default
+        chosen.append(tuple(float(each) for each in value))
     # A value given for all channels goes with values for each.
     size = max(map(len, chosen))
     mean, std = (value * size if len(value) == 1 else value for value in chosen)
@@ -387,8 +398,12 @@ def _names(
     found: Sequence[layers.Layer],
     arrays: Mapping[str, np.ndarray],
     given: Mapping[str, str] | None,
+    unordered: str = '',
 ) -> dict[str, str]:
-    """For the path of each layer PyTorch's name of it."""
+    """For the path of each layer PyTorch's name of it.
+
+    `unordered` names what the arrays were read from where that keeps no order.
+    """
     given = dict(given or {})
     paths = [layer.path for layer in found]
     for path in given:
@@ -403,6 +418,9 @@ def _names(
     best = max(candidates, key=lambda names: len(theirs & set(names.values())))
     if not naming.is_chain(module) or theirs == set(best.values()):
         return best
+    if unordered and type(module) is not sequential.Sequential:
+        remedy = f'{_IN_ORDER}, or give names={{path: layer}}.'
+        naming.check_order(arrays, unordered, remedy, but=given.values())
     return _in_order(found, arrays, given)
 
 
@@ -414,8 +432,7 @@ def _in_order(
     for name, array in arrays.items():
         layer, _, leaf = name.rpartition('.')
         if leaf == 'weight' and layer not in given.values():
-            kind = {4: layers.CONVOLUTION, 2: layers.DENSE}.get(array.ndim, layers.NORMALIZATION)
-            theirs[kind].append(layer)
+            theirs[layers.kind_of_weight(array)].append(layer)
     waiting = {kind: iter(names) for kind, names in theirs.items()}
     return {
         layer.path: given.get(layer.path) or next(waiting[layer.kind], naming.own(None, layer.path))

@@ -52,7 +52,7 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     """Lists the layers of a module with arrays, in the order in which they run.
 
     A dense layer is taken for one behind a flatten where it is the first after a module that
-    returns a feature map `[B, H, W, C]`.
+    returns a feature map `[B, H, W, C]` or `[B, L, C]`.
 
     Args:
       module: `module.init(key, x)` makes its variables.
@@ -81,7 +81,7 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
             found.setdefault(path, (kind, channels[0] if flattened else 0))
         output = call(*args, **kwargs)
         if isinstance(output, jax.Array):
-            channels[0] = output.shape[-1] if output.ndim == 4 else 0
+            channels[0] = output.shape[-1] if output.ndim > 2 else 0
         return output
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -107,6 +107,11 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     )
 
 
+def kind_of_weight(array: np.ndarray) -> str:
+    """The kind of layer that has such a weight in PyTorch."""
+    return {1: NORMALIZATION, 2: DENSE}.get(array.ndim, CONVOLUTION)
+
+
 def torch_leaf(leaf: tuple[str, ...]) -> str:
     """PyTorch's name of an array inside its layer."""
     return _LEAVES[leaf[0], leaf[-1]]
@@ -115,7 +120,7 @@ def torch_leaf(leaf: tuple[str, ...]) -> str:
 def torch_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's arrays in PyTorch, by PyTorch's name inside the layer."""
     shapes = {
-        torch_leaf(leaf): (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        torch_leaf(leaf): (*shape[:-3:-1], *shape[:-2]) if len(shape) > 2 else shape[::-1]
         for leaf, shape in layer.shapes.items()
     }
     return {**shapes, COUNT: ()} if layer.kind == NORMALIZATION else shapes
@@ -125,14 +130,15 @@ def from_torch(array: np.ndarray, channels: int) -> np.ndarray:
     """An array of PyTorch in Flax's order, in memory of its own.
 
     Args:
-      array: a kernel `[out, in, h, w]` or `[out, in]`, or a vector.
+      array: a kernel `[out, in, h, w]` (of any number of dimensions of space) or `[out, in]`, or a
+        vector.
       channels: `Layer.channels`. PyTorch flattens feature maps channels first, Flax last.
 
     Returns:
       The kernel `[h, w, in, out]` or `[in, out]`, or the vector, in float32.
     """
-    if array.ndim == 4:
-        array = array.transpose(2, 3, 1, 0)
+    if array.ndim > 2:
+        array = np.moveaxis(array, (1, 0), (-2, -1))
     elif array.ndim == 2 and channels:
         out = len(array)
         array = array.reshape(out, channels, -1).transpose(2, 1, 0).reshape(-1, out)
@@ -143,8 +149,8 @@ def from_torch(array: np.ndarray, channels: int) -> np.ndarray:
 
 def to_torch(array: np.ndarray, channels: int) -> np.ndarray:
     """An array of Flax in PyTorch's order, in memory of its own: the inverse of `from_torch`."""
-    if array.ndim == 4:
-        array = array.transpose(3, 2, 0, 1)
+    if array.ndim > 2:
+        array = np.moveaxis(array, (-1, -2), (0, 1))
     elif array.ndim == 2 and channels:
         out = array.shape[1]
         array = array.reshape(-1, channels, out).transpose(2, 1, 0).reshape(out, -1)

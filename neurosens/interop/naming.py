@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
+import numpy as np
 
 from neurosens import models
+from neurosens.interop import layers
+from neurosens.interop.errors import WeightsError
 
 Naming: TypeAlias = Callable[[nn.Module, str], str]
 
@@ -136,6 +139,53 @@ def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
 def is_chain(module: nn.Module) -> bool:
     """Whether PyTorch has no usual names for a module, so that its layers go by their order."""
     return type(module) not in _NAMINGS or isinstance(module, models.LeNet5)
+
+
+def check_order(
+    arrays: Mapping[str, np.ndarray],
+    source: str,
+    remedy: str,
+    *,
+    but: Collection[str] = (),
+    stacked: bool = False,
+) -> None:
+    """Raises where layers could be exchanged and their names do not tell which comes first.
+
+    Numbers in names do, such as those of `features.0` and `features.3`. Layers of one kind and
+    shape under names that differ in more could go either way, and so could a normalisation whose
+    name is like that of no layer that it could follow.
+
+    Args:
+      arrays: a bare state dict, sorted by name.
+      source: what it was read from.
+      remedy: what to do, the end of a sentence.
+      but: layers whose place is known.
+      stacked: whether a normalisation follows the layer that stands before it.
+
+    Raises:
+      WeightsError: there are two such layers.
+    """
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    weights = {name[: -len('.weight')]: a for name, a in arrays.items() if name.endswith('.weight')}
+    for layer, array in weights.items():
+        other = first.setdefault((layers.kind_of_weight(array), array.shape), layer)
+        if layer not in but and _without_numbers(other) != _without_numbers(layer):
+            raise WeightsError(
+                f'{source} does not tell which of {other!r} and {layer!r} comes first: both have '
+                f'weights of shape {array.shape}, and safetensors keeps no order; {remedy}'
+            )
+    kinds = {name: layers.kind_of_weight(array) for name, array in weights.items()}
+    others = [name for name, kind in kinds.items() if kind != layers.NORMALIZATION]
+    for layer in weights if stacked else ():
+        if _without_numbers(layer) not in map(_without_numbers, others):
+            raise WeightsError(
+                f'{source} does not tell which layer {layer!r} follows, as safetensors keeps no '
+                f'order; {remedy}'
+            )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r'\d+', '', name)
 
 
 def without_unused(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:

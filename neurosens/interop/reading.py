@@ -19,8 +19,9 @@ import safetensors
 
 from neurosens.interop.errors import WeightsError
 
+# The only format here that keeps no order of what it holds.
+SAFETENSORS_SUFFIX = '.safetensors'
 TORCH_SUFFIXES = ('.pt', '.pth', '.th', '.ckpt', '.bin', '.tar')
-_SAFETENSORS_SUFFIX = '.safetensors'
 _DEPTH = 3
 
 StateDict = dict[str, np.ndarray]
@@ -51,19 +52,24 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> Sta
     if not path.is_file():
         raise FileNotFoundError(
             f'There is no file of weights {str(path)!r}; name a file ending in '
-            f'{", ".join((*TORCH_SUFFIXES, _SAFETENSORS_SUFFIX))}.'
+            f'{", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))}.'
         )
     suffix = path.suffix.lower()
-    if suffix == _SAFETENSORS_SUFFIX:
+    if suffix == SAFETENSORS_SUFFIX:
         content = _read_safetensors(path)
     elif suffix in TORCH_SUFFIXES:
         content = _read_torch(path)
     else:
         raise WeightsError(
             f'{str(path)!r} ends in {path.suffix!r}; rename it to what it is, one of '
-            f'{", ".join(TORCH_SUFFIXES)} for PyTorch and {_SAFETENSORS_SUFFIX} for safetensors.'
+            f'{", ".join(TORCH_SUFFIXES)} for PyTorch and {SAFETENSORS_SUFFIX} for safetensors.'
         )
     return plain_arrays(_choose(dict(_state_dicts(content, ())), key, path))
+
+
+def keeps_order(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds its arrays in the order of the layers, as PyTorch's do."""
+    return pathlib.Path(path).suffix.lower() != SAFETENSORS_SUFFIX
 
 
 def plain_arrays(state: Mapping[str, Any]) -> StateDict:
@@ -83,10 +89,17 @@ def plain_arrays(state: Mapping[str, Any]) -> StateDict:
 
 def _plain_array(name: str, value: Any) -> np.ndarray:
     if _is_tensor(value):
-        value = value.detach().cpu()
-        if value.is_floating_point() and value.element_size() < 4:
-            value = value.float()
-        value = value.numpy()
+        try:
+            value = value.detach().cpu()
+            if value.is_floating_point() and value.element_size() < 4:
+                value = value.float()
+            value = value.numpy()
+        except (RuntimeError, TypeError) as error:
+            # Such as quantised, sparse and conjugate ones.
+            raise WeightsError(
+                f'{name!r} is a tensor that is no plain array ({_one_line(error)}); convert it to '
+                'an ordinary one of float32 first.'
+            ) from error
     if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
         raise WeightsError(
             f'{name!r} is a {type(value).__name__}, not an array; pass a state dict, such as '
@@ -144,8 +157,8 @@ def _read_torch(path: pathlib.Path) -> Any:
             f'{str(path)!r} holds {what}, and reading it could run any code, so it is refused; '
             'where you trust it, load it with PyTorch and save its state_dict() alone.'
         ) from error
-    # What PyTorch raises for cut and foreign files, and for TorchScript.
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+    # There is hardly an exception that unpickling cut and foreign files does not raise.
+    except Exception as error:
         raise WeightsError(
             f'{str(path)!r} cannot be read as weights of PyTorch ({_one_line(error)}); save the '
             'state_dict() of the network again with torch.save.'

@@ -85,12 +85,18 @@ def test_a_pickled_network_is_refused(tmp_path):
         interop.read_state_dict(path)
 
 
-@pytest.mark.parametrize('name', ['cut.pt', 'text.pth', 'empty.ckpt', 'text.safetensors'])
+@pytest.mark.parametrize('name', ['cut.pt', 'text.pth', 'empty.ckpt', 'log.pt', 'text.safetensors'])
 def test_a_damaged_file_is_named(tmp_path, name):
     path = tmp_path / name
     torch.save(STATE, path)
     whole = path.read_bytes()
-    content = {'cut': whole[: len(whole) // 2], 'text': b'not weights at all', 'empty': b''}
+    content = {
+        'cut': whole[: len(whole) // 2],
+        'text': b'not weights at all',
+        'empty': b'',
+        # Its first bytes are instructions of pickles that take from an empty stack.
+        'log': b'error: not found',
+    }
     path.write_bytes(content[path.stem])
     with pytest.raises(interop.WeightsError) as caught:
         interop.read_state_dict(path)
@@ -160,6 +166,9 @@ except ns.interop.WeightsError as error:
 def test_what_is_no_array_is_named():
     with pytest.raises(interop.WeightsError, match="'epoch' is a int, not an array"):
         interop.from_torch({**STATE, 'epoch': 3}, 'mlp')
+    sparse = {**STATE, 'sparse': torch.eye(3).to_sparse()}
+    with pytest.raises(interop.WeightsError, match="'sparse' is a tensor that is no plain array"):
+        interop.from_torch(sparse, 'mlp')
     with pytest.raises(interop.WeightsError, match='is empty'):
         interop.from_torch({}, 'mlp')
 

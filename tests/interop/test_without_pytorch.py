@@ -2,6 +2,7 @@
 
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -110,3 +111,87 @@ def test_what_is_missing_is_named():
         "(3,) in place of (2,); not finite 'fc1.weight'; give the model and the options that it "
         'was trained with.'
     )
+
+
+def save(state, path):
+    """A file of safetensors, which keeps no order."""
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.random(shape, np.float32) for name, shape in state.items()}
+    safetensors.numpy.save_file(arrays, path)
+    return arrays
+
+
+def stack(*names, width=64, norm=None):
+    """Shapes of linear layers of one width, in this order, and of a normalisation."""
+    shapes = {f'{name}.weight': (width, width) for name in names}
+    leaves = ('weight', 'bias', 'running_mean', 'running_var')
+    return shapes | {f'{norm}.{leaf}': (width,) for leaf in leaves if norm}
+
+
+@pytest.mark.parametrize('model', ['mlp', 'sequential'])
+def test_layers_that_could_be_exchanged_need_an_order(tmp_path, model):
+    path = tmp_path / 'weights.safetensors'
+    state = stack('input', 'hidden', 'output')
+    arrays = save(state | {f'{name}.bias': (64,) for name in ('input', 'hidden', 'output')}, path)
+    options = {'hidden': (64, 64)} if model == 'mlp' else {}
+    with pytest.raises(
+        interop.WeightsError, match="not tell which of 'hidden' and 'input' comes first: both have"
+    ):
+        interop.load_torch(path, model, **options)
+    module, variables = interop.from_torch(arrays, model, **options)
+    names = {'dense1': 'input', 'dense2': 'hidden', 'head': 'output'}
+    _, named = interop.load_torch(path, module, names=names)
+    jax.tree.map(np.testing.assert_array_equal, named, variables)
+    # Numbers tell it, up to 10 and beyond.
+    numbered = [f'layer{2 * k}' for k in range(7)]
+    arrays = save(stack(*numbered), path)
+    _, variables = interop.load_torch(path, 'sequential')
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, interop.from_torch(arrays, 'sequential')[1]
+    )
+
+
+def test_a_normalisation_may_not_be_put_behind_another_layer(tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    save(stack('fc1', 'fc2', 'fc3', norm='norm1'), path)
+    with pytest.raises(interop.WeightsError, match="not tell which layer 'norm1' follows"):
+        interop.load_torch(path, 'sequential')
+    save(stack('1', '4', '6', norm='2'), path)
+    module, _ = interop.load_torch(path, 'sequential')
+    assert [layer.norm for layer in module.hidden] == [True, False]
+
+
+class OneDimension(nn.Module):
+    """A convolution along columns, and a linear layer behind a flatten."""
+
+    @nn.compact
+    def __call__(self, x):
+        columns = x[..., 0].swapaxes(1, 2)
+        x = nn.Conv(3, (3,), padding='VALID', name='conv')(columns)
+        return nn.Dense(2, name='head')(x.reshape(len(x), -1))
+
+
+def test_convolutions_along_one_dimension(images):
+    generator = np.random.default_rng(0)
+    shapes = {'conv.weight': (3, 3, 3), 'conv.bias': (3,), 'head.weight': (2, 12), 'head.bias': 2}
+    state = {
+        name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    module, variables = interop.from_torch(state, OneDimension(), image_shape=(3, 6, 1))
+    x = images(2, 3, 6, 1)
+    rows, kernel = x[..., 0], state['conv.weight']
+    windows = np.stack([rows[:, :, k : k + 4] for k in range(3)], axis=-1)
+    features = np.einsum('ncpk,ock->nop', windows, kernel) + state['conv.bias'][:, None]
+    logits = features.reshape(2, -1) @ state['head.weight'].T + state['head.bias']
+    np.testing.assert_allclose(module.apply(variables, x), logits, rtol=1e-4, atol=1e-5)
+    back = interop.to_torch(module, variables, image_shape=(3, 6, 1))
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_mean_and_std_may_be_arrays():
+    state = stack('0', '2', width=12)
+    state = {name: np.ones(shape, np.float32) for name, shape in state.items()}
+    module, _ = interop.from_torch(state, 'sequential', mean=np.array([0.0, 0.5, 0.25]))
+    assert module.mean == (0.0, 0.5, 0.25) and module.std == (1.0, 1.0, 1.0)
