@@ -37,6 +37,7 @@ from neurosens import (
     training,
 )
 from neurosens import config as config_lib
+from neurosens.forward import Forward, Variables
 
 # Settings that may be changed for a trained model, and those that say what a file of weights is.
 CHANGES = ('data_dir', 'cpu_devices', 'evaluation', 'neurons', 'defense')
@@ -73,11 +74,14 @@ def main(arguments: Sequence[str]) -> int:
     key = evaluation.fixed_key(job.config.seed)
     if parallel.is_primary():
         print(f'{job.config.model} on {job.config.dataset} {job.split}, {job.origin}')
+    # First what may find the images wanting, which should not show only after long attacks.
+    parameters = _calibrate(job, mesh, key) if job.benign is not None else None
     report = _attack(job, mesh, key)
-    defended = _defend(job, mesh, key) if job.benign is not None else None
+    defended = None if parameters is None else _defend(job, mesh, key, parameters)
     found, compared = _measure(job, mesh, key)
     if parallel.is_primary():
         sections, facts = _write_sections(job, found, compared, defended)
+        evaluation.remove_sections(job.directory, neurons=found is None, defense=defended is None)
         evaluation.write(
             report,
             job.directory,
@@ -135,6 +139,11 @@ class Job(NamedTuple):
     def notes(self) -> pathlib.Path:
         """Where long attacks note what they have done."""
         return self.directory / 'unfinished'
+
+    @property
+    def transferred(self) -> tuple[Forward, Variables] | None:
+        """The model that transferred images are made on, and its variables."""
+        return self.surrogate and (self.surrogate.forward, self.surrogate.variables)
 
     def bars(self, name: str) -> evaluation.Progress:
         """A progress bar over batches, on the first process."""
@@ -209,23 +218,31 @@ def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessRep
             progress=job.bars,
             ensemble_progress=ensemble_progress,
             directory=job.notes,
-            surrogate=job.surrogate and (job.surrogate.forward, job.surrogate.variables),
+            surrogate=job.transferred,
         )
     if parallel.is_primary():
         print(evaluation.table(report))
     return report
 
 
-def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport:
-    """Calibrates the defence of the settings, keeps it, and attacks what it defends."""
+def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
+    """The parameters of the defence of the settings, on all devices of all processes."""
     assert job.benign is not None
     with scripts.user_errors():
         parameters = evaluation.calibrate_defense(
-            job.model.forward, job.model.variables, job.benign, mesh, job.config.defense, key
+            job.model.forward,
+            job.model.variables,
+            job.benign,
+            mesh,
+            job.config.defense,
+            key,
+            eps=_attack_radius(job.config),
         )
-    # On all devices of all processes, as what is saved together has to be.
-    parameters = parallel.replicate(mesh, parameters)
-    defenses.save(job.workdir / 'defense', parameters)
+    return parallel.replicate(mesh, parameters)
+
+
+def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluation.DefenseReport:
+    """Attacks what a defence defends, and keeps its parameters."""
     with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
         defended = evaluation.evaluate_defense(
             job.model.forward,
@@ -239,15 +256,19 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.DefenseReport
             progress=job.bars,
             ensemble_progress=ensemble_progress,
             directory=job.notes,
+            surrogate=job.transferred,
         )
+    defenses.save(job.workdir / 'defense', parameters)
     if parallel.is_primary():
         print(f'\n{evaluation.defense_table(defended)}')
     return defended
 
 
-def _linf_radius(settings: config_lib.Evaluation) -> float:
-    """The radius for measures of neurons under attack where they name none of their own."""
-    return max(settings.eps, default=0.0) if settings.norm == 'linf' else 0.1
+def _attack_radius(config: config_lib.Config) -> float:
+    """The linf radius for measures of neurons under attack, their own or that of the attacks."""
+    evaluated = config.evaluation
+    known = max(evaluated.eps, default=0.0) if evaluated.norm == 'linf' else 0.1
+    return config.neurons.eps or known
 
 
 def _measure(
@@ -263,7 +284,7 @@ def _measure(
         mesh=mesh,
         key=parallel.replicate(mesh, key),
         split=job.split,
-        eps=settings.eps or _linf_radius(job.config.evaluation),
+        eps=_attack_radius(job.config),
         population=job.population,
     )
     found = measure(job.model.forward, job.model.variables, settings=settings, progress=job.bars)

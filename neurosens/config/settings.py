@@ -267,7 +267,17 @@ FRAGILE_RULES = ('mean', 'median', 'zero')
 SURROGATES = ('straight_through', 'soft', 'candidates')
 # As in `neurosens.data`.
 SPLITS = ('train', 'validation', 'test')
-PRUNED_BY = ('sensitivity', 'scaled_sensitivity', 'influence', 'ablation', 'input_gradients')
+PRUNED_BY = (
+    'sensitivity',
+    'scaled_sensitivity',
+    'influence',
+    'ablation',
+    'ablation_attacked',
+    'targeting',
+    'targeting_relative',
+    'targeting_log',
+    'input_gradients',
+)
 
 
 @dataclasses.dataclass
@@ -281,8 +291,10 @@ class Defense:
       images: images of the training split that it is calibrated on; 0 means all.
       measure: what pruning ranks neurons by, 'sensitivity' (median of std / |Delta|),
         'scaled_sensitivity' (the paper's: absolute mean of (Delta - mean) / std where finite, the
-        smallest first), 'influence' (mean absolute one), 'ablation' (rise of the loss) or
-        'input_gradients'.
+        smallest first), 'influence' (mean absolute one), 'ablation' (rise of the loss),
+        'ablation_attacked' (the same of images attacked as `neurons.eps` says), 'targeting' (the
+        neuron's mean change by that attack), 'targeting_relative' (to its clean activation),
+        'targeting_log' (of the logarithm of the change) or 'input_gradients'.
       attacks: attacks made on the defended model besides those of `evaluation.attacks`.
       surrogates: whose gradients attacks on inverse perturbation follow besides its exact one:
         'straight_through' ones, those of 'soft' choices, and of each of its 'candidates' alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
@@ -34,19 +35,25 @@ def check(
         )
     if x.ndim < 2 or not len(x):
         raise ValueError(f'Images have shape {x.shape}; a batch of at least one image is needed.')
-    if not np.isfinite(x).all():
-        raise ValueError('Images hold NaN or infinite pixels; leave those images out.')
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(
-            f'Pixels lie between {x.min():g} and {x.max():g}; they must be in [0, 1], with '
-            'normalisation inside the model.'
-        )
+    check_pixels(x)
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
         raise ValueError(
             f'Labels have shape {y.shape} and type {y.dtype}; {len(x)} integers are needed, one '
             'for each image.'
         )
     return x, y.astype(np.int32)
+
+
+def check_pixels(x: Float[ArrayLike, '...']) -> None:
+    """Raises a ValueError where a pixel is outside [0, 1] or no number."""
+    low, high = float(jnp.min(x)), float(jnp.max(x))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError('Images hold NaN or infinite pixels; leave those images out.')
+    if low < 0 or high > 1:
+        raise ValueError(
+            f'Pixels lie between {low:g} and {high:g}; they must be in [0, 1], with normalisation '
+            'inside the model.'
+        )
 
 
 def count_classes(

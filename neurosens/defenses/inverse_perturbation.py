@@ -87,12 +87,15 @@ class Settings:
             _validate.check_range(name, getattr(self, name), low=low)
         if self.front + self.tail == 0:
             raise ValueError('front and tail are both 0; a direction needs neurons, name some.')
-        if not self.layers or isinstance(self.layers, str):
+        named = not isinstance(self.layers, str) and all(isinstance(n, str) for n in self.layers)
+        if not self.layers or not named:
             raise ValueError(f'layers is {self.layers!r}; it must be a tuple of layer names.')
-        if not self.rho or any(size < 0 for size in self.rho) or list(self.rho) != sorted(self.rho):
+        sizes = self.rho if isinstance(self.rho, (tuple, list)) else ()
+        for size in sizes:
+            _validate.check_range('rho', size, low=0)
+        if not sizes or list(sizes) != sorted(sizes):
             raise ValueError(f'rho is {self.rho!r}; it must hold rising sizes of at least 0.')
-        if not self.temperature > 0:
-            raise ValueError(f'temperature is {self.temperature!r}; it must be above 0.')
+        _validate.check_range('temperature', self.temperature, low=0, low_open=True)
 
 
 DEFAULT = Settings()
@@ -282,12 +285,13 @@ def calibrate(
         has too few correctly classified images.
     """
     x, y = images.check(x, y)
+    _validate.check_range('batch_size', batch_size, low=1)
     classes = images.count_classes(forward, variables, x)
     images.check_labels(y, classes)
     mesh = parallel.data_mesh() if mesh is None else mesh
     run = functools.partial(directions, forward, variables, settings=settings)
     found = parallel.in_batches(run, (x, y), batch_size, mesh)
-    correct = found.logits.argmax(-1) == y
+    correct = (found.logits.argmax(-1) == y) & ~np.isnan(found.logits).any(-1)
     members = [np.flatnonzero(correct & (y == label)) for label in range(classes)]
     for label, rows in enumerate(members):
         if len(rows) < settings.prototypes:
@@ -372,7 +376,8 @@ class InverseForward:
         """Classifies images and moved versions of them; see `Forward`.
 
         Raises:
-          ValueError: images are not floating-point, or not of the size of calibration.
+          ValueError: images are not floating-point, or not of the size of calibration; where they
+            are no tracers also: a pixel is outside [0, 1] or no number.
         """
         settings = self.parameters.settings
         x = jnp.asarray(x)
@@ -382,6 +387,8 @@ class InverseForward:
                 f'Images have shape {x.shape[1:]} and type {x.dtype}; the defence was calibrated '
                 f'on {shape}, floating-point with pixels in [0, 1] (divide bytes by 255).'
             )
+        if not isinstance(x, jax.core.Tracer):
+            images.check_pixels(x)
         needed = settings.layers if settings.adaptive else ()
         logits, tapped = self.forward(
             variables, x, edits=edits, taps=tuple(dict.fromkeys((*taps, *needed)))

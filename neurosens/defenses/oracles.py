@@ -25,7 +25,7 @@ NAMES = (
     'random',
     'random, oracle sign',
     'class direction',
-    'influence, oracle (released)',
+    'influence, oracle',
     'true logit, oracle',
     'true margin, oracle',
 )
@@ -67,8 +67,8 @@ def moved(
       - `random, oracle sign`: the same, or against it where that does not give the true class;
       - `class direction`: along the first calibrated direction of the class that the attacked image
         is taken for, as the defence moves it;
-      - `influence, oracle (released)`: the first released program of Chen et al. 2021: the
-        direction of the *clean* image's predicted class, with the sign that gives that class;
+      - `influence, oracle`: the direction of the *clean* image's predicted class, with the sign
+        that gives that class; by default settings the first released program of Chen et al. 2021;
       - `true logit, oracle`: along the gradient of the true class's logit at the attacked image;
       - `true margin, oracle`: along the gradient of that logit minus the largest other: about what
         any move of this size can do, to first order.

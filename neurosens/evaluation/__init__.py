@@ -41,7 +41,7 @@ from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, Throug
 from neurosens.evaluation.neuron_report import arrays as neuron_arrays
 from neurosens.evaluation.neuron_report import facts as neuron_facts
 from neurosens.evaluation.neuron_section import neuron_section
-from neurosens.evaluation.report import results, rows, table, write
+from neurosens.evaluation.report import remove_sections, results, rows, table, write
 from neurosens.evaluation.robustness import (
     AttackOutcome,
     RobustnessReport,
@@ -93,6 +93,7 @@ __all__ = [
     'fixed_key',
     'predict',
     'pruning_scores',
+    'remove_sections',
     'results',
     'rows',
     'stream',

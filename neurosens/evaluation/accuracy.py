@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from neurosens import data, parallel
 from neurosens.attacks import AttackResult, MinimumResult, SpatialResult
 from neurosens.attacks.result import label_margin
+from neurosens.defenses import images
 from neurosens.forward import Forward, Variables
 
 # Wraps an iterator of batches and yields the same batches, as `tqdm` does.
@@ -31,7 +32,8 @@ class Predictions(NamedTuple):
 
     Attributes:
       labels: their labels, int32 `[N]`.
-      predictions: the classes of largest logit, int32 `[N]`; the first of equal ones.
+      predictions: the classes of largest logit, int32 `[N]`; the first of equal ones, and -1 where
+        a logit is NaN, which counts as wrong.
       loss: cross-entropy, float32 `[N]`.
       margin: logit of the label minus the largest other, float32 `[N]`.
     """
@@ -110,15 +112,21 @@ def _fetch(results: dict[str, Array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(values)[mask] for name, values in arrays.items()}
 
 
+def predicted_classes(logits: Float[Array, 'batch classes']) -> Int[Array, ' batch']:
+    """Class of the largest logit, -1 where one is NaN: such logits show no class, not the first."""
+    return jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1)).astype(jnp.int32)
+
+
 @jax.jit
 def _predict_batch(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
     logits = forward(variables, data.to_float(batch.image))[0].astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
     return {
         'labels': batch.label,
-        'predictions': logits.argmax(-1).astype(jnp.int32),
+        'predictions': predicted_classes(logits),
         'loss': loss,
         'margin': jax.vmap(label_margin)(logits, batch.label),
+        'classes': jnp.full_like(batch.label, logits.shape[-1]),
     }
 
 
@@ -145,15 +153,20 @@ def predict(
 
     Returns:
       Labels, predictions and losses in the order of the data set.
+
+    Raises:
+      ValueError: a label is not one of the model's classes.
     """
     function = functools.partial(_predict_batch, forward, variables)
-    return Predictions(**stream(source, mesh, batch_size, function, limit=limit, progress=progress))
+    found = stream(source, mesh, batch_size, function, limit=limit, progress=progress)
+    images.check_labels(found['labels'], int(found.pop('classes')[0]))
+    return Predictions(**found)
 
 
 def predict_images(
     forward: Forward,
     variables: Variables,
-    images: Float[np.ndarray, 'examples height width channels'],
+    x: Float[np.ndarray, 'examples height width channels'],
     labels: Int[np.ndarray, ' examples'],
     mesh: Mesh,
     batch_size: int,
@@ -163,7 +176,7 @@ def predict_images(
     Args:
       forward: the model.
       variables: its variables, replicated over the mesh.
-      images: pixels in [0, 1] `[N, H, W, C]`.
+      x: pixels in [0, 1] `[N, H, W, C]`.
       labels: their labels `[N]`.
       mesh: devices to run on.
       batch_size: images per batch over all devices.
@@ -177,7 +190,7 @@ def predict_images(
         batch = data.Batch(x, y, everything, jnp.zeros_like(y))
         return _predict_batch(forward, variables, batch)['predictions']
 
-    return parallel.in_batches(judge, (images, labels), batch_size, mesh)
+    return parallel.in_batches(judge, (x, labels), batch_size, mesh)
 
 
 class Attacked(NamedTuple):
@@ -241,7 +254,7 @@ def attack(
 
     def function(batch: data.Batch) -> dict[str, Array]:
         result = run(data.to_float(batch.image), batch.label, batch.index)
-        if sum(len(images) for images, _ in kept) < keep:
+        if sum(len(x) for x, _ in kept) < keep:
             pair = parallel.gather({'x': batch.image, 'x_adv': result.x_adv})
             kept.append((pair['x'], pair['x_adv']))
         judged = _predict_batch(forward, variables, batch._replace(image=result.x_adv))

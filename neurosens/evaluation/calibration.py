@@ -26,7 +26,7 @@ def check_defense(
 
     Args:
       forward: the model.
-      variables: its variables, or their shapes.
+      variables: its variables.
       info: the data set.
       settings: the defence and its options.
 
@@ -43,12 +43,24 @@ def check_defense(
                 f'count is {chosen.count}, but layer {chosen.layer!r} has {layer.neurons} neurons; '
                 'prune fewer.'
             )
+        if isinstance(chosen, rescaling.Settings) and chosen.renormalize:
+            rescaling.kernel_norms(variables, chosen.layer)
         return
     run = functools.partial(inverse_perturbation.directions, forward, settings=chosen)
     found = jax.eval_shape(run, variables, image)
     classes = found.logits.shape[-1]
     if chosen.top > classes:
         raise ValueError(f'top is {chosen.top}, but the model has {classes} classes.')
+
+
+# What gives a measure of pruning, and its name among scores, where these are others.
+_MEASURES = {
+    'scaled_sensitivity': 'sensitivity',
+    'ablation_attacked': 'ablation',
+    'targeting_relative': 'targeting',
+    'targeting_log': 'targeting',
+}
+_IMPORTANCE = {'input_gradients': 'input_gradient'}
 
 
 def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neurons']:
@@ -64,7 +76,7 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
     if measure == 'scaled_sensitivity':
         # The smallest is the most sensitive.
         return -np.abs(layer.mean_scaled_delta())
-    return layer.importance()[{'input_gradients': 'input_gradient'}.get(measure, measure)]
+    return layer.importance()[_IMPORTANCE.get(measure, measure)]
 
 
 def calibrate_defense(
@@ -75,6 +87,7 @@ def calibrate_defense(
     settings: config_lib.Defense,
     key: PRNGKeyArray,
     *,
+    eps: float = 0.1,
     batch_size: int = 128,
 ) -> Any:
     """Parameters of the defence that a config names.
@@ -89,6 +102,7 @@ def calibrate_defense(
       mesh: devices to run on.
       settings: the defence, its options, and the images it is calibrated on.
       key: randomness of measures that are estimated.
+      eps: linf radius of the attack of measures that need one.
       batch_size: images at once over all devices.
 
     Returns:
@@ -117,7 +131,7 @@ def calibrate_defense(
         source,
         mesh,
         config_lib.Neurons(
-            measures=('sensitivity' if measure == 'scaled_sensitivity' else measure,),
+            measures=(_MEASURES.get(measure, measure),),
             layers=(chosen.layer,),
             unit=chosen.unit,
             limit=settings.images,
@@ -125,7 +139,7 @@ def calibrate_defense(
         ),
         key,
         split='train',
-        eps=0.0,
+        eps=eps if measure == 'ablation_attacked' or measure.startswith('targeting') else 0.0,
     )
     (layer,) = report.layers
     if isinstance(chosen, pruning.Settings):

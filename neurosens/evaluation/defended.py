@@ -95,6 +95,7 @@ class DefenseReport:
       passes: forward passes of the model for one image.
       cost: time for one image relative to the undefended model, measured.
       diagnosis: of gradient masking by the defence; None where it was not asked for.
+      uncontrolled: why there are no controls although they were asked for, or empty.
     """
 
     defense: str
@@ -106,6 +107,7 @@ class DefenseReport:
     passes: int
     cost: float
     diagnosis: masking.Diagnosis | None = None
+    uncontrolled: str = ''
 
     @property
     def warnings(self) -> dict[str, tuple[str, ...]]:
@@ -164,11 +166,12 @@ def evaluate_defense(
     progress: Callable[[str], accuracy.Progress] = lambda name: iter,
     ensemble_progress: attacks.Progress | None = None,
     directory: pathlib.Path | None = None,
+    surrogate: tuple[Forward, Variables] | None = None,
 ) -> DefenseReport:
     """Measures a defence.
 
     The undefended model meets every attack that the defended one does, but for those that follow
-    gradients of surrogates.
+    gradients of surrogates, and for images transferred from it or another model.
 
     Args:
       forward: the undefended model.
@@ -184,6 +187,7 @@ def evaluate_defense(
       ensemble_progress: called before each batch of AutoAttack.
       directory: where AutoAttack notes finished work, see `robustness.evaluate`; what that noted
         of the undefended model is not done again.
+      surrogate: another model and its variables, replicated, whose images are transferred too.
 
     Returns:
       The report.
@@ -255,8 +259,20 @@ def evaluate_defense(
                 DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled, warnings)
             )
     outcomes += _adaptive(report)
-    for label, surrogate in surrogates.items():
-        through = attacks.with_gradients_of(defended, surrogate)
+    if surrogate is not None:
+        other = robustness.evaluate(
+            defended,
+            variables,
+            source,
+            mesh,
+            dataclasses.replace(evaluation, attacks=(), examples=0, masking_images=0),
+            key,
+            progress=lambda name: progress(f'other model, {name}'),
+            surrogate=surrogate,
+        )
+        outcomes += _adaptive(other, '_other')
+    for label, hidden in surrogates.items():
+        through = attacks.with_gradients_of(defended, hidden)
         part = f'defended by {label}'
         outcomes += _adaptive(
             attacked(through, part, settings.surrogate_attacks, masking_images=0), f'_{label}'
@@ -280,6 +296,12 @@ def evaluate_defense(
                     strongest,
                 )
             )
+    uncontrolled = ''
+    if known and settings.controls and not moves:
+        uncontrolled = (
+            'Controls were not measured: they move images of one attack, and ensembles make theirs '
+            "by several; add one such as 'pgd' to defense.attacks."
+        )
     return DefenseReport(
         defenses.name_of(parameters),
         dataclasses.asdict(parameters.settings),
@@ -290,6 +312,7 @@ def evaluate_defense(
         inverse_perturbation.passes(parameters) if known else 1,
         relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
         report.diagnosis,
+        uncontrolled,
     )
 
 
@@ -310,8 +333,10 @@ def _surrogates(
 
 def _digest(parameters: Any) -> str:
     """Tells apart defences whose unfinished AutoAttacks have nothing to say to each other."""
-    text = repr((defenses.name_of(parameters), parameters.settings))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr((defenses.name_of(parameters), parameters.settings)).encode())
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[DefenseOutcome]:
@@ -329,8 +354,8 @@ def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[Def
 
 
 @jax.jit
-def _is_right(forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
-    return forward(variables, x)[0].argmax(-1) == y
+def _classes(forward: Forward, variables: Variables, x: Array) -> Array:
+    return accuracy.predicted_classes(forward(variables, x)[0])
 
 
 def _static(
@@ -342,9 +367,11 @@ def _static(
 ) -> dict[str, Array]:
     """An attack on the undefended model, judged by both."""
     x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
+    seen = _classes(forward, variables, x_adv)
     return {
-        'fooled': ~_is_right(forward, variables, x_adv, batch.label),
-        'broken': ~_is_right(defended, variables, x_adv, batch.label),
+        # Logits that are NaN show nothing to recover.
+        'fooled': (seen != batch.label) & (seen >= 0),
+        'broken': _classes(defended, variables, x_adv) != batch.label,
     }
 
 
@@ -394,7 +421,7 @@ def _moves(
                 index=batch.index,
             )
             for name, images in moved.items():
-                right = _is_right(forward, variables, images, batch.label)
+                right = _classes(forward, variables, images) == batch.label
                 found[f'{rho}|{name}'] = right
         return {**found, **_shift(forward, variables, x, x_adv, settings)}
 
@@ -478,7 +505,7 @@ def relative_cost(
         seconds = []
         for model in (forward, defended):
             start = time.perf_counter()
-            jax.block_until_ready(_is_right(model, variables, x, placed.label))
+            jax.block_until_ready(_classes(model, variables, x))
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[1] / seconds[0])
     # The first round compiles.

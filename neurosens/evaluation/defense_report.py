@@ -128,6 +128,8 @@ def defense_table(report: DefenseReport) -> str:
         ]
         header = [f'mean change under {moves.attack}', *GROUPS]
         lines += ['', *aligned(header, body)]
+    if report.uncontrolled:
+        lines += ['', report.uncontrolled]
     for name, warnings in report.warnings.items():
         lines += [f'{name}: {warning}' for warning in warnings]
     if report.diagnosis is not None:

@@ -80,6 +80,8 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
                 ],
             )
         )
+    if report.uncontrolled:
+        blocks.append(report.uncontrolled)
     for path in files:
         if path.suffix == '.png':
             caption, alternative = _PLOTS.get(path.stem, (path.stem.replace('_', ' '),) * 2)

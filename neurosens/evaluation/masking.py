@@ -38,6 +38,7 @@ from neurosens.attacks.batches import attack_batch
 from neurosens.attacks.objective import objective
 from neurosens.attacks.result import logits_of
 from neurosens.attacks.threat import SPARSE_SHARE, default_step
+from neurosens.defenses import images
 from neurosens.evaluation.masking_checks import Check, Evidence, judge, slack
 from neurosens.evaluation.masking_models import (
     EDITS,
@@ -309,9 +310,9 @@ def diagnose(
 
     Raises:
       ValueError: a number is out of range, there are no images, or they are not finite or out of
-        bounds.
+        bounds, or a label is not one of the model's classes.
     """
-    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+    x, y = np.asarray(x, np.float32), np.asarray(y)
     for name, value, low in (
         ('steps', steps, 1),
         ('restarts', restarts, 1),
@@ -326,6 +327,10 @@ def diagnose(
         raise ValueError(
             f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
         )
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f'labels are of type {y.dtype}; they must be integers.')
+    images.check_labels(y, images.count_classes(forward, variables, x))
+    y = y.astype(np.int32)
     task = _Task(
         forward,
         variables,
@@ -345,20 +350,19 @@ def diagnose(
     view, again = found.pop('view'), found.pop('again')
     radii = _radii(threat, x.shape[1:])
     # What is misclassified without an attack counts under each of them.
-    clean = view['fooled']
+    clean = view['fooled'] | np.isnan(view['logits']).any(-1)
     fooled = {
         name: result['success'] | clean[: len(result['success'])] for name, result in found.items()
     }
     fooled |= {'clean': clean, 'fgsm': view['fgsm']}
     logits = view['logits'].astype(np.float64)
     others = np.stack([view['again'], again['logits']]).astype(np.float64)
-    largest = np.maximum(np.abs(logits).max(-1), np.finfo(np.float32).tiny)
     evidence = Evidence(
         labels=y,
         correct=~clean,
         gradient=view['gradient'],
         saturated=_saturated(view['logits'], y),
-        change=np.abs(others - logits).max((0, -1)) / largest,
+        change=_change(logits, others),
         changes_class=(others.argmax(-1) != logits.argmax(-1)).any(0),
         declared_random=is_random(forward),
         draws=draws,
@@ -478,6 +482,18 @@ def _double(task: _Task, forward: Forward, variables: Variables) -> dict[str, np
 
 def _judged_by(task: _Task, x_adv: np.ndarray) -> dict[str, np.ndarray]:
     return {'success': dataclasses.replace(task, x=x_adv).view()['fooled']}
+
+
+def _change(
+    logits: Float[np.ndarray, 'images classes'], others: Float[np.ndarray, 'passes images classes']
+) -> Float[np.ndarray, ' images']:
+    """See `Evidence.change`; what is infinite, or no number, in every pass has not changed."""
+    same = (others == logits) | (np.isnan(others) & np.isnan(logits))
+    with np.errstate(invalid='ignore'):
+        moved = np.where(same, 0.0, np.abs(others - logits))
+    finite = np.abs(np.where(np.isfinite(logits), logits, 0))
+    largest = np.maximum(finite.max(-1), np.finfo(np.float32).tiny)
+    return np.nan_to_num(moved, nan=np.inf, posinf=np.inf).max((0, -1)) / largest
 
 
 def _saturated(

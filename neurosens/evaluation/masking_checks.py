@@ -54,7 +54,7 @@ class Evidence(NamedTuple):
       gradient: largest magnitude of the gradient of the cross-entropy, per pixel unit `[N]`.
       saturated: whether the label's probability is 1 in float32 `[N]`.
       change: largest change of a logit between two draws or passes, as a share of the largest
-        logit `[N]`.
+        logit, infinite where one of them is no number `[N]`.
       changes_class: whether the predicted class changes between them `[N]`.
       declared_random: whether the model is a random one that attacks can redraw.
       draws: draws over which gradients were averaged.
@@ -269,21 +269,23 @@ def _noise(evidence: Evidence) -> Check:
 def _gradients(evidence: Evidence) -> Check:
     """Of the images that there is something to attack of."""
     size = evidence.gradient[evidence.correct]
-    zero, tiny = int((size == 0).sum()), int((size < TINY_GRADIENT).sum())
+    finite = size[np.isfinite(size)]
+    useless = len(size) - int((finite >= TINY_GRADIENT).sum())
     return _judged(
         'gradients',
-        tiny <= slack(len(evidence.labels)),
+        useless <= slack(len(evidence.labels)),
         {
-            'zero': zero,
-            'tiny': tiny,
+            'zero': (size == 0).sum(),
+            'tiny': (size < TINY_GRADIENT).sum(),
+            'not_finite': len(size) - len(finite),
             'saturated': (evidence.saturated & evidence.correct).sum(),
-            'median_gradient': np.median(size) if len(size) else 0.0,
+            'median_gradient': np.median(finite) if len(finite) else 0.0,
             'correct': len(size),
         },
         'The cross-entropy has a gradient for the images.',
-        'Images have no gradient that float32 can hold: use a loss that does not saturate '
-        '(scaled_cross_entropy, margin), and straight_through where an operation has no '
-        'derivative.',
+        'Images have no gradient that float32 can hold, or one that is no number: use a loss that '
+        'does not saturate (scaled_cross_entropy, margin), and straight_through where an operation '
+        'has no derivative.',
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -130,8 +131,9 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
       facts: what was evaluated, such as the step and the config; comes first.
 
     Returns:
-      `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss`, and for
-      each key of `rows` its value and, as `<key>/low` and `<key>/high`, its interval;
+      `facts`, `images`, `warnings/<attack>-<norm>-<eps>` where there are any, `clean_loss` (None
+      where it is not finite), and for each key of `rows` its value and, as `<key>/low` and
+      `<key>/high`, its interval;
       `queries/<attack>-<norm>-<eps>`, the mean number of forward passes for an image;
       `median_distance/<attack>-<norm>`, with its interval, of attacks that look for the smallest
       perturbation, and `relative_distance/<attack>-<norm>`, their mean share of the image's norm,
@@ -142,7 +144,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
     flat['images'] = len(report.predictions.labels)
     warnings = {o.name: list(o.warnings) for o in report.outcomes if o.warnings}
     flat.update({f'warnings/{name}': texts for name, texts in warnings.items()})
-    flat['clean_loss'] = float(report.predictions.loss.astype('float64').mean())
+    loss = float(report.predictions.loss.astype('float64').mean())
+    flat['clean_loss'] = loss if math.isfinite(loss) else None
     for key, interval, _ in rows(report):
         flat[key] = interval.value
         flat[f'{key}/low'] = interval.low
@@ -225,11 +228,29 @@ def write(
         )
         # The last one, so that the page never shows what is not beside it yet.
         output.path('index.html').write_text(page, encoding='utf-8')
-    # Examples of an earlier evaluation with other attacks would pass for this one's.
-    for pattern in ('examples-*.png', 'autoattack*.csv', 'distances.csv', 'masking.csv'):
+    # What an earlier evaluation with other attacks left would pass for this one's.
+    mine = ('examples-*.png', 'autoattack*.csv', 'distances.csv', 'masking.csv')
+    for pattern in (*mine, 'accuracy_against_eps.png', 'training.png'):
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
     return output.written
+
+
+def remove_sections(
+    directory: str | pathlib.Path, *, neurons: bool = False, defense: bool = False
+) -> None:
+    """Removes what an earlier report left of sections that the next one does not have.
+
+    Args:
+      directory: of the reports.
+      neurons: whether its files on neurons go.
+      defense: whether its files on a defence go.
+    """
+    directory = pathlib.Path(directory)
+    if neurons:
+        shutil.rmtree(directory / 'neurons', ignore_errors=True)
+    for stale in directory.glob('defense*.*') if defense else ():
+        stale.unlink()
 
 
 def _strongest_radius(report: RobustnessReport) -> list:

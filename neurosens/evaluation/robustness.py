@@ -167,7 +167,10 @@ def evaluate(
                     mesh,
                     settings.batch_size,
                 )
-                outcomes.append(_outcome_of(found, judged, name, eps, settings))
+                outcome = _outcome_of(found, judged, name, eps, settings)
+                wrong = outcome.attacked.success | ~predictions.correct
+                attacked = outcome.attacked._replace(success=wrong)
+                outcomes.append(dataclasses.replace(outcome, attacked=attacked))
             continue
         # What looks for the smallest perturbation finds the answer for all radii at once.
         smallest = name in _MINIMUM
@@ -184,10 +187,9 @@ def evaluate(
                 targeted=bool(settings.target),
                 progress=progress(f'{name} {eps:g}'),
             )
-            if settings.target:
-                # An image that is wrong as it is stays so, wherever an attack has moved it.
-                wrong = attacked.success | ~predictions.correct
-                attacked = attacked._replace(success=wrong)
+            # An image that is wrong as it is stays so, wherever an attack has moved it, and one
+            # whose logits are NaN shows an attack nothing.
+            attacked = attacked._replace(success=attacked.success | ~predictions.correct)
             outcomes += (
                 _at_each_radius(name, settings, attacked, predictions)
                 if smallest

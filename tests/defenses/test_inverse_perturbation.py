@@ -182,6 +182,8 @@ def test_bad_input_is_refused_with_one_sentence(model):
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(forward, variables, images, labels, settings=SMALL)
+    with pytest.raises(ValueError, match='batch_size is 0; it must be at least 1'):
+        calibrate(forward, variables, x, y, settings=SMALL, batch_size=0)
     with pytest.raises(LayerError, match="Unknown layer 'hiden'"):
         calibrate(forward, variables, x, y, settings=Settings(layers=('hiden',)))
     with pytest.raises(ValueError, match='front 9 and tail 5 do not fit into 12'):
@@ -193,6 +195,8 @@ def test_bad_input_is_refused_with_one_sentence(model):
     [
         (lambda x: (255 * x).astype(np.uint8), 'type uint8.*divide bytes by 255'),
         (lambda x: x[:, :3], r'Images have shape \(3, 2\).*calibrated on \(\d, \d\)'),
+        (lambda x: 255 * x, r'Pixels lie between .* in \[0, 1\]'),
+        (lambda x: np.where(x == x.max(), np.nan, x), 'NaN or infinite'),
     ],
 )
 def test_images_that_it_was_not_calibrated_on_are_refused(model, parameters, change, message):
@@ -212,6 +216,11 @@ def test_images_that_it_was_not_calibrated_on_are_refused(model, parameters, cha
         {'rho': ()},
         {'rho': (0.2, 0.1)},
         {'rho': (-0.1,)},
+        {'rho': ('a',)},
+        {'rho': (0.1, float('nan'))},
+        {'rho': 0.1},
+        {'layers': (1,)},
+        {'temperature': float('inf')},
         {'layers': 'head:in'},
         {'layers': ()},
         {'temperature': 0.0},
@@ -463,7 +472,7 @@ def test_the_oracle_clips_after_it_has_judged():
         forward, variables, x, x_adv, np.int32([1]), jax.random.key(0), rho=0.1,
         parameters=known,
     )  # fmt: skip
-    moved = np.asarray(found['influence, oracle (released)'])[0]
+    moved = np.asarray(found['influence, oracle'])[0]
     # The front unit is the first input, of gradient (1, 0) and root mean square 1 / sqrt(2).
     np.testing.assert_allclose(moved, [1, 0.9], atol=1e-6)
     assert forward(variables, moved[None])[0].argmax() == 0
@@ -481,7 +490,7 @@ def test_oracles_move_by_rho_along_their_directions(model, parameters):
         size = np.sqrt(np.square(found[name] - inside).mean((1, 2)))
         np.testing.assert_allclose(size, 0.05, rtol=1e-3)
     clean = np.asarray(directions(forward, variables, x[:8], settings=SMALL).direction)
-    step = (np.asarray(found['influence, oracle (released)']) - inside) / 0.05
+    step = (np.asarray(found['influence, oracle']) - inside) / 0.05
     np.testing.assert_allclose(np.abs((step * clean).mean((1, 2))), 1, rtol=1e-3)
     taken_for = np.asarray(forward(variables, inside)[0]).argmax(-1)
     assert len(set(taken_for.tolist())) > 1

@@ -2,11 +2,13 @@
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens import attacks, data, models, parallel
+from neurosens import attacks, config, data, evaluation, models, parallel
 from neurosens.evaluation import accuracy
 from neurosens.forward import LinenForward
 
@@ -97,3 +99,53 @@ def _pgd(forward, variables, x, y, index):
     threat = attacks.Threat('linf', 0.1)
     key = jax.random.key(3)
     return attacks.pgd(forward, variables, x, y, key, threat=threat, steps=4, index=index)
+
+
+class Undefined(nn.Module):
+    """Logits that are not numbers for dark images, and show the last class for others."""
+
+    @nn.compact
+    def __call__(self, x):
+        bright = x.reshape(len(x), -1).mean(-1, keepdims=True) - 0.45
+        logits = jnp.sqrt(bright) * nn.Dense(10, name='head')(x.reshape(len(x), -1))
+        return logits.at[:, 9].add(100.0)
+
+
+def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source):
+    dark = np.arange(COUNT) % 4 == 1
+    images = np.where(dark[:, None, None, None], source.images // 2, source.images // 2 + 120)
+    labels = np.where(np.arange(COUNT) % 2, 9, 0).astype(np.int32)
+    source = data.ArrayDataset(np.uint8(images), labels, data.info('digits'))
+    module = Undefined()
+    variables = module.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32))
+    forward, mesh = LinenForward(module), parallel.data_mesh()
+    variables = parallel.replicate(mesh, variables)
+    settings = config.Evaluation(
+        batch_size=16,
+        attacks=('fgsm', 'autoattack'),
+        eps=(0.01,),
+        queries=2,
+        auto_steps=2,
+        masking_images=40,
+        steps=2,
+    )
+    report = evaluation.evaluate(forward, variables, source, mesh, settings, jax.random.key(0))
+    undefined = np.isnan(np.asarray(forward(variables, data.to_float(source.images))[0])).any(-1)
+    assert 5 < undefined.sum() < COUNT - 5
+    # argmax takes NaN for the largest: these would be of the first class, as half the labels are.
+    np.testing.assert_array_equal(report.predictions.predictions == -1, undefined)
+    np.testing.assert_array_equal(report.predictions.correct, ~undefined & (labels == 9))
+    for outcome in report.outcomes:
+        assert outcome.attacked.success[undefined].all()
+    (check,) = (check for check in report.diagnosis.checks if check.name == 'gradients')
+    assert check.figures['correct'] == (~undefined & (labels == 9))[:40].sum()
+    (check,) = (check for check in report.diagnosis.checks if check.name == 'randomness')
+    assert check.passed and check.figures['largest_change'] == 0
+    assert evaluation.results(report, {})['clean_loss'] is None
+
+
+def test_a_label_that_is_no_class_is_named(model, source):
+    labels = source.labels.copy()
+    labels[17] = 10
+    with pytest.raises(ValueError, match='Label 10 is not one of the 10 classes of the model'):
+        predict(model, data.ArrayDataset(source.images, labels, source.info), 8, 16)

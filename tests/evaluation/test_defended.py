@@ -3,17 +3,20 @@
 import csv
 import dataclasses
 import math
+import types
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from neurosens import attacks, config, data, defenses, evaluation, neurons, parallel
 from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.evaluation import defended as defended_module
 from neurosens.evaluation import defense_report
-from neurosens.forward import LinenForward
+from neurosens.forward import LinenForward, with_input_transform
 
 EVALUATION = config.Evaluation(
     batch_size=24,
@@ -226,7 +229,7 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     ('name', 'options', 'changes'),
     [
         ('pruning', {'count': 20, 'order': 'least'}, {'measure': 'influence'}),
-        ('pruning', {'count': 3}, {'measure': 'sensitivity'}),
+        ('pruning', {'count': 3}, {'measure': 'targeting_log'}),
         ('rescaling', {'layer': 'head:in', 'strength': 0.5}, {}),
         ('rescaling', {'layer': 'hidden', 'renormalize': True}, {}),
     ],
@@ -242,6 +245,113 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     assert report.moves == () and report.passes == 1
     assert {outcome.attack for outcome in report.outcomes} == {'fgsm', 'pgd', 'square', 'transfer'}
     evaluation.defense_table(report)
+
+
+@pytest.mark.parametrize('measure', config.PRUNED_BY)
+def test_every_measure_prunes_what_it_ranks_first(problem, measure):
+    forward, variables, source = problem
+    settings = config.Defense(name='pruning', options={'count': 5}, images=0, measure=measure)
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    parameters = evaluation.calibrate_defense(
+        forward, variables, source, mesh, settings, key, eps=0.12, batch_size=60
+    )
+    wanted = config.Neurons(
+        measures=('sensitivity', 'influence', 'ablation', 'targeting', 'input_gradients'),
+        layers=('head:in',),
+        batch_size=60,
+    )
+    report = evaluation.measure_neurons(
+        forward, variables, source, mesh, wanted, key, split='train', eps=0.12
+    )
+    scores = evaluation.pruning_scores(report.layers[0], measure)
+    # The hidden layer is the input, whose gradients are alike and which FGSM moves alike.
+    assert len(np.unique(scores)) > 5 or measure in ('input_gradients', 'targeting_log')
+    chosen = np.argsort(-scores, kind='stable')[:5]
+    np.testing.assert_array_equal(np.flatnonzero(parameters.removed), np.sort(chosen))
+
+
+def test_images_of_another_model_are_transferred_too(problem):
+    forward, variables, source = problem
+    mesh = parallel.data_mesh(8)
+    key, placed = jax.random.key(3), parallel.replicate(mesh, variables)
+    settings = config.Defense(
+        name='pruning', options={'count': 3}, images=0, measure='influence', attacks=()
+    )
+    parameters = evaluation.calibrate_defense(forward, placed, source, mesh, settings, key)
+    scaled = parallel.replicate(mesh, jax.tree.map(lambda leaf: 3 * leaf, variables))
+    report = evaluation.evaluate_defense(
+        forward,
+        placed,
+        source,
+        mesh,
+        dataclasses.replace(EVALUATION, attacks=('fgsm',), eps=(0.12,)),
+        settings,
+        key,
+        parameters=parallel.replicate(mesh, parameters),
+        surrogate=(forward, scaled),
+    )
+    outcomes = {outcome.name: outcome for outcome in report.outcomes}
+    assert 'adaptive/transfer-linf-0.12' in outcomes
+    found = attacks.transfer(
+        defenses.pruning.apply(parameters, forward),
+        variables,
+        source.images / np.float32(255),
+        source.labels,
+        key,
+        surrogate=forward,
+        surrogate_variables=scaled,
+        threat=attacks.Threat('linf', 0.12),
+        steps=EVALUATION.steps,
+    )
+    success = outcomes['adaptive/transfer_other-linf-0.12'].success
+    np.testing.assert_array_equal(success, np.asarray(found.success))
+
+
+def test_logits_that_are_not_numbers_are_nothing_to_recover():
+    class FirstPixel(nn.Module):
+        """Class 1 for a bright first pixel, no number for a black one."""
+
+        @nn.compact
+        def __call__(self, x):
+            pixel = x[:, 0, 0, 0]
+            logits = jnp.stack([0.5 - pixel, pixel - 0.5], -1)
+            return jnp.where(pixel[:, None] == 0, jnp.nan, logits)
+
+    def without_numbers(x):
+        return jnp.where(x == 1, 0, x)
+
+    forward = LinenForward(FirstPixel())
+    defended = with_input_transform(forward, without_numbers)
+    x_adv = jnp.asarray([0.0, 0.25, 0.75, 1.0])[:, None, None, None]
+    batch = data.Batch(np.uint8(255 * x_adv), np.zeros(4, np.int32), np.ones(4, bool), np.arange(4))
+    run = lambda x, y, index: types.SimpleNamespace(x_adv=x_adv)  # noqa: E731
+    found = defended_module._static(run, forward, defended, {}, batch)
+    # The first shows the model nothing, the last is of class 1, and shows the defence nothing.
+    np.testing.assert_array_equal(found['fooled'], [False, False, True, True])
+    np.testing.assert_array_equal(found['broken'], [True, False, True, True])
+
+
+def test_controls_that_cannot_be_measured_are_named(problem):
+    forward, variables, source = problem
+    mesh, key = parallel.data_mesh(1), jax.random.key(3)
+    settings = config.Defense(
+        name='inverse_perturbation', options=INVERSE, images=0, attacks=(), surrogates=()
+    )
+    parameters = evaluation.calibrate_defense(forward, variables, source, mesh, settings, key)
+    report = evaluation.evaluate_defense(
+        forward,
+        parallel.replicate(mesh, variables),
+        source,
+        mesh,
+        dataclasses.replace(EVALUATION, attacks=('autoattack',), eps=(0.12,)),
+        settings,
+        key,
+        parameters=parallel.replicate(mesh, parameters),
+    )
+    assert report.moves == ()
+    assert 'Controls were not measured' in evaluation.defense_table(report)
+    section = evaluation.defense_section(report)
+    assert any('Controls were not measured' in str(block) for block in section.blocks)
 
 
 def test_pruning_by_the_papers_score_takes_the_smallest_mean_scaled_delta(problem):
