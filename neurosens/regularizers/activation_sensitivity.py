@@ -38,7 +38,7 @@ from neurosens.regularizers.regularizer import (
 )
 
 ESTIMATORS = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference', 'exact')
-DISTRIBUTIONS = ('rademacher', 'normal')
+DISTRIBUTIONS = ('rademacher', 'normal', 'uniform')
 
 _Activations = Callable[[Array], dict[str, Array]]
 # Estimates by layer, and which activations were 0.
@@ -46,7 +46,13 @@ _Estimates = tuple[dict[str, Array], dict[str, Array]]
 
 
 def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
-    draw = jax.random.normal if distribution == 'normal' else jax.random.rademacher
+    """Independent entries of mean 0 and variance 1."""
+    draw = {
+        'rademacher': jax.random.rademacher,
+        'normal': jax.random.normal,
+        # s^2 / 3 is the variance between -s and s.
+        'uniform': functools.partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
+    }[distribution]
     return draw(key, like.shape).astype(like.dtype)
 
 
@@ -202,8 +208,10 @@ def activation_sensitivity(
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
       samples: draws per image, of which the mean counts; for `'neuron_sampling'` neurons.
-      distribution: of `'tangent'` and `'finite_difference'`, `'rademacher'` or `'normal'`.
-      sigma: size of the change of `'finite_difference'`, in pixel units.
+      distribution: of `'tangent'` and `'finite_difference'`, `'rademacher'`, `'normal'` or
+        `'uniform'`.
+      sigma: standard deviation of each pixel's change by `'finite_difference'`, in pixel units; a
+        uniform one goes up to sqrt(3) sigma.
 
     Returns:
       The regularizer; it logs the part of each layer under its name (`'cotangent'` cannot tell them
@@ -278,7 +286,7 @@ def sensitivity_and_jacobian(
       jacobian: weight of half the squared norm of the Jacobian.
       layers: as of `activation_sensitivity`.
       position: as of `activation_sensitivity`.
-      distribution: of the direction, `'rademacher'` or `'normal'`.
+      distribution: of the direction, `'rademacher'`, `'normal'` or `'uniform'`.
 
     Returns:
       The regularizer; it logs `sensitivity` (R), `jacobian` (half the squared norm) and `dead`.

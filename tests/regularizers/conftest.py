@@ -30,6 +30,17 @@ class TwoLayers(nn.Module):
         return nn.Dense(3, name='head')(Activation(act, name='act1')(h))
 
 
+class ThreeLayers(nn.Module):
+    """Two hidden layers of different size."""
+
+    @nn.compact
+    def __call__(self, x):
+        for k, size in enumerate((5, 3), start=1):
+            x = nn.Dense(size, name=f'dense{k}')(x.reshape(len(x), -1))
+            x = Activation(nn.tanh, name=f'act{k}')(x)
+        return nn.Dense(2, name='head')(x)
+
+
 class Activation(nn.Module):
     """A nonlinearity as a module."""
 
@@ -88,3 +99,12 @@ def relu():
 @pytest.fixture(scope='session')
 def straight():
     return make(TwoLayers(relu=False))
+
+
+@pytest.fixture(scope='session')
+def deep():
+    problem = make(ThreeLayers(), batch=4)
+    # Layers that are alike would not tell how they are weighted.
+    params = dict(problem.variables['params'])
+    params['dense2'] = jax.tree.map(lambda leaf: 2 * leaf, params['dense2'])
+    return dataclasses.replace(problem, variables={'params': params})
