@@ -258,7 +258,7 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluat
             directory=job.notes,
             surrogate=job.transferred,
         )
-    defenses.save(job.workdir / 'defense', parameters)
+    defenses.save(job.workdir / 'defense', parameters, variables=job.model.variables)
     if parallel.is_primary():
         print(f'\n{evaluation.defense_table(defended)}')
     return defended

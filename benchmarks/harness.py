@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -538,6 +539,31 @@ def machine() -> dict[str, Any]:
         'versions': versions,
         'load_average': round(os.getloadavg()[0], 2),
     }
+
+
+def kept(folder: pathlib.Path, name: str, settings: Any, make: Callable[[], Any]) -> Any:
+    """What was found before, or what is found now and kept for the next time.
+
+    Counts as before what ran with equal settings and versions on the same kind of processor and
+    device; of another version of this library the folder knows nothing, so name another one.
+
+    Args:
+        folder: where results are kept.
+        name: of the result.
+        settings: everything that decides it; compared by its `repr`.
+        make: finds it, as JSON values.
+
+    Returns:
+        The result.
+    """
+    ran_on = {key: machine()[key] for key in ('cpu', 'cores', 'accelerator', 'versions')}
+    text = json.dumps([repr(settings), ran_on], sort_keys=True)
+    file = folder / f'{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json'
+    if not file.exists():
+        partial = file.with_suffix('.partial')
+        partial.write_text(json.dumps(make()))
+        partial.replace(file)
+    return json.loads(file.read_text())
 
 
 def _cpu_model() -> str:

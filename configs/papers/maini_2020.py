@@ -4,7 +4,12 @@ Fifty steps of a tenth of each radius; the schedule is ours.
 
 For an accelerator. The short variant is `maini_2020_small.py`.
 
-python train.py --config=configs/papers/maini_2020.py --config.data_dir=DIR
+python train.py --config=configs/papers/maini_2020.py --config.data_dir=DIR --workdir=DIR
+
+An evaluation has one norm, linf; the others are
+
+python evaluate.py --workdir=DIR --config.evaluation.norm=l2 --config.evaluation.eps="(0.5,)"
+python evaluate.py --workdir=DIR --config.evaluation.norm=l1 --config.evaluation.eps="(12.0,)"
 """
 
 from neurosens.config import Config, Evaluation, Monitor, Optimizer, Schedule

@@ -2,7 +2,12 @@
 
 On MNIST, in minutes on two cores.
 
-python train.py --config=configs/papers/maini_2020_small.py --config.data_dir=DIR
+python train.py --config=configs/papers/maini_2020_small.py --config.data_dir=DIR --workdir=DIR
+
+An evaluation has one norm, linf; the others are
+
+python evaluate.py --workdir=DIR --config.evaluation.norm=l2 --config.evaluation.eps="(1.0,)"
+python evaluate.py --workdir=DIR --config.evaluation.norm=l1 --config.evaluation.eps="(5.0,)"
 """
 
 from neurosens.config import Config, Evaluation, Monitor, Optimizer, Schedule

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from neurosens import _validate, fingerprints, parallel
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
+from neurosens.forward import Variables
 
 DEFENSES: dict[str, ModuleType] = {
     'inverse_perturbation': inverse_perturbation,
@@ -74,7 +75,9 @@ def make_settings(name: str, options: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-def save(directory: str | pathlib.Path, parameters: Any) -> None:
+def save(
+    directory: str | pathlib.Path, parameters: Any, *, variables: Variables | None = None
+) -> None:
     """Writes the parameters of a defence, in place of older ones there.
 
     Every process calls it. The directory appears only when it is whole.
@@ -82,6 +85,7 @@ def save(directory: str | pathlib.Path, parameters: Any) -> None:
     Args:
       directory: where they go, such as `WORKDIR/defense`.
       parameters: of the `calibrate` function of a defence.
+      variables: of the model that they were calibrated on, whose fingerprint is kept with them.
     """
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(parameters))}
     record = {
@@ -89,6 +93,7 @@ def save(directory: str | pathlib.Path, parameters: Any) -> None:
         'settings': dataclasses.asdict(parameters.settings),
         'shapes': {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
         'contents': fingerprints.of_tree(leaves),
+        'model': None if variables is None else fingerprints.of_tree(variables),
     }
     ocp.save_checkpointables(
         pathlib.Path(directory).absolute(),
@@ -98,18 +103,22 @@ def save(directory: str | pathlib.Path, parameters: Any) -> None:
     )
 
 
-def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Any:
+def load(
+    directory: str | pathlib.Path, mesh: Mesh | None = None, *, variables: Variables | None = None
+) -> Any:
     """Reads the parameters of a defence.
 
     Args:
       directory: as for `save`.
       mesh: devices to put them on, on each of them whole; all by default.
+      variables: of the model that they are meant for.
 
     Returns:
       The parameters; `name_of` tells which defence they are of.
 
     Raises:
-      DefenseError: there are none, or they are damaged.
+      DefenseError: there are none, they are damaged, or were calibrated on another model than that
+        of `variables`.
     """
     path = pathlib.Path(directory).absolute()
     if not path.is_dir():
@@ -132,5 +141,10 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Any:
         raise DefenseError(
             f'The defense in {directory} is damaged ({error}); calibrate it again.'
         ) from error
+    if variables is not None and record.get('model') != fingerprints.of_tree(variables):
+        raise DefenseError(
+            f'The defense in {directory} is not known to be calibrated on this model; calibrate it '
+            'on this one, or save it with its variables.'
+        )
     structure = jax.tree.structure(DEFENSES[record['defense']].skeleton(settings))
     return jax.tree.unflatten(structure, [leaves[str(number)] for number in range(len(leaves))])

@@ -47,13 +47,13 @@ _Estimates = tuple[dict[str, Array], dict[str, Array]]
 
 def _direction(key: PRNGKeyArray, like: Array, distribution: str) -> Array:
     """Independent entries of mean 0 and variance 1."""
-    draw = {
+    draws: dict[str, Callable[..., Array]] = {
         'rademacher': jax.random.rademacher,
         'normal': jax.random.normal,
         # s^2 / 3 is the variance between -s and s.
         'uniform': functools.partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5),
-    }[distribution]
-    return draw(key, like.shape).astype(like.dtype)
+    }
+    return draws[distribution](key, like.shape).astype(like.dtype)
 
 
 def _draws(key: PRNGKeyArray, x: Array, samples: int) -> PRNGKeyArray:

@@ -36,6 +36,20 @@ def test_what_was_saved_comes_back(tmp_path, parameters):
     assert defenses.name_of(defenses.load(tmp_path / 'defense')) == 'rescaling'
 
 
+def test_parameters_of_another_model_are_refused(tmp_path):
+    directory, parameters = tmp_path / 'defense', examples()[2]
+    variables = {'params': {'head': {'kernel': np.ones((3, 2), np.float32)}}}
+    defenses.save(directory, parameters, variables=variables)
+    defenses.load(directory, variables=variables)
+    other = jax.tree.map(lambda leaf: leaf + np.float32(1e-6), variables)
+    with pytest.raises(defenses.DefenseError, match='not known to be calibrated on this model'):
+        defenses.load(directory, variables=other)
+    defenses.save(directory, parameters)
+    defenses.load(directory)
+    with pytest.raises(defenses.DefenseError, match='or save it with its variables'):
+        defenses.load(directory, variables=variables)
+
+
 def test_damage_is_one_clear_error(tmp_path):
     directory = tmp_path / 'defense'
     with pytest.raises(defenses.DefenseError, match=r'There is no defense in .*calibrate one'):

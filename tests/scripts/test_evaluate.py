@@ -432,7 +432,7 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     assert 'Defence: inverse perturbation</h2>' in page and '>adaptive/pgd_soft-linf-0.1<' in page
     # The parameters on disk are those that were attacked.
     model = training.load(workdir)
-    parameters = defenses.load(workdir / 'defense')
+    parameters = defenses.load(workdir / 'defense', variables=model.variables)
     defended = defenses.inverse_perturbation.apply(parameters, model.forward)
     test = data.load('digits', 'test')
     logits, _ = jax.jit(defended)(model.variables, data.to_float(test.images[:80]))

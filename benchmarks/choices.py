@@ -1,0 +1,218 @@
+"""What single choices of this library buy: each beside the same work without it.
+
+    python -m benchmarks.choices [--rounds N]
+
+A training step of a ResNet-20 that gives its old state away, convolves by oneDNN, uses one XLA
+device per core and fetches metrics late; batches of several sizes; and one compiled program for all
+batches of a data set, the last one filled up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import harness, training_step
+from neurosens import data, models, parallel
+from neurosens.forward import LinenForward
+
+BATCH_SIZE = 128
+SIZES = (16, 32, 64, 128, 256)
+_STEPS = 4
+# Images that are no multiple of a batch.
+_IMAGES = 1000
+_TRAINING, _WHOLE = 'training step', 'all images of a test set'
+# Workers: what they do otherwise, and their process-wide options.
+_WORKERS: Mapping[str, dict[str, Any]] = {
+    '': {},
+    'convolutions of XLA': {'by_onednn': False},
+    'one XLA device for all cores': {'devices': 1},
+}
+_SAME_PROCESS = ('without donation', 'loss fetched in every step')
+
+
+def prepare(*, by_onednn: bool = True, devices: int = 0) -> harness.Prepared:
+    """Prepares the training step, and what can be done otherwise in the same process.
+
+    Args:
+        by_onednn: whether oneDNN convolves.
+        devices: XLA devices; 0 for one per core.
+
+    Returns:
+        Units of a few steps each, and `donated`, the bytes that need no second place.
+    """
+    mesh = harness.start_jax(BATCH_SIZE, devices=devices, by_onednn=by_onednn)
+    batch = parallel.shard(mesh, training_step.load_batches(BATCH_SIZE, '')[0])
+    state, step, key = training_step.make_step(mesh, 'none')
+    memory = step.lower(state, batch, key).compile().memory_analysis()
+    units = {_TRAINING: _stepping(state, step, batch, key, lambda metrics: None)}
+    if by_onednn and not devices:
+        for name, function, look in (
+            (_SAME_PROCESS[0], jax.jit(step.__wrapped__), lambda metrics: None),
+            (_SAME_PROCESS[1], step, lambda metrics: float(metrics['loss'])),
+        ):
+            fresh, *_ = training_step.make_step(mesh, 'none')
+            units[name] = _stepping(fresh, function, batch, key, look)
+    return harness.Prepared(units, {'donated': memory.alias_size_in_bytes})
+
+
+def _stepping(
+    state: Any, step: Any, batch: data.Batch, key: jax.Array, look: Callable[[Any], Any]
+) -> harness.Unit:
+    def unit() -> None:
+        nonlocal state
+        for _ in range(_STEPS):
+            state, metrics = step(state, batch, key)
+            look(metrics)
+        jax.block_until_ready((state, metrics))
+
+    return unit
+
+
+def prepare_sizes() -> harness.Prepared:
+    """Prepares the training of equally many images in batches of each of `SIZES`."""
+    mesh = harness.start_jax(max(SIZES))
+    units = {}
+    for size in SIZES:
+        batch = parallel.shard(mesh, training_step.load_batches(size, '')[0])
+        state, step, key = training_step.make_step(mesh, 'none')
+        units[str(size)] = _sized(state, step, batch, key, max(SIZES) // size)
+    return harness.Prepared(units, {})
+
+
+def _sized(state: Any, step: Any, batch: data.Batch, key: jax.Array, steps: int) -> harness.Unit:
+    def unit() -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step(state, batch, key)
+        jax.block_until_ready((state, metrics))
+
+    return unit
+
+
+def prepare_programs() -> harness.Prepared:
+    """Prepares a forward pass over a test set, compiled anew each time: in one program or two."""
+    mesh = harness.start_jax(BATCH_SIZE)
+    info = data.info('cifar10')
+    module = models.create('cifar_resnet20', num_classes=info.num_classes)
+    forward = LinenForward(module, {'train': False})
+    images = np.random.default_rng(0).random((_IMAGES, *info.image_shape), np.float32)
+    variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), images[:1]))
+
+    def unit(padded: bool) -> None:
+        # A function of its own, so that nothing is compiled already.
+        run = jax.jit(lambda variables, x: forward(variables, x)[0])
+        for start in range(0, _IMAGES, BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE]
+            if padded and len(batch) < BATCH_SIZE:
+                batch = np.concatenate([batch, images[: BATCH_SIZE - len(batch)]])
+            jax.block_until_ready(run(variables, parallel.shard(mesh, batch)))
+
+    return harness.Prepared(
+        {_WHOLE: lambda: unit(True), 'a program for the last batch': lambda: unit(False)}, {}
+    )
+
+
+def table(
+    choices: harness.Measurement,
+    sizes: harness.Measurement,
+    programs: harness.Measurement,
+    floor: Sequence[float],
+) -> str:
+    """Returns the Markdown table.
+
+    Args:
+        choices: seconds of a few training steps, by what is done otherwise.
+        sizes: seconds of equally many images, by batch size.
+        programs: seconds of a test set, compilation with it.
+        floor: seconds of these training steps at the peak of convolutions, in each round.
+    """
+    rows = []
+    for name in choices.seconds:
+        rows.append(
+            (
+                _TRAINING if name == _TRAINING else f'{_TRAINING}, {name}',
+                f'{choices.summary(name).median / _STEPS * 1e3:.0f} ms',
+                '1' if name == _TRAINING else harness.ratio_text(choices.ratio(name, _TRAINING)),
+                harness.percent(choices.share(name, floor)),
+            )
+        )
+    usual = str(BATCH_SIZE)
+    for size in sizes.seconds:
+        rows.append(
+            (
+                f'{max(SIZES)} images in batches of {size}',
+                f'{sizes.summary(size).median * 1e3:.0f} ms',
+                '1' if size == usual else harness.ratio_text(sizes.ratio(size, usual)),
+                '-',
+            )
+        )
+    for name in programs.seconds:
+        rows.append(
+            (
+                f'{_IMAGES:,} images and compilation, '
+                + ('one program, the last batch filled up' if name == _WHOLE else name),
+                f'{programs.summary(name).median:.2f} s',
+                '1' if name == _WHOLE else harness.ratio_text(programs.ratio(name, _WHOLE)),
+                '-',
+            )
+        )
+    return harness.markdown_table(
+        ('Work', 'time', 'time / as the library does', 'share of floor'), rows
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--rounds', type=int, default=10, help='timed rounds')
+    harness.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Times everything in turns and prints the table."""
+    arguments = parse_arguments()
+    harness.use_device(arguments.device)
+    with contextlib.ExitStack() as stack:
+
+        def start(factory: str, options: Mapping[str, Any]) -> harness.Worker:
+            spec = harness.WorkerSpec(f'benchmarks.{factory}', dict(options))
+            return stack.enter_context(harness.worker(spec))
+
+        counted = start('training_step:count', {'batch_size': BATCH_SIZE})
+        workers = {name: start('choices:prepare', options) for name, options in _WORKERS.items()}
+        units = {name or _TRAINING: worker.unit(_TRAINING) for name, worker in workers.items()}
+        units |= {name: workers[''].unit(name) for name in _SAME_PROCESS}
+        choices, floors = harness.beside_floors(units, rounds=arguments.rounds)
+        donated = workers[''].details['donated'] / 2**20
+        of_sizes = start('choices:prepare_sizes', {})
+        sizes = harness.alternate(
+            {str(size): of_sizes.unit(str(size)) for size in SIZES}, rounds=arguments.rounds
+        )
+        of_programs = start('choices:prepare_programs', {})
+        programs = harness.alternate(
+            {name: of_programs.unit(name) for name in (_WHOLE, 'a program for the last batch')},
+            rounds=max(arguments.rounds // 2, 2),
+        )
+    floor = floors.convolution_seconds(_STEPS * counted.details['flops'])
+    definition = (
+        f'ResNet-20, batches of {BATCH_SIZE} where no other size is said. What a training step '
+        f'gives away needs no second place: {donated:.1f} MiB, parameters and optimizer. Floor: '
+        f'the operations of the step at the peak of convolutions. {floors}'
+    )
+    harness.report(
+        arguments,
+        harness.wrapped(definition),
+        table(choices, sizes, programs, floor),
+        measurements={'choices': choices, 'sizes': sizes, 'programs': programs},
+    )
+
+
+if __name__ == '__main__':
+    main()
