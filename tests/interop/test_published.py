@@ -124,15 +124,17 @@ def test_the_way_back_is_exact(file, data_root):
         np.testing.assert_array_equal(back[name], value)
 
 
-@pytest.fixture(params=['mnist_lenet5_standard.pt', 'cifar10_resnet20_standard.th'])
+@pytest.fixture(params=list(PUBLISHED))
 def in_double_precision(request, data_root):
     """`(network, forward, variables, images, labels)`."""
     network, module, variables = load(data_root, request.param)
     x, y = read_images(data_root, PUBLISHED[request.param][3], 1_000)
+    # Without a type of its own a module computes in that of its variables.
+    wide = module.clone(dtype=jnp.dtype('float64')) if hasattr(module, 'dtype') else module
     with jax.enable_x64(True):
         yield (
             make_double(network),
-            LinenForward(module.clone(dtype=jnp.dtype('float64'))),
+            LinenForward(wide),
             jax.tree.map(np.float64, variables),
             np.float64(x[:3]),
             y[:3],
@@ -167,7 +169,6 @@ def test_input_gradients(in_double_precision):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize('in_double_precision', ['mnist_lenet5_standard.pt'], indirect=True)
 def test_the_jacobian_penalty(in_double_precision):
     network, forward, variables, x, y = in_double_precision
     penalty, _ = jax.jit(regularizers.jacobian(projections=-1))(

@@ -65,6 +65,42 @@ def test_a_file_of_weights_is_evaluated(weights, tmp_path, capsys):
     assert (workdir / 'report' / 'neurons' / 'head-in.npz').exists()
 
 
+FILES = {
+    'cifar10_resnet20_standard.th': (
+        '--config.model=cifar_resnet20',
+        '--config.mean=(0.485,0.456,0.406)',
+        '--config.std=(0.229,0.224,0.225)',
+    ),
+    'cifar10_cnn_a_pgd_linf2.pth': (
+        '--config.model=sequential',
+        "--config.model_options={'strides': 2, 'padding': 1, 'pool': 'none'}",
+        '--config.mean=(0.49137,0.48235,0.44667)',
+        '--config.std=(0.24706,0.24353,0.26157)',
+    ),
+}
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_published_checkpoints_of_pytorch_are_evaluated(file, data_root, tmp_path):
+    pytest.importorskip('torch', reason='files of PyTorch need it')
+    arguments = [
+        f'--workdir={tmp_path}',
+        f'--config.weights={data_root / "weights" / file}',
+        '--config.dataset=cifar10',
+        f'--config.data_dir={data_root / "tfds"}',
+        *FILES[file],
+        *FEW,
+        '--config.evaluation.eps=(0.0078,)',
+        '--config.evaluation.masking_images=0',
+    ]
+    assert evaluate.main(arguments) == 0
+    results = json.loads((tmp_path / 'report' / 'results.json').read_text())
+    # Of 64 images; published are 91.7 % and, trained against attacks, 65.7 %.
+    accuracy, robust = results['clean_accuracy'], results['robust_accuracy/fgsm-linf-0.0078']
+    assert accuracy >= 0.85 if 'resnet20' in file else 0.5 <= accuracy <= 0.8
+    assert robust < 0.5 * accuracy if 'resnet20' in file else robust > 0.6 * accuracy
+
+
 def test_the_library_loads_what_the_script_does(weights):
     config = config_lib.Config(
         model='mlp', model_options={'hidden': (48,)}, weights=str(weights), mean=(0.25,), std=(0.5,)
