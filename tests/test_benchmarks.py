@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -181,6 +182,29 @@ def test_a_failing_subject_is_named_and_the_others_are_written(toys, capsys):
     assert 'It is broken.' in (output / 'bad.log').read_text()
 
 
+def test_runs_on_a_gpu_write_reports_alone(toys, monkeypatch, capsys):
+    subjects = {
+        name: dataclasses.replace(one, devices=('cpu',) if name == 'bad' else ('cpu', 'gpu'))
+        for name, one in registry.SUBJECTS.items()
+    }
+    monkeypatch.setattr(registry, 'SUBJECTS', subjects)
+    monkeypatch.chdir(toys)
+    document = toys / 'docs' / 'benchmarks.md'
+    before = document.read_text()
+    # Those that run on a CPU alone are left out, unless they are asked for.
+    assert suite.main(['--device', 'gpu']) == 0
+    assert 'bad' not in capsys.readouterr().out
+    reports = toys / 'runs' / 'benchmarks'
+    assert (reports / 'good.md').exists() and document.read_text() == before
+    assert suite.main(['--device', 'gpu', '--only', 'bad']) == 1
+    assert 'It does not run on a gpu.' in capsys.readouterr().err
+    assert suite.main(['--device', 'gpu', '--docs', 'docs']) == 2
+    assert 'figures of a CPU' in capsys.readouterr().err
+    # On a CPU the documentation beside is written by default.
+    assert suite.main(['--only', 'good']) == 0
+    assert 'table of good' in document.read_text()
+
+
 def test_a_missing_marker_ends_the_suite_before_anything_runs(toys, capsys):
     document = toys / 'docs' / 'benchmarks.md'
     damaged = document.read_text().replace('<!-- end good -->', '')
@@ -318,6 +342,7 @@ DETAILS = {
         'parameters': 7, 'logits': 1e-5, 'losses': 1e-5, 'steps': 3
     },
     'training_step:count': {'flops': 1e9},
+    'choices:prepare': {'donated': 2.0 * 2**20},
     'batch_norm:prepare': {
         'units': [f'{name}, {kind}' for name in (batch_norm.FORWARD, batch_norm.GRADIENT)
                   for kind in batch_norm.KINDS]
@@ -474,58 +499,96 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
     assert len(calls) == 3 * len(methods)
 
 
+def test_what_is_kept_is_of_the_same_settings(tmp_path, monkeypatch):
+    def make(value):
+        return harness.kept(tmp_path, 'a', {'images': 8}, lambda: value)
+
+    assert make([1]) == make([2]) == [1]
+    assert harness.kept(tmp_path, 'a', {'images': 9}, lambda: [3]) == [3]
+    assert harness.kept(tmp_path, 'b', {'images': 8}, lambda: [4]) == [4]
+    # Nor is what ran elsewhere taken for what would run here, or half a file for a whole one.
+    described = harness.machine()
+    monkeypatch.setattr(harness, 'machine', lambda: {**described, 'accelerator': 'another'})
+    with pytest.raises(ZeroDivisionError):
+        harness.kept(tmp_path, 'a', {'images': 8}, lambda: 1 / 0)
+    assert make([5]) == [5]
+    monkeypatch.undo()
+    assert make([6]) == [1]
+
+
 @pytest.fixture
-def kept_defenses(tmp_path, monkeypatch):
+def defences(tmp_path, monkeypatch):
     """The script, with networks that are never used."""
-    published_defenses = pytest.importorskip('benchmarks.defenses', exc_type=ImportError)
+    script = pytest.importorskip('benchmarks.defenses', exc_type=ImportError)
 
     def load(name, arguments, mesh):
-        setting = published_defenses.SETTINGS[name]
-        return published_defenses.Problem(name, setting, *[None] * 4, mesh)
+        return script.Problem(name, script.SETTINGS[name], *[None] * 4, mesh)
 
-    monkeypatch.setattr(published_defenses, 'load', load)
-    (tmp_path / 'kept').mkdir()
-    return published_defenses
+    monkeypatch.setattr(script, 'load', load)
+    return script
 
 
-def test_defences_are_reported_from_what_is_kept(kept_defenses, tmp_path, monkeypatch):
-    facts = {
-        'defense/undefended/clean_accuracy': 0.99,
-        'defense/clean_accuracy': 0.98,
-        'defense/relative_cost': 7.04,
-    }
-    for eps in ('0.1', '0.3'):
-        for place, kind in enumerate(('undefended', 'static', 'all')):
-            facts[f'defense/worst/{kind}-linf-{eps}'] = (3 - place) / 10
-        facts[f'defense/success_rate/pgd-linf-{eps}'] = 0.25
-        facts[f'defense/success_rate/pgd-linf-{eps}/fooled'] = 8
-    for network in ('lenet5', 'lenet5_robust'):
-        for name in ('inverse_perturbation', 'rescaling', 'pruning'):
-            (tmp_path / 'kept' / f'{network}_{name}.json').write_text(json.dumps(facts))
-    text = made(monkeypatch, kept_defenses, 'defenses.defended', tmp_path)
-    rows = [row for row in cells_of(text) if row[1].startswith('linf')]
-    assert len(rows) == 12 and 'lenet5:' in text and 'lenet5_robust:' in text
+def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch):
+    def found(problem, name, options, folder):
+        facts = {
+            'defense/undefended/clean_accuracy': 0.99,
+            'defense/clean_accuracy': 0.98,
+            'defense/relative_cost': 7.04,
+        }
+        for eps in problem.setting.eps:
+            threat = f'linf-{eps:.3g}'
+            for place, kind in enumerate(('undefended', 'static', 'all')):
+                facts[f'defense/worst/{kind}-{threat}'] = (3 - place) / 10
+            facts[f'defense/worst/all-{threat}/low'] = 0.05
+            facts[f'defense/worst/all-{threat}/high'] = 0.15
+            facts[f'defense/static/pgd-{threat}'] = 0.4
+            facts[f'defense/adaptive/apgd_dlr_soft-{threat}'] = 0.12
+            facts[f'defense/success_rate/pgd-{threat}'] = 0.25
+            facts[f'defense/success_rate/pgd-{threat}/fooled'] = 8
+            for rho in problem.setting.rho:
+                facts[f'defense/control/pgd-{threat}/random/{rho:g}'] = rho
+            facts[f'defense/shift/pgd-{threat}/act2/front'] = -2.5
+            facts[f'defense/shift/pgd-{threat}/act2/middle'] = None
+            facts[f'defense/shift/pgd-{threat}/act2/tail'] = 0.5
+        return facts
+
+    monkeypatch.setattr(defences, '_defended', found)
+    text = made(monkeypatch, defences, 'defenses.defended', tmp_path)
+    rows = [row for row in cells_of(text) if row[0] in defences.SETTINGS]
+    assert len(rows) == 3 * 3 * 2
     assert rows[0] == [
-        *('inverse_perturbation', 'linf-0.1', '99.0', '98.0', '30.0', '20.0', '25.0 of 8'),
-        *('10.0', '7.0'),
+        *('lenet5', 'inverse perturbation', '0.1', '99.0', '98.0', '30.0', '20.0', '25.0 of 8'),
+        *('10.0 (5.0-15.0)', '12.0, adaptive/apgd dlr soft', '7.0'),
     ]
+    cells = cells_of(text)
+    assert ['pgd-linf-0.1', 'random', '1.0', '3.0', '10.0', '30.0'] in cells
+    assert ['pgd-linf-0.3', '-2.50', '-', '+0.50'] in cells
+    tables = re.findall(r'(?m)^\| --- \|', text)
+    assert len(tables) == 1 + 2 * 3
 
 
-def test_curves_and_filters_are_reported_from_what_is_kept(kept_defenses, tmp_path, monkeypatch):
-    values = {'clean': 0.9, 'fgsm': 0.5, 'pgd': 0.4, 'apgd': 0.3}
+def test_curves_and_filters_have_a_row_for_each_degree_and_network(defences, tmp_path, monkeypatch):
+    values = {'clean': 0.9, 'fgsm': 0.5, 'pgd': 0.4, 'apgd_dlr': 0.3, 'square': 0.35, 'worst': 0.2}
     found = {
         'inverse perturbation': {'0': values, '0.1': values},
         'compress/amplify': {'0': values, '1': values},
         'prune most scaled_sensitivity': {'0': values, '10': values},
     }
-    for network in kept_defenses.SETTINGS:
-        curves = tmp_path / 'kept' / f'{network}_curves.json'
-        curves.write_text(json.dumps(found))
-        fragile = tmp_path / 'kept' / f'{network}_fragile.json'
-        fragile.write_text(json.dumps({'ablation/fragile': '13'}))
-    text = made(monkeypatch, kept_defenses, 'defenses.curves', tmp_path)
+    facts = {'filters': 32, 'fragile': 13, 'agreement/ablation-ablation_attacked': 0.5}
+    for score in ('l2', 'relative_l2'):
+        for kind in ('correlation', 'partial'):
+            facts[f'targeting_{score}_score_{kind}'] = 0.25
+            facts[f'targeting_{score}_score_{kind}_p'] = 0.0312
+    facts['targeting_l2_score_partial'] = None
+    monkeypatch.setattr(defences, '_curves', lambda problem: found)
+    monkeypatch.setattr(defences, '_fragile', lambda problem: facts)
+    text = made(monkeypatch, defences, 'defenses.curves', tmp_path)
     rows = [row for row in cells_of(text) if row[0] in found]
-    assert len(rows) == 6 and rows[1][1:] == ['0.1', '90.0', '50.0', '40.0', '30.0']
+    assert len(rows) == 3 * 6
+    assert rows[1][1:] == ['0.1', '90.0', '50.0', '40.0', '30.0', '35.0', '20.0']
     (tmp_path / 'plot.png').unlink()
-    text = made(monkeypatch, kept_defenses, 'defenses.fragile', tmp_path)
-    assert cells_of(text).count(['ablation/fragile', '13']) == 3
+    text = made(monkeypatch, defences, 'defenses.fragile', tmp_path)
+    rows = [row for row in cells_of(text) if row[0] in defences.SETTINGS]
+    assert [row[0] for row in rows] == list(defences.SETTINGS)
+    row = ['0.1', '32, 13', '+0.25 (0.031)', '-', '+0.25 (0.031)', '+0.25 (0.031)', '+0.50']
+    assert rows[0][1:] == row
