@@ -2,12 +2,13 @@
 
     python -m benchmarks --list
     python -m benchmarks [--only NAME ...] [--weights DIR] [--data_dir DIR] [--output DIR]
-        [--rounds N] [--device cpu|gpu] [--docs docs]
+        [--rounds N] [--device cpu|gpu] [--docs DIR]
 
 The output folder gets NAME.md (the report), NAME.json (the timings of every round), NAME.log and
-plots. With `--docs` reports replace their blocks in the pages of DOCS and plots go to DOCS/figures;
-nothing else there is touched. A subject that fails, or lacks something, is named at the end, with
-exit status 1; the others run all the same.
+plots. Reports replace their blocks in the pages of the documentation, and plots go to its folder
+`figures`; nothing else there is touched, and nothing at all by runs on a GPU, or by short ones
+without `--docs`. A subject that fails,
+or lacks something, is named at the end, with exit status 1; the others run all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks import documents, registry
+from benchmarks import documents, harness, registry
 
 _FIGURES = 'figures'
 
@@ -104,7 +105,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--output', default='runs/benchmarks', help='folder of the results')
     parser.add_argument('--rounds', type=int, default=0, help="in place of the subjects' own")
     parser.add_argument('--device', default='', choices=('cpu', 'gpu'), help='else what JAX finds')
-    parser.add_argument('--docs', default='', help='folder of the documentation to write')
+    parser.add_argument(
+        '--docs',
+        help="folder of the documentation to write; '' writes none, which is the default with "
+        '--rounds and on a GPU, else docs',
+    )
     return parser.parse_args(arguments)
 
 
@@ -114,8 +119,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.list:
         print(listing())
         return 0
+    chosen.device = chosen.device or harness.found_device()
+    if chosen.docs is None:
+        # Nor should figures of a few rounds replace those of all.
+        chosen.docs = '' if chosen.device == 'gpu' or chosen.rounds else 'docs'
     try:
         subjects = registry.chosen(chosen.only)
+        if not chosen.only:
+            subjects = [subject for subject in subjects if chosen.device in subject.devices]
+        if chosen.docs and chosen.device == 'gpu':
+            raise ValueError(
+                f'--docs is {chosen.docs!r}, but the documentation has figures of a CPU, which '
+                'those of a GPU would replace; leave it out and take the reports from --output.'
+            )
         if chosen.docs:
             # Known before anything has run for hours.
             for page in {subject.document for subject in subjects}:

@@ -10,15 +10,15 @@ SUBJECT is one of
                 and the number of pruned neurons
     fragile     fragile and robust first filters, and whether FGSM targets them
 
-Attacks on what a curve shows are made anew on every rescaled or pruned model. Every part is kept in
-the output folder, so that an interrupted run goes on where it stopped.
+Attacks are made anew on everything that a curve shows, on inverse perturbation also along gradients
+of surrogates. Every part is kept in the output folder, so that an interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import jax
 from matplotlib.figure import Figure
 
 from benchmarks import harness, published
-from neurosens import config, data, evaluation, parallel
+from neurosens import attacks, config, data, evaluation, parallel
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import plots
 
@@ -35,7 +35,11 @@ BATCH_SIZE = 128
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURES = ('scaled_sensitivity', 'sensitivity', 'ablation')
 ORDERS = ('most', 'least', 'random')
+_ATTACKS = {'fgsm': 'FGSM', 'pgd': 'PGD', 'apgd_dlr': 'APGD-DLR', 'square': 'Square'}
 INVERSE = 'inverse_perturbation'
+SURROGATES = ('straight_through', 'soft', 'candidates')
+# Of a point of a curve.
+_STEPS, _QUERIES = 20, 300
 
 
 class Setting(NamedTuple):
@@ -45,7 +49,7 @@ class Setting(NamedTuple):
         eps: linf radii.
         images: test images of the evaluation of defences.
         attacks: made on the undefended and on the defended model.
-        steps: of PGD and Auto-PGD.
+        steps: of PGD, Auto-PGD and FAB.
         queries: of Square.
         curve_images: test images of a point of a curve.
         front: layer behind whose neurons inverse perturbation stands.
@@ -69,7 +73,7 @@ class Setting(NamedTuple):
 _MNIST = Setting(
     (0.1, 0.3),
     128,
-    ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square'),
+    ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square', 'autoattack'),
     50,
     1000,
     512,
@@ -84,7 +88,7 @@ SETTINGS = {
     'resnet20': Setting(
         (0.5 / 255, 2 / 255),
         64,
-        ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square'),
+        ('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'square', 'autoattack'),
         20,
         1000,
         128,
@@ -94,6 +98,18 @@ SETTINGS = {
         (0, 4, 8, 16, 32, 48),
     ),
 }
+
+
+class Table(NamedTuple):
+    """A table of a report.
+
+    Attributes:
+        header: names of the columns.
+        rows: their cells.
+    """
+
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
 
 
 class Problem(NamedTuple):
@@ -143,8 +159,8 @@ def _calibrated(problem: Problem, settings: config.Defense) -> Any:
 # ------------------------------------------------------------------------------------- defended
 
 
-def defended(problem: Problem, folder: pathlib.Path) -> str:
-    """Evaluates each defence with static and adaptive attacks; returns a Markdown table."""
+def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
+    """Evaluates each defence with static and adaptive attacks."""
     setting = problem.setting
     few = setting.prune[1]
     options: dict[str, dict[str, Any]] = {
@@ -152,39 +168,80 @@ def defended(problem: Problem, folder: pathlib.Path) -> str:
         'rescaling': {'layer': setting.first[0], 'strength': 0.5},
         'pruning': {'count': few},
     }
-    rows = []
+    rows: list[Sequence[str]] = []
+    moves: list[Table] = []
     for name, chosen in options.items():
-        facts = _kept(
-            folder / f'{problem.name}_{name}.json',
+        facts = harness.kept(
+            folder,
+            f'{problem.name}_{name}',
+            (setting, chosen, SURROGATES),
             lambda name=name, chosen=chosen: _defended(problem, name, chosen, folder),
         )
-        for eps in setting.eps:
-            threat = f'linf-{eps:.3g}'
-            pgd = f'defense/success_rate/pgd-{threat}'
-            cells = (
-                facts['defense/undefended/clean_accuracy'],
-                facts['defense/clean_accuracy'],
-                facts[f'defense/worst/undefended-{threat}'],
-                facts[f'defense/worst/static-{threat}'],
-                facts.get(pgd),
-                facts[f'defense/worst/all-{threat}'],
-            )
-            cost = f'{facts["defense/relative_cost"]:.1f}'
-            shown = [_percent(cell) for cell in cells]
-            shown[4] += f' of {facts[f"{pgd}/fooled"]}'
-            rows.append((name, threat, *shown, cost))
+        rows += [_row(problem.name, name, eps, facts) for eps in setting.eps]
+        if name == INVERSE:
+            moves = _moves(problem, facts)
     header = (
-        'Defence',
-        'threat',
+        'Network',
+        'defence',
+        'eps',
         'clean, undefended',
         'clean',
-        'undefended, all attacks',
+        'undefended',
         'the same images, defended',
         'recovered of PGD',
         'all attacks on the defence',
+        'strongest alone',
         'cost',
     )
-    return harness.markdown_table(header, rows)
+    return [Table(header, rows), *moves]
+
+
+def _row(network: str, name: str, eps: float, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a defence does at one radius."""
+    threat = f'linf-{eps:.3g}'
+    pgd = f'defense/success_rate/pgd-{threat}'
+    least = {
+        key.removeprefix('defense/').removesuffix(f'-{threat}'): share
+        for key, share in facts.items()
+        if key.startswith(('defense/static/', 'defense/adaptive/')) and key.endswith(f'-{threat}')
+    }
+    strongest = min(least, key=lambda attack: least[attack])
+    worst = f'defense/worst/all-{threat}'
+    low, high = (_percent(facts[f'{worst}/{end}']) for end in ('low', 'high'))
+    return (
+        network,
+        name.replace('_', ' '),
+        f'{eps:.3g}',
+        _percent(facts['defense/undefended/clean_accuracy']),
+        _percent(facts['defense/clean_accuracy']),
+        _percent(facts[f'defense/worst/undefended-{threat}']),
+        _percent(facts[f'defense/worst/static-{threat}']),
+        f'{_percent(facts.get(pgd))} of {facts[f"{pgd}/fooled"]}',
+        f'{_percent(facts[worst])} ({low}-{high})',
+        f'{_percent(least[strongest])}, {strongest.replace("_", " ")}',
+        f'{facts["defense/relative_cost"]:.1f}',
+    )
+
+
+def _moves(problem: Problem, facts: Mapping[str, Any]) -> list[Table]:
+    """What moves recover, and how the attack changes front, middle and tail neurons."""
+    recovered: dict[tuple[str, str], dict[str, str]] = {}
+    shifts: dict[str, dict[str, str]] = {}
+    for key, value in facts.items():
+        kind, *rest = key.removeprefix('defense/').split('/')
+        if kind == 'control':
+            attack, move, size = rest
+            recovered.setdefault((attack, move), {})[size] = _percent(value)
+        elif kind == 'shift':
+            attack, *_, group = rest
+            shifts.setdefault(attack, {})[group] = '-' if value is None else f'{value:+.2f}'
+    sizes = [f'{size:g}' for size in problem.setting.rho]
+    header = ('Fooled by', f'{problem.name}: a move along', *(f'rho {size}' for size in sizes))
+    rows = [(*names, *(found[size] for size in sizes)) for names, found in recovered.items()]
+    groups = ('front', 'middle', 'tail')
+    changes = [(attack, *(found[group] for group in groups)) for attack, found in shifts.items()]
+    title = f'{problem.name}: mean change of a neuron under'
+    return [Table(header, rows), Table((title, *groups), changes)]
 
 
 def _percent(share: float | None) -> str:
@@ -198,7 +255,7 @@ def _defended(
         name=name,
         options=options,
         attacks=(),
-        surrogates=('straight_through', 'soft'),
+        surrogates=SURROGATES,
         surrogate_attacks=('pgd', 'apgd_dlr'),
     )
     parameters = _calibrated(problem, settings)
@@ -229,36 +286,45 @@ def _defended(
 # --------------------------------------------------------------------------------------- curves
 
 
-def curves(problem: Problem, folder: pathlib.Path) -> str:
-    """Moves, rescales and prunes by degrees; returns a Markdown table."""
-    found = _kept(_curve_file(folder, problem.name), lambda: _curves(problem))
+def curves(problem: Problem, folder: pathlib.Path) -> list[Table]:
+    """Moves, rescales and prunes by degrees."""
+    found = found_curves(problem, folder)
+    kinds = ('clean', *_ATTACKS, 'worst')
     rows = [
-        (name, degree, *(_percent(values[kind]) for kind in ('clean', 'fgsm', 'pgd', 'apgd')))
+        (name, degree, *(_percent(values[kind]) for kind in kinds))
         for name, by_degree in found.items()
         for degree, values in by_degree.items()
     ]
     eps = problem.setting.eps[0]
-    return harness.markdown_table(
-        ('Change', 'degree', 'clean %', f'FGSM {eps:.3g}', 'PGD-20', 'APGD-DLR'), rows
+    header = (f'{problem.name}, linf {eps:.3g}', 'degree', 'clean %', *_ATTACKS.values(), 'all')
+    return [Table(header, rows)]
+
+
+def found_curves(problem: Problem, folder: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracies by change, degree and attack."""
+    return harness.kept(
+        folder,
+        f'{problem.name}_curves',
+        (problem.setting, _STEPS, _QUERIES, STRENGTHS, MEASURES),
+        lambda: _curves(problem),
     )
-
-
-def _curve_file(folder: pathlib.Path, network: str) -> pathlib.Path:
-    return folder / f'{network}_curves.json'
 
 
 def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
     setting = problem.setting
     changed: dict[str, dict[str, Any]] = {}
+    surrogates: dict[int, dict[str, Any]] = {}
     options = {'layers': (setting.front,), 'rho': setting.rho}
     moving = _calibrated(problem, config.Defense(name=INVERSE, options=options))
     for rho in (0.0, *setting.rho):
         # Directions do not depend on how far images are moved along them.
         chosen = dataclasses.replace(moving.settings, rho=(rho,))
         parameters = dataclasses.replace(moving, settings=chosen)
-        changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = inverse_perturbation.apply(
-            parallel.replicate(problem.mesh, parameters), problem.forward
-        )
+        parameters = parallel.replicate(problem.mesh, parameters)
+        model = inverse_perturbation.apply(parameters, problem.forward)
+        changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = model
+        adaptive = inverse_perturbation.adaptive(parameters, problem.forward)
+        surrogates[id(model)] = {name: adaptive[name] for name in SURROGATES[:2]}
     report = _measure(problem, setting.first[0], ('ablation',))
     assert report.clean is not None
     for strength in STRENGTHS:
@@ -282,7 +348,10 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
                     pruned, problem.forward
                 )
     return {
-        name: {degree: _accuracies(problem, model) for degree, model in by_degree.items()}
+        name: {
+            degree: _accuracies(problem, model, surrogates.get(id(model), {}))
+            for degree, model in by_degree.items()
+        }
         for name, by_degree in changed.items()
     }
 
@@ -301,29 +370,38 @@ def _measure(problem: Problem, layer: str, measures: tuple[str, ...]) -> evaluat
     return report.layers[0]
 
 
-def _accuracies(problem: Problem, model: Any) -> dict[str, float]:
-    """Clean and under attacks made on the model itself."""
-    report = evaluation.evaluate(
-        model,
-        problem.variables,
-        problem.test,
-        problem.mesh,
-        config.Evaluation(
-            batch_size=BATCH_SIZE,
-            limit=problem.setting.curve_images,
-            attacks=('fgsm', 'pgd', 'apgd_dlr'),
-            eps=problem.setting.eps[:1],
-            steps=20,
-            auto_steps=20,
-            masking_images=0,
-        ),
-        jax.random.key(0),
-    )
-    found = {'clean': report.predictions.accuracy}
-    for outcome in report.outcomes:
-        name = {'apgd_dlr': 'apgd'}.get(outcome.attack, outcome.attack)
-        found[name] = float(1 - outcome.attacked.success.mean())
-    return found
+def _accuracies(problem: Problem, model: Any, surrogates: Mapping[str, Any]) -> dict[str, float]:
+    """Clean, under attacks made on the model itself, and under the worst for each image."""
+
+    def report(of: Any, names: Sequence[str]) -> evaluation.RobustnessReport:
+        return evaluation.evaluate(
+            of,
+            problem.variables,
+            problem.test,
+            problem.mesh,
+            config.Evaluation(
+                batch_size=BATCH_SIZE,
+                limit=problem.setting.curve_images,
+                attacks=tuple(names),
+                eps=problem.setting.eps[:1],
+                steps=_STEPS,
+                auto_steps=_STEPS,
+                queries=_QUERIES,
+                masking_images=0,
+            ),
+            jax.random.key(0),
+        )
+
+    (eps,) = problem.setting.eps[:1]
+    exact = report(model, list(_ATTACKS))
+    found = {'clean': exact.predictions.accuracy}
+    for outcome in exact.outcomes:
+        found[outcome.attack] = float(1 - outcome.attacked.success.mean())
+    worst = exact.worst_case(eps)
+    for surrogate in surrogates.values():
+        through = attacks.with_gradients_of(model, surrogate)
+        worst &= report(through, ('pgd', 'apgd_dlr')).worst_case(eps)
+    return {**found, 'worst': float(worst.mean())}
 
 
 def curve_figure(networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Figure:
@@ -337,7 +415,7 @@ def curve_figure(networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, f
     """
     figure = Figure(figsize=(13, 0.4 + 3.4 * len(networks)), layout='constrained')
     rows = figure.subplots(len(networks), 3, sharey=True, squeeze=False)
-    strokes = {'clean': '-', 'fgsm': ':', 'pgd': '--', 'apgd': '-.'}
+    strokes = {'clean': '-', 'fgsm': ':', 'pgd': '--', 'worst': '-.'}
     for panels, (network, found) in zip(rows, networks.items()):
         pruned = [name for name in found if name.startswith('prune')]
         for axes, chosen, label in zip(
@@ -364,7 +442,7 @@ def curve_figure(networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, f
             plots.style(axes)
         panels[0].set_ylabel(f'{network}: accuracy (%)')
         eps = SETTINGS[network].eps[0]
-        kinds = ('clean', f'FGSM {eps:.3g}', 'PGD', 'Auto-PGD on DLR')
+        kinds = ('clean', f'FGSM {eps:.3g}', 'PGD', 'worst of all attacks')
         for kind, stroke in zip(kinds, strokes.values()):
             panels[0].plot([], [], stroke, color='0.3', label=kind)
         for place, name in enumerate(pruned):
@@ -383,13 +461,42 @@ def _appearance(place: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- fragile
 
 
-def fragile(problem: Problem, folder: pathlib.Path) -> str:
+def fragile(problem: Problem, folder: pathlib.Path) -> list[Table]:
     """Labels the first filters and correlates them with what FGSM targets."""
-    found = _kept(folder / f'{problem.name}_fragile.json', lambda: _fragile(problem))
-    return harness.markdown_table(('Fact', 'value'), [(k, v) for k, v in found.items()])
+    (eps,) = problem.setting.eps[:1]
+    facts = harness.kept(folder, f'{problem.name}_fragile', eps, lambda: _fragile(problem))
+    correlations = [
+        _with_p(facts, f'targeting_{score}_score_{kind}')
+        for score in ('l2', 'relative_l2')
+        for kind in ('correlation', 'partial')
+    ]
+    agreement = facts['agreement/ablation-ablation_attacked']
+    row = (
+        problem.name,
+        f'{eps:.3g}',
+        f'{facts["filters"]}, {facts["fragile"]}',
+        *correlations,
+        f'{agreement:+.2f}',
+    )
+    header = (
+        'Network',
+        'eps',
+        'filters, fragile',
+        'absolute (p)',
+        'controlled (p)',
+        'relative (p)',
+        'controlled (p)',
+        'responses, clean and attacked',
+    )
+    return [Table(header, [row])]
 
 
-def _fragile(problem: Problem) -> dict[str, str]:
+def _with_p(facts: Mapping[str, Any], name: str) -> str:
+    value, p_value = facts.get(name), facts.get(f'{name}_p')
+    return '-' if value is None else f'{value:+.2f} ({p_value:.2g})'
+
+
+def _fragile(problem: Problem) -> dict[str, Any]:
     eps = problem.setting.eps[0]
     report = evaluation.measure_neurons(
         problem.forward,
@@ -408,21 +515,21 @@ def _fragile(problem: Problem) -> dict[str, str]:
     )
     facts = evaluation.neuron_facts(report)
     prefix = f'neurons/{problem.setting.first[0]}/'
-    return {
-        key.removeprefix(prefix): f'{value:.3g}' if isinstance(value, float) else str(value)
-        for key, value in facts.items()
-        if key.startswith(prefix)
-    }
+    (layer,) = report.layers
+    assert layer.fragility is not None
+    of_layer = {key.removeprefix(prefix): facts[key] for key in facts if key.startswith(prefix)}
+    return {**of_layer, 'filters': len(layer.fragility.fragile)}
 
 
 # --------------------------------------------------------------------------------------- common
 
 
-def _kept(file: pathlib.Path, make: Any) -> dict[str, Any]:
-    """What a file holds, or what is made and then held there."""
-    if not file.exists():
-        file.write_text(json.dumps(make()))
-    return json.loads(file.read_text())
+def merged(tables: Sequence[Table]) -> list[str]:
+    """Tables as Markdown, those of equal columns as one, in the order of the first of each."""
+    rows: dict[tuple[str, ...], list[Sequence[str]]] = {}
+    for table in tables:
+        rows.setdefault(table.header, []).extend(table.rows)
+    return [harness.markdown_table(header, found) for header, found in rows.items()]
 
 
 _SUBJECTS = {'defended': defended, 'curves': curves, 'fragile': fragile}
@@ -449,7 +556,8 @@ def main() -> None:
     mesh = harness.start_jax(BATCH_SIZE)
     folder = pathlib.Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = []
+    tables: list[Table] = []
+    drawn = {}
     for name in arguments.networks:
         problem = load(name, arguments, mesh)
         if arguments.images:
@@ -457,13 +565,12 @@ def main() -> None:
                 images=arguments.images, curve_images=arguments.images
             )
             problem = problem._replace(setting=changed)
-        tables += [f'{name}:', _SUBJECTS[arguments.subject](problem, folder)]
-    if arguments.subject == 'curves' and arguments.plot:
-        found = {
-            name: json.loads(_curve_file(folder, name).read_text()) for name in arguments.networks
-        }
-        plots.save(curve_figure(found), pathlib.Path(arguments.plot))
-    harness.report(arguments, *tables)
+        tables += _SUBJECTS[arguments.subject](problem, folder)
+        if arguments.subject == 'curves' and arguments.plot:
+            drawn[name] = found_curves(problem, folder)
+    if drawn:
+        plots.save(curve_figure(drawn), pathlib.Path(arguments.plot))
+    harness.report(arguments, *merged(tables))
 
 
 if __name__ == '__main__':

@@ -431,7 +431,7 @@ def use_device(name: str | None) -> None:
     Args:
         name: one of `DEVICES`; None for a GPU where JAX finds one, else the CPU.
     """
-    chosen = name or _found_device()
+    chosen = name or found_device()
     environment = _GPU_ENVIRONMENT if chosen == 'gpu' else {'JAX_PLATFORMS': 'cpu'}
     os.environ.update(environment, **{_DEVICE_VARIABLE: chosen})
     # JAX read its variables when it was imported.
@@ -440,7 +440,8 @@ def use_device(name: str | None) -> None:
         jax.config.update('jax_default_matmul_precision', 'highest')
 
 
-def _found_device() -> str:
+def found_device() -> str:
+    """Returns which of `DEVICES` JAX would run on."""
     if parallel.only_cpu_installed():
         return 'cpu'
     # In a process of its own: here JAX must not have started yet.
@@ -544,8 +545,8 @@ def machine() -> dict[str, Any]:
 def kept(folder: pathlib.Path, name: str, settings: Any, make: Callable[[], Any]) -> Any:
     """What was found before, or what is found now and kept for the next time.
 
-    Counts as before what ran with equal settings and versions on the same kind of processor and
-    device; of another version of this library the folder knows nothing, so name another one.
+    Counts as before what ran with equal settings, sources and versions on the same kind of
+    processor and device.
 
     Args:
         folder: where results are kept.
@@ -557,13 +558,22 @@ def kept(folder: pathlib.Path, name: str, settings: Any, make: Callable[[], Any]
         The result.
     """
     ran_on = {key: machine()[key] for key in ('cpu', 'cores', 'accelerator', 'versions')}
-    text = json.dumps([repr(settings), ran_on], sort_keys=True)
+    text = json.dumps([repr(settings), ran_on, _sources()], sort_keys=True)
     file = folder / f'{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json'
     if not file.exists():
         partial = file.with_suffix('.partial')
         partial.write_text(json.dumps(make()))
         partial.replace(file)
     return json.loads(file.read_text())
+
+
+def _sources() -> str:
+    """A digest of this library and its benchmarks."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(__file__).resolve().parent.parent
+    for path in sorted((*root.glob('neurosens/**/*.py'), *root.glob('benchmarks/*.py'))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_model() -> str:

@@ -190,7 +190,8 @@ def _table(
                 _milliseconds(summary.median),
                 f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
                 '1' if name == 'neurosens' else _ratio(measurement.ratio(name, 'neurosens')),
-                harness.percent(measurement.share(name, floor)),
+                # A part of the work has no share of the floor of the whole.
+                '-' if 'forward pass' in name else harness.percent(measurement.share(name, floor)),
             )
         )
     header = ('Candidate', 'ms', 'quartiles', 'time / neurosens', 'share of floor')
@@ -727,9 +728,7 @@ def _start(
 ) -> harness.Worker:
     """Starts a worker that notes its units, and its results in a folder."""
     output = str(pathlib.Path(folder) / f'{name}.npz') if folder else ''
-    # Threads of PyTorch that wait must not hold the core that another candidate needs.
-    environment = {'OMP_WAIT_POLICY': 'passive'}
-    spec = harness.WorkerSpec(f'benchmarks.{factory}', {**options, 'output': output}, environment)
+    spec = harness.WorkerSpec(f'benchmarks.{factory}', {**options, 'output': output})
     return stack.enter_context(harness.worker(spec))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import shutil
 import statistics
@@ -55,11 +54,13 @@ class Setting(NamedTuple):
     Attributes:
         config: what all methods share.
         radii: eps of each norm.
+        noise: standard deviation of the white noise that models meet too, in pixel units.
         methods: by name.
     """
 
     config: config.Config
     radii: dict[str, float]
+    noise: float
     methods: dict[str, Method]
 
 
@@ -108,6 +109,7 @@ SETTINGS = {
             gradient_shares=False,
         ),
         {'linf': 0.1, 'l2': 1.0, 'l1': 5.0},
+        0.3,
         _methods(0.1, 0.05, 7),
     ),
     'cifar10': Setting(
@@ -124,6 +126,7 @@ SETTINGS = {
             gradient_shares=False,
         ),
         {'linf': 2 / 255, 'l2': 0.25, 'l1': 3.0},
+        0.1,
         _methods(2 / 255, 0.01, 5),
     ),
 }
@@ -191,7 +194,8 @@ def run(
         arguments: of the command line: data, and how many images are attacked by what.
 
     Returns:
-        Clean accuracy on the whole test set, and robust accuracy by norm.
+        Clean accuracy on the whole test set; of the images that are attacked accuracy under white
+        noise, clipped to [0, 1], and robust accuracy by norm.
     """
     settings = settings_of(setting, method, seed, arguments.data_dir)
     experiment = training.prepare(settings)
@@ -209,6 +213,12 @@ def run(
         'clean': predictions.accuracy,
         'clean on attacked': float(predictions.correct[:images].mean()),
     }
+    draws = np.random.default_rng(seed).normal(0, setting.noise, x.shape)
+    noisy = np.float32(np.clip(x + draws, 0, 1))
+    seen = accuracy.predict_images(
+        experiment.forward, variables, noisy, y, experiment.mesh, BATCH_SIZE
+    )
+    found['noise'] = float((seen == y).mean())
     for norm, eps in setting.radii.items():
         outcome = attacks.autoattack(
             experiment.forward,
@@ -227,19 +237,20 @@ def run(
 
 
 def table(
-    results: dict[str, list[dict[str, Any]]], radii: dict[str, float], cost: harness.Measurement
+    results: dict[str, list[dict[str, Any]]], setting: Setting, cost: harness.Measurement
 ) -> str:
     """Returns the Markdown table: means over seeds, and their standard deviation."""
     rows = []
     for name, runs in results.items():
         cells = []
-        for key in ('clean', *radii):
+        for key in ('clean', 'noise', *setting.radii):
             values = [100 * one[key] for one in runs]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}')
         rows.append((name, *cells, harness.ratio_text(cost.ratio(name, 'standard'))))
-    header = ['clean %', *(f'{norm} {eps:.4g}' for norm, eps in radii.items()), 'step / standard']
-    return harness.markdown_table(('Method', *header), rows)
+    attacked = (f'{norm} {eps:.4g}' for norm, eps in setting.radii.items())
+    header = ('Method', 'clean %', f'noise {setting.noise:g}', *attacked, 'step / standard')
+    return harness.markdown_table(header, rows)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -270,24 +281,19 @@ def main() -> None:
         for seed in range(arguments.seeds):
             by = '+'.join(arguments.attacks) or 'autoattack'
             effort = f'{arguments.images}_{by}_{arguments.queries}'
-            stem = f'{arguments.dataset}_{name.replace(" ", "_")}_{seed}_{effort}'
-            file = folder / f'{stem}.json'
-            if not file.exists():
+            stem = f'{arguments.dataset}_{name.replace(" ", "_")}_{seed}'
+            method = setting.methods[name]
+
+            def make(stem: str = stem, method: Method = method, seed: int = seed) -> Any:
                 start = time.perf_counter()
-                found = run(
-                    setting,
-                    setting.methods[name],
-                    seed,
-                    folder / f'{stem}_training',
-                    arguments,
-                )
-                file.write_text(json.dumps(found))
+                found = run(setting, method, seed, folder / f'{stem}_training', arguments)
                 print(f'{stem}: {found}, {time.perf_counter() - start:.0f} s', flush=True)
-            results.setdefault(name, []).append(json.loads(file.read_text()))
+                return found
+
+            decides = (setting.config, setting.radii, setting.noise, method, effort)
+            results.setdefault(name, []).append(harness.kept(folder, stem, decides, make))
     cost = costs(setting, arguments.data_dir)
-    harness.report(
-        arguments, table(results, setting.radii, cost), measurements={'training steps': cost}
-    )
+    harness.report(arguments, table(results, setting, cost), measurements={'training steps': cost})
 
 
 if __name__ == '__main__':

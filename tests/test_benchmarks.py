@@ -200,6 +200,12 @@ def test_runs_on_a_gpu_write_reports_alone(toys, monkeypatch, capsys):
     assert 'It does not run on a gpu.' in capsys.readouterr().err
     assert suite.main(['--device', 'gpu', '--docs', 'docs']) == 2
     assert 'figures of a CPU' in capsys.readouterr().err
+    # Nor does one that is found, or a short run, write any.
+    monkeypatch.setattr(harness, 'found_device', lambda: 'gpu')
+    assert suite.main(['--only', 'good']) == 0
+    monkeypatch.setattr(harness, 'found_device', lambda: 'cpu')
+    assert suite.main(['--only', 'good', '--rounds', '1']) == 0
+    assert document.read_text() == before
     # On a CPU the documentation beside is written by default.
     assert suite.main(['--only', 'good']) == 0
     assert 'table of good' in document.read_text()
@@ -479,7 +485,7 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
         calls.append((method, seed))
         assert arguments.queries == 1000 and arguments.attacks == ['apgd-ce', 'apgd-t', 'square']
         share = 0.1 * seed
-        return {'clean': 0.9, 'linf': share, 'l2': 2 * share, 'l1': 3 * share}
+        return {'clean': 0.9, 'noise': 0.8, 'linf': share, 'l2': 2 * share, 'l1': 3 * share}
 
     def costs(setting, data_dir):
         del data_dir
@@ -491,9 +497,9 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
     methods = robust_training.SETTINGS['mnist'].methods
     assert len(calls) == 3 * len(methods) == len(list(kept.glob('*.json')))
     header, _, *rows = cells_of(text)
-    assert header[1:] == ['clean %', 'linf 0.1', 'l2 1', 'l1 5', 'step / standard']
+    assert header[1:] == ['clean %', 'noise 0.3', 'linf 0.1', 'l2 1', 'l1 5', 'step / standard']
     assert [row[0] for row in rows] == list(methods)
-    assert all(row[1:4] == ['90.0 ± 0.0', '10.0 ± 10.0', '20.0 ± 20.0'] for row in rows)
+    assert all(row[1:4] == ['90.0 ± 0.0', '80.0 ± 0.0', '10.0 ± 10.0'] for row in rows)
     # What is there is not made again.
     assert cells_of(made(monkeypatch, robust_training, 'robust_training.mnist', tmp_path))
     assert len(calls) == 3 * len(methods)

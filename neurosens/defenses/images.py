@@ -46,7 +46,10 @@ def check(
 
 def check_pixels(x: Float[ArrayLike, '...']) -> None:
     """Raises a ValueError where a pixel is outside [0, 1] or no number."""
-    low, high = float(jnp.min(x)), float(jnp.max(x))
+    if not np.size(x):
+        return
+    of = jnp if isinstance(x, jax.Array) else np
+    low, high = float(of.min(x)), float(of.max(x))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError('Images hold NaN or infinite pixels; leave those images out.')
     if low < 0 or high > 1:

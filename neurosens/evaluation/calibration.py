@@ -110,7 +110,7 @@ def calibrate_defense(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: an option is wrong, or images do not suffice.
+      ValueError: an option is wrong, images do not suffice, or a measure needs another radius.
     """
     chosen = defenses.make_settings(settings.name, settings.options)
     limit = settings.images or None
@@ -125,6 +125,12 @@ def calibrate_defense(
             forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
         )
     measure = 'ablation' if isinstance(chosen, rescaling.Settings) else settings.measure
+    attacked = measure == 'ablation_attacked' or measure.startswith('targeting')
+    if attacked and not eps > 0:
+        raise ValueError(
+            f'defense.measure is {measure!r}, which attacks images, but the radius is {eps}; give '
+            'neurons.eps.'
+        )
     report = neuron_measures.measure(
         forward,
         variables,
@@ -139,7 +145,7 @@ def calibrate_defense(
         ),
         key,
         split='train',
-        eps=eps if measure == 'ablation_attacked' or measure.startswith('targeting') else 0.0,
+        eps=eps if attacked else 0.0,
     )
     (layer,) = report.layers
     if isinstance(chosen, pruning.Settings):

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from neurosens import attacks, data, defenses, parallel
+from neurosens import attacks, data, defenses, fingerprints, parallel
 from neurosens import config as config_lib
 from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.evaluation import accuracy, masking, robustness
@@ -333,10 +333,8 @@ def _surrogates(
 
 def _digest(parameters: Any) -> str:
     """Tells apart defences whose unfinished AutoAttacks have nothing to say to each other."""
-    digest = hashlib.sha256(repr((defenses.name_of(parameters), parameters.settings)).encode())
-    for leaf in jax.tree.leaves(parameters):
-        digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
-    return digest.hexdigest()[:8]
+    kind = defenses.name_of(parameters), parameters.settings, fingerprints.of_tree(parameters)
+    return hashlib.sha256(repr(kind).encode()).hexdigest()[:8]
 
 
 def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[DefenseOutcome]:

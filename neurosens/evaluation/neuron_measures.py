@@ -194,7 +194,7 @@ def _with_prerequisites(measures: Iterable[str]) -> list[str]:
 @jax.jit
 def _predicted(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
     logits = forward(variables, data.to_float(batch.image))[0]
-    return {'labels': batch.label, 'predictions': logits.argmax(-1).astype(jnp.int32)}
+    return {'labels': batch.label, 'predictions': accuracy.predicted_classes(logits)}
 
 
 def _fgsm(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:

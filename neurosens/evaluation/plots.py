@@ -153,7 +153,8 @@ def example_grid(report: RobustnessReport, outcome: AttackOutcome) -> Figure:
                 spine.set_color('0.7')
         for row, prediction in ((0, before), (2, after)):
             color = COLORS[2] if prediction == label else COLORS[1]
-            grid[row, column].set_xlabel(names[prediction], color=color, fontsize=9)
+            seen = names[prediction] if prediction >= 0 else 'no number'
+            grid[row, column].set_xlabel(seen, color=color, fontsize=9)
         grid[1, column].set_xlabel(f'max {np.abs(change[column]).max():.3f}', fontsize=7)
     for row, title in enumerate(('clean', 'perturbation', 'attacked')):
         grid[row, 0].set_ylabel(title)

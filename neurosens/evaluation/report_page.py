@@ -190,7 +190,7 @@ def _accuracy(
         ['accuracy (%)', f'{predictions.accuracy * 100:.2f}'],
         ['95 % interval', _span(_interval(predictions.correct))],
         ['images', f'{len(predictions.labels):,}'],
-        ['mean loss', f'{results["clean_loss"]:.4g}'],
+        ['mean loss', '–' if results['clean_loss'] is None else f'{results["clean_loss"]:.4g}'],
     ]
     blocks: list[Block] = [Table('Clean images', ['measurement', 'value'], clean)]
     if report.outcomes:

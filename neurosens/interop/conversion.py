@@ -418,7 +418,7 @@ def _names(
     best = max(candidates, key=lambda names: len(theirs & set(names.values())))
     if not naming.is_chain(module) or theirs == set(best.values()):
         return best
-    if unordered and type(module) is not sequential.Sequential:
+    if unordered:
         remedy = f'{_IN_ORDER}, or give names={{path: layer}}.'
         naming.check_order(arrays, unordered, remedy, but=given.values())
     return _in_order(found, arrays, given)

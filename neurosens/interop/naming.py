@@ -168,8 +168,10 @@ def check_order(
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     weights = {name[: -len('.weight')]: a for name, a in arrays.items() if name.endswith('.weight')}
     for layer, array in weights.items():
+        if layer in but:
+            continue
         other = first.setdefault((layers.kind_of_weight(array), array.shape), layer)
-        if layer not in but and _without_numbers(other) != _without_numbers(layer):
+        if _without_numbers(other) != _without_numbers(layer):
             raise WeightsError(
                 f'{source} does not tell which of {other!r} and {layer!r} comes first: both have '
                 f'weights of shape {array.shape}, and safetensors keeps no order; {remedy}'

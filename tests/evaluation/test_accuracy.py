@@ -111,7 +111,7 @@ class Undefined(nn.Module):
         return logits.at[:, 9].add(100.0)
 
 
-def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source):
+def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source, tmp_path):
     dark = np.arange(COUNT) % 4 == 1
     images = np.where(dark[:, None, None, None], source.images // 2, source.images // 2 + 120)
     labels = np.where(np.arange(COUNT) % 2, 9, 0).astype(np.int32)
@@ -122,7 +122,8 @@ def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source):
     variables = parallel.replicate(mesh, variables)
     settings = config.Evaluation(
         batch_size=16,
-        attacks=('fgsm', 'autoattack'),
+        attacks=('fgsm', 'fab', 'autoattack'),
+        examples=6,
         eps=(0.01,),
         queries=2,
         auto_steps=2,
@@ -142,6 +143,13 @@ def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source):
     (check,) = (check for check in report.diagnosis.checks if check.name == 'randomness')
     assert check.passed and check.figures['largest_change'] == 0
     assert evaluation.results(report, {})['clean_loss'] is None
+    # What needs no perturbation has none.
+    (fab,) = (outcome for outcome in report.outcomes if outcome.attack == 'fab')
+    np.testing.assert_array_equal(fab.attacked.distance[~report.predictions.correct], 0)
+    evaluation.table(report)
+    evaluation.write(report, tmp_path, {})
+    page = (tmp_path / 'index.html').read_text(encoding='utf-8')
+    assert '>–<' in page
 
 
 def test_a_label_that_is_no_class_is_named(model, source):

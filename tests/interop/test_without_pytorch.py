@@ -140,8 +140,13 @@ def test_layers_that_could_be_exchanged_need_an_order(tmp_path, model):
         interop.load_torch(path, model, **options)
     module, variables = interop.from_torch(arrays, model, **options)
     names = {'dense1': 'input', 'dense2': 'hidden', 'head': 'output'}
-    _, named = interop.load_torch(path, module, names=names)
-    jax.tree.map(np.testing.assert_array_equal, named, variables)
+    # All but one are enough.
+    for left in (None, *names):
+        known = {ours: theirs for ours, theirs in names.items() if ours != left}
+        _, named = interop.load_torch(path, module, names=known)
+        jax.tree.map(np.testing.assert_array_equal, named, variables)
+    with pytest.raises(interop.WeightsError, match="which of 'hidden' and 'input' comes first"):
+        interop.load_torch(path, module, names={'head': 'output'})
     # Numbers tell it, up to 10 and beyond.
     numbered = [f'layer{2 * k}' for k in range(7)]
     arrays = save(stack(*numbered), path)
