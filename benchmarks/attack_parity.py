@@ -1,17 +1,17 @@
 """Do our attacks find what their PyTorch originals find? Robust accuracy, image by image.
 
     python -m benchmarks.attack_parity compare --weights DIR --data_dir DIR --output DIR
-    python -m benchmarks.attack_parity starts --weights DIR --data_dir DIR
     python -m benchmarks.attack_parity smallest --weights DIR --data_dir DIR
     python -m benchmarks.attack_parity published --weights DIR --data_dir DIR
 
 `compare` runs both sides with equal budgets on the first test images and keeps what every run found
 in the output folder, so that an interrupted comparison goes on where it stopped. Random attacks
 differ from seed to seed: how much torchattacks differs from itself is the yardstick for how much we
-may differ from it. `starts` gives Auto-PGD of both sides the same random starts, so that only
-rounding is left to make outcomes differ. `smallest` compares the perturbations found by attacks
-that look for the smallest one with those of foolbox. `published` repeats figures published with
-the weights.
+may differ from it. With `--starts same` Auto-PGD of both sides, whose starts are all that is random
+in it, begins at the same points, and PGD at the images, so that only rounding is left to make
+outcomes differ. `smallest`
+compares the perturbations found by attacks that look for the smallest one with those of foolbox.
+`published` repeats figures published with the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -37,7 +37,7 @@ from neurosens.forward import LinenForward
 if TYPE_CHECKING:
     from benchmarks import published
 
-# Attacks without random decisions but their start.
+# Attacks without random decisions but their starts, which they draw.
 _FROM_STARTS = ('apgd-ce', 'apgd-dlr', 'apgd-t')
 _SETTINGS = {
     ('lenet5_robust', 'linf'): 0.3,
@@ -122,10 +122,58 @@ def robust_ours(
             threat=threat,
             steps=setting.pgd_steps,
             step_size=setting.step_size,
+            start=setting.pgd_start,
             index=index,
         )
         found.append(~np.asarray(result.success))
     return np.concatenate(found)
+
+
+def robust_from_starts(
+    pair: published.Published,
+    attack: str,
+    setting: Setting,
+    seed: int,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    draws: np.ndarray,
+) -> np.ndarray:
+    """Returns which images our Auto-PGD leaves classified correctly from the starts of `draws`."""
+    mesh = harness.mesh()
+    variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
+    robust = []
+    for part in batches(len(x)):
+        starts = _starts(x[part], np.broadcast_to(draws, x.shape)[part], setting.eps)
+        images, labels, starts = parallel.shard(mesh, (x[part], y[part], starts))
+        run = functools.partial(
+            attacks.apgd,
+            pair.forward,
+            variables,
+            images,
+            labels,
+            jax.random.key(seed),
+            threat=attacks.Threat(setting.norm, setting.eps),
+            steps=setting.steps,
+            loss='cross_entropy' if attack == 'apgd-ce' else 'dlr',
+            start=starts,
+            first_rises=True,
+        )
+        targets: Sequence[jax.Array | None] = [None]
+        if attack == 'apgd-t':
+            targets = _targets(pair.forward, variables, images, labels)
+        found = [np.asarray(run(target=target).success) for target in targets]
+        robust.append(~np.any(found, axis=0))
+    return np.concatenate(robust)
+
+
+def _draws(attack: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Numbers from 0 to 1 of which both sides make their starts.
+
+    One for each image; for targeted attacks one for all, since torchattacks leaves out those that
+    have fallen, target by target, and others would go to different images on both sides.
+    """
+    return np.random.default_rng(seed).random(shape[attack == 'apgd-t' :], np.float32)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -141,36 +189,48 @@ def compare(arguments: argparse.Namespace) -> None:
         pair = published.load(name, arguments.weights)
         pair.network.to(on)
         x, y = published.images(pair.data_set, arguments.data_dir, arguments.images)
-        setting = Setting(norm, _SETTINGS[name, norm], batch_size=_BATCH)
-        sides = {
-            'ours': functools.partial(robust_ours, pair),
-            'theirs': functools.partial(torch_parity.withstood, pair.network),
-        }
+        start = 'random' if arguments.starts == 'own' else 'clean'
+        setting = Setting(norm, _SETTINGS[name, norm], batch_size=_BATCH, pgd_start=start)
         title = _title(name, norm)
         for attack in arguments.attacks:
-            found: dict[str, list[np.ndarray]] = {side: [] for side in sides}
-            for seed, side in itertools.product(range(arguments.seeds), sides):
+            found: dict[str, list[np.ndarray]] = {'ours': [], 'theirs': []}
+            for seed, side in itertools.product(range(arguments.seeds), found):
                 # An image withstands the ensemble if it withstands all parts.
                 withstood = np.ones(len(x), bool)
                 for part in ENSEMBLE if attack == 'autoattack' else (attack,):
-                    file = folder / f'{name}_{norm}_{part}_{side}_{seed}_{arguments.images}.npy'
-                    if not file.exists():
-                        start = time.perf_counter()
-                        np.save(file, sides[side](part, setting, seed, x, y))
-                        seconds = time.perf_counter() - start
-                        _note(f'{file.stem}: {np.load(file).mean():.2%}, {seconds:.0f} s')
-                    withstood &= np.load(file)
+                    given = arguments.starts == 'same' and part in _FROM_STARTS
+                    draws = {'draws': _draws(part, x.shape, seed)} if given else {}
+                    if side == 'theirs':
+                        run = functools.partial(torch_parity.withstood, pair.network)
+                    else:
+                        run = functools.partial(robust_from_starts if given else robust_ours, pair)
+                    find = functools.partial(run, part, setting, seed, x, y, **draws)
+                    stem = f'{name}_{norm}_{part}_{side}_{seed}'
+                    decides = (setting, arguments.images, arguments.starts)
+                    make = functools.partial(_timed, find, stem)
+                    withstood &= np.array(harness.kept(folder, stem, decides, make))
                 found[side].append(withstood)
             rows.append((title, _ATTACK_TITLES[attack], *_compared(**found)))
             title = ''
     header = ('Network', 'Attack', 'ours', 'torchattacks', 'difference', 'same outcome')
     if arguments.seeds > 1:
         header = (*header, 'torchattacks with itself')
+    starts = {
+        'own': 'both sides draw their own starts',
+        'same': 'Auto-PGD of both sides begins at the same points, PGD at the images',
+    }[arguments.starts]
     definition = (
         f'Robust accuracy of the first {arguments.images:,} test images in per cent, '
-        f'seeds: {arguments.seeds}.'
+        f'seeds: {arguments.seeds}; {starts}.'
     )
-    harness.report(arguments, definition, harness.markdown_table(header, rows))
+    harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
+
+
+def _timed(run: Callable[[], np.ndarray], name: str) -> list[bool]:
+    start = time.perf_counter()
+    found = run()
+    _note(f'{name}: {found.mean():.2%}, {time.perf_counter() - start:.0f} s')
+    return found.tolist()
 
 
 def _note(text: str) -> None:
@@ -205,70 +265,6 @@ def _loaded(
     pair.network.to(torch_device.start())
     variables = parallel.replicate(harness.mesh(), jax.tree.map(jnp.asarray, pair.variables))
     return pair, variables, *published.images(pair.data_set, arguments.data_dir, images)
-
-
-def from_same_starts(arguments: argparse.Namespace) -> None:
-    """Reports outcomes of Auto-PGD where both sides begin at the same points."""
-    from benchmarks import torch_parity
-
-    mesh = harness.mesh()
-    rows = []
-    for name in arguments.networks:
-        pair, variables, x, y = _loaded(name, arguments, arguments.images)
-        setting = Setting('linf', _SETTINGS[name, 'linf'], batch_size=_BATCH)
-        for attack in (one for one in _FROM_STARTS if one in arguments.attacks):
-            both = []
-            for seed in range(arguments.seeds):
-                # One draw for all images: torchattacks leaves out those that have fallen, target
-                # by target, and so any other would go to different images on both sides.
-                shape = x.shape[1:] if attack == 'apgd-t' else x.shape
-                draws = np.random.default_rng(seed).random(shape, np.float32)
-                ours = []
-                for part in batches(len(x)):
-                    whole = np.broadcast_to(draws, x.shape)[part]
-                    images, labels, starts = parallel.shard(
-                        mesh, (x[part], y[part], _starts(x[part], whole, setting.eps))
-                    )
-                    run = functools.partial(
-                        attacks.apgd,
-                        pair.forward,
-                        variables,
-                        images,
-                        labels,
-                        jax.random.key(seed),
-                        threat=attacks.Threat('linf', setting.eps),
-                        steps=setting.steps,
-                        loss='cross_entropy' if attack == 'apgd-ce' else 'dlr',
-                        start=starts,
-                        first_rises=True,
-                    )
-                    targets = [None]
-                    if attack == 'apgd-t':
-                        targets = _targets(pair.forward, variables, images, labels)
-                    found = [np.asarray(run(target=target).success) for target in targets]
-                    ours.append(~np.any(found, axis=0))
-                theirs = torch_parity.withstood(
-                    pair.network, attack, setting, seed, x, y, draws=draws
-                )
-                both.append((np.concatenate(ours), theirs))
-            means = [100 * np.mean(runs) for runs in zip(*both, strict=True)]
-            same = 100 * np.mean([one == other for one, other in both])
-            rows.append(
-                (
-                    _title(name, 'linf'),
-                    _ATTACK_TITLES[attack],
-                    *(f'{mean:.2f}' for mean in means),
-                    f'{means[0] - means[1]:+.2f}',
-                    f'{same:.2f}',
-                )
-            )
-            _note(str(rows[-1]))
-    header = ('Network', 'Attack', 'ours', 'torchattacks', 'difference', 'same outcome')
-    definition = (
-        f'Robust accuracy of the first {arguments.images:,} test images in per cent after '
-        f'{setting.steps} steps of Auto-PGD from the same starts, seeds: {arguments.seeds}.'
-    )
-    harness.report(arguments, harness.wrapped(definition), harness.markdown_table(header, rows))
 
 
 @jax.jit
@@ -426,7 +422,6 @@ def figures(arguments: argparse.Namespace) -> None:
 
 _SUBJECTS = {
     'compare': compare,
-    'starts': from_same_starts,
     'smallest': smallest,
     'published': figures,
 }
@@ -445,6 +440,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--attacks', nargs='+', default=ATTACKS, choices=ATTACKS)
     parser.add_argument('--images', type=int, default=1000, help=f'a multiple of {_BATCH}')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each attack')
+    parser.add_argument(
+        '--starts', default='own', choices=('own', 'same'), help='of PGD and Auto-PGD'
+    )
     harness.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -452,6 +450,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     """Compares and prints."""
     arguments = parse_arguments()
+    if arguments.starts == 'same' and 'l2' in arguments.norms:
+        raise SystemExit('--starts same is for linf: torchattacks draws others in l2.')
     harness.use_device(arguments.device)
     harness.start_jax(_BATCH)
     _SUBJECTS[arguments.subject](arguments)

@@ -16,7 +16,8 @@ class Setting:
     Attributes:
         norm: `'linf'` or `'l2'`.
         eps: radius.
-        pgd_steps: steps of PGD from a random start, of length 2.5 eps / steps.
+        pgd_steps: steps of PGD, of length 2.5 eps / steps.
+        pgd_start: where it begins, `'random'` or, at the image, `'clean'`.
         steps: steps of APGD and FAB.
         queries: of Square.
         batch_size: images per batch.
@@ -28,6 +29,7 @@ class Setting:
     norm: str = 'linf'
     eps: float = 8 / 255
     pgd_steps: int = 20
+    pgd_start: str = 'random'
     steps: int = 100
     queries: int = 5000
     batch_size: int = 128

@@ -7,6 +7,7 @@ SUBJECT is one of
     steps       PGD with 20 steps, Auto-PGD with 100, Square with 100 queries
     autoattack  the whole ensemble; the first round includes compilation
     neurons     16 single neurons in each of 128 images
+    overhead    what a step of every gradient attack costs, in calls of the plain gradient
     compile     seconds to compile against the number of steps (needs no peers)
 
 Networks, weights, images, labels, radius and budgets are the same on both sides. PyTorch runs
@@ -45,7 +46,19 @@ _RADII = {'lenet5_robust': '0.3', 'resnet20': '0.5/255'}
 _EPS = {'lenet5_robust': 0.3, 'resnet20': 0.5 / 255}
 _NEURON_EPS = {'lenet5_robust': 2.0, 'resnet20': 0.5}
 GRADIENTS, FORWARDS = '20 input gradients, one call each', '20 forward passes, one call each'
+JACOBIANS = '20 gradients of every logit, one call each'
 _CALLS = 20
+# The attacks of `overhead`, and what a step of each cannot do without.
+_OVERHEADS = {
+    'pgd': GRADIENTS,
+    'mi_fgsm': GRADIENTS,
+    'ni_fgsm': GRADIENTS,
+    'apgd': GRADIENTS,
+    'fmn': GRADIENTS,
+    'carlini_wagner': GRADIENTS,
+    'deepfool': JACOBIANS,
+    'fab': JACOBIANS,
+}
 # What is only timed on a part of all pairs, see `benchmarks.torch_attacks`: one image of 32.
 PAIR_SHARE = 32
 PAIRS = 'PyTorch pairs in turn'
@@ -92,7 +105,13 @@ def prepare(
         logits = forward(variables, images)[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
-    gradient = jax.jit(jax.grad(loss, argnums=1))
+    def every_logit(variables: Any, images: jax.Array) -> jax.Array:
+        logits, pull = jax.vjp(lambda images: forward(variables, images)[0], images)
+        classes = jnp.eye(logits.shape[-1], dtype=logits.dtype)[:, None]
+        each = jnp.broadcast_to(classes, (len(classes), *logits.shape))
+        return jax.vmap(pull)(each)[0]
+
+    gradient, jacobian = jax.jit(jax.grad(loss, argnums=1)), jax.jit(every_logit)
     logits = jax.jit(lambda variables, images: forward(variables, images)[0])
     on = functools.partial
     call = (forward, variables, x, y, key)
@@ -118,6 +137,17 @@ def prepare(
     units: dict[str, Callable[[], Any]] = {
         GRADIENTS: lambda: [gradient(variables, x, y) for _ in range(_CALLS)],
         FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
+        JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_CALLS)],
+        **{
+            f'{_CALLS} steps of {attack}': on(
+                getattr(attacks, attack),
+                *call,
+                threat=attacks.Threat('l2', 2.0) if attack == 'carlini_wagner' else threat,
+                steps=_CALLS,
+                **({'searches': 1} if attack == 'carlini_wagner' else {}),
+            )
+            for attack in _OVERHEADS
+        },
         'neurosens pgd': pgd,
         'neurosens apgd-ce': apgd,
         'neurosens apgd-dlr': on(apgd, loss='dlr'),
@@ -177,6 +207,11 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         'ART square',
     ),
     'autoattack': (GRADIENTS, FORWARDS, 'neurosens autoattack', 'torchattacks autoattack'),
+    'overhead': (
+        GRADIENTS,
+        JACOBIANS,
+        *(f'{_CALLS} steps of {attack}' for attack in _OVERHEADS),
+    ),
     'neurons': (GRADIENTS, 'neurosens neurons', 'PyTorch neurons in turn', PAIRS),
 }
 
@@ -429,6 +464,33 @@ def _neurons(arguments: argparse.Namespace) -> None:
     harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)
 
 
+def _every_overhead(arguments: argparse.Namespace) -> None:
+    measurements, rows = {}, []
+    for name in arguments.networks:
+        measured, _ = measure('overhead', name, arguments, {})
+        measurements[name] = measured
+        for attack, floor in _OVERHEADS.items():
+            unit = f'{_CALLS} steps of {attack}'
+            rows.append(
+                (
+                    _SHORT[name],
+                    attack,
+                    floor.partition(' ')[2].partition(',')[0],
+                    f'{measured.summary(unit).median / _CALLS * 1e3:.1f}',
+                    harness.ratio_text(measured.ratio(unit, floor)),
+                    harness.percent(measured.share(unit, measured.seconds[floor])),
+                )
+            )
+    header = ('Network', 'Attack', 'floor of a step', 'ms per step', 'step / floor')
+    definition = (
+        f'{_CALLS} steps on {Setting.batch_size} images in one batch, whole attacks with all that '
+        'stands before and behind their steps. Floor: as many calls of the compiled gradient of '
+        'the loss, or of all logits where steps need these.'
+    )
+    table = harness.markdown_table((*header, 'share of floor'), rows)
+    harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)
+
+
 def _compile(arguments: argparse.Namespace) -> None:
     harness.start_jax(devices=1)
     rows = [row for name in arguments.networks for row in compile_rows(name, arguments)]
@@ -437,7 +499,13 @@ def _compile(arguments: argparse.Namespace) -> None:
     harness.report(arguments, definition, harness.markdown_table(header, rows))
 
 
-_REPORTS = {'steps': _steps, 'autoattack': _ensembles, 'neurons': _neurons, 'compile': _compile}
+_REPORTS = {
+    'steps': _steps,
+    'autoattack': _ensembles,
+    'neurons': _neurons,
+    'overhead': _every_overhead,
+    'compile': _compile,
+}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -305,7 +305,7 @@ def found_curves(problem: Problem, folder: pathlib.Path) -> dict[str, dict[str, 
     return harness.kept(
         folder,
         f'{problem.name}_curves',
-        (problem.setting, _STEPS, _QUERIES, STRENGTHS, MEASURES),
+        (problem.setting, _STEPS, _QUERIES, STRENGTHS, MEASURES, ORDERS, _ATTACKS),
         lambda: _curves(problem),
     )
 
@@ -470,13 +470,13 @@ def fragile(problem: Problem, folder: pathlib.Path) -> list[Table]:
         for score in ('l2', 'relative_l2')
         for kind in ('correlation', 'partial')
     ]
-    agreement = facts['agreement/ablation-ablation_attacked']
+    agreement = facts.get('agreement/ablation-ablation_attacked')
     row = (
         problem.name,
         f'{eps:.3g}',
         f'{facts["filters"]}, {facts["fragile"]}',
         *correlations,
-        f'{agreement:+.2f}',
+        '-' if agreement is None else f'{agreement:+.2f}',
     )
     header = (
         'Network',

@@ -63,7 +63,13 @@ def torchattacks_attacks(
     # Its own AutoAttack takes 10 steps in place of the 100 of the paper.
     ensemble = [parts[name] for name in ENSEMBLE]
     return {
-        'pgd': pgd(network, eps, setting.step_size, setting.pgd_steps),
+        'pgd': pgd(
+            network,
+            eps,
+            setting.step_size,
+            setting.pgd_steps,
+            random_start=setting.pgd_start == 'random',
+        ),
         **parts,
         'autoattack': torchattacks.MultiAttack(ensemble),
     }

@@ -68,9 +68,9 @@ def test_gradients_of_gradients_equal_the_plain_ones(case, channels):
     def slopes(loss):
         return jax.jit(jax.grad(functools.partial(penalty, loss), (0, 1)))(images, kernel)
 
-    chex.assert_trees_all_close(
-        slopes(with_fast_input_gradients(loss)), slopes(loss), rtol=1e-4, atol=1e-4
-    )
+    for fast, plain in zip(slopes(with_fast_input_gradients(loss)), slopes(loss)):
+        # Sums of large terms that nearly cancel are as exact as the largest.
+        np.testing.assert_allclose(fast, plain, rtol=0, atol=2e-6 * np.abs(plain).max())
 
     def further(loss):
         # Once more: what trains a model by the gradient of a penalty's gradient.

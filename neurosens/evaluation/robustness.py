@@ -190,8 +190,9 @@ def evaluate(
             # An image that is wrong as it is stays so, wherever an attack has moved it, and one
             # whose logits are NaN shows an attack nothing.
             attacked = attacked._replace(success=attacked.success | ~predictions.correct)
-            if attacked.distance is not None:
-                nearest = np.where(predictions.correct, attacked.distance, 0)
+            if attacked.distance is not None and not settings.target:
+                # Of others that are wrong as they are the attack says so itself.
+                nearest = np.where(predictions.predictions < 0, 0, attacked.distance)
                 attacked = attacked._replace(distance=nearest)
             outcomes += (
                 _at_each_radius(name, settings, attacked, predictions)
