@@ -80,6 +80,11 @@ def batches(total: int) -> Iterator[slice]:
         yield slice(start, start + _BATCH)
 
 
+def _replicated(pair: published.Published) -> Any:
+    """Variables of a network on all devices."""
+    return parallel.replicate(harness.mesh(), jax.tree.map(jnp.asarray, pair.variables))
+
+
 def robust_ours(
     pair: published.Published,
     attack: str,
@@ -89,8 +94,7 @@ def robust_ours(
     y: np.ndarray,
 ) -> np.ndarray:
     """Returns which images one of our attacks leaves classified correctly."""
-    mesh = harness.mesh()
-    variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
+    mesh, variables = harness.mesh(), _replicated(pair)
     threat = attacks.Threat(setting.norm, setting.eps)
     key = jax.random.key(seed)
     if attack != 'pgd':
@@ -140,8 +144,7 @@ def robust_from_starts(
     draws: np.ndarray,
 ) -> np.ndarray:
     """Returns which images our Auto-PGD leaves classified correctly from the starts of `draws`."""
-    mesh = harness.mesh()
-    variables = parallel.replicate(mesh, jax.tree.map(jnp.asarray, pair.variables))
+    mesh, variables = harness.mesh(), _replicated(pair)
     robust = []
     for part in batches(len(x)):
         starts = _starts(x[part], np.broadcast_to(draws, x.shape)[part], setting.eps)
@@ -263,8 +266,7 @@ def _loaded(
 
     pair = published.load(name, arguments.weights)
     pair.network.to(torch_device.start())
-    variables = parallel.replicate(harness.mesh(), jax.tree.map(jnp.asarray, pair.variables))
-    return pair, variables, *published.images(pair.data_set, arguments.data_dir, images)
+    return pair, _replicated(pair), *published.images(pair.data_set, arguments.data_dir, images)
 
 
 @jax.jit

@@ -24,10 +24,9 @@ _WATCHED = {
     'monitor/dead_share': 'share of dead neurons',
     'monitor/jacobian_norm': 'norm of the Jacobian',
     'monitor/boundary_distance': 'first-order l2 distance',
-    'monitor/activation_sensitivity': 'activation sensitivity',
     'images_per_second': 'images/s',
 }
-_LAYERS = 'monitor/activation_sensitivity/'
+_SENSITIVITY = 'monitor/activation_sensitivity'
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
@@ -56,9 +55,10 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     if shares:
         panels.append(('share of gradient (%)', {name: _term(name) for name in shares}, 'percent'))
     panels += [(label, {name: ''}, 'linear') for name, label in _WATCHED.items() if name in names]
-    layers = {name: name.removeprefix(_LAYERS) for name in names if name.startswith(_LAYERS)}
-    if layers:
-        panels.append(('activation sensitivity', layers, 'log'))
+    if _SENSITIVITY in names:
+        of_layers = [name for name in names if name.startswith(f'{_SENSITIVITY}/')]
+        curves = {name: name.removeprefix(f'{_SENSITIVITY}/') for name in of_layers}
+        panels.append(('activation sensitivity', {_SENSITIVITY: 'mean', **curves}, 'log'))
     height = _PANEL_HEIGHT * len(panels)
     figure = Figure(figsize=(PANEL, height), layout='constrained')
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)

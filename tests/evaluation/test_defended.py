@@ -79,12 +79,14 @@ def run(
     eps=EVALUATION.eps,
     directory=None,
     ensemble_progress=None,
+    attacks=('square',),
+    surrogate=None,
     **changes,
 ):
     forward, variables, source = problem
     mesh = parallel.data_mesh(devices)
     variables = parallel.replicate(mesh, variables)
-    settings = config.Defense(name=name, options=options, images=0, attacks=('square',), **changes)
+    settings = config.Defense(name=name, options=options, images=0, attacks=attacks, **changes)
     key = jax.random.key(3)
     parameters = evaluation.calibrate_defense(
         forward, variables, source, mesh, settings, key, batch_size=16
@@ -106,6 +108,7 @@ def run(
         parameters=parallel.replicate(mesh, parameters),
         directory=directory,
         ensemble_progress=ensemble_progress,
+        surrogate=surrogate,
     )
     return parameters, report
 
@@ -270,24 +273,29 @@ def test_every_measure_prunes_what_it_ranks_first(problem, measure):
     np.testing.assert_array_equal(np.flatnonzero(parameters.removed), np.sort(chosen))
 
 
+@pytest.mark.parametrize('measure', ['ablation_attacked', 'targeting'])
+def test_a_measure_under_attack_needs_a_radius(problem, measure):
+    forward, variables, source = problem
+    settings = config.Defense(name='pruning', options={'count': 5}, measure=measure)
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    with pytest.raises(ValueError, match=f"'{measure}', which attacks images, but the radius is 0"):
+        evaluation.calibrate_defense(forward, variables, source, mesh, settings, key, eps=0.0)
+
+
 def test_images_of_another_model_are_transferred_too(problem):
     forward, variables, source = problem
-    mesh = parallel.data_mesh(8)
-    key, placed = jax.random.key(3), parallel.replicate(mesh, variables)
-    settings = config.Defense(
-        name='pruning', options={'count': 3}, images=0, measure='influence', attacks=()
+    key = jax.random.key(3)
+    scaled = parallel.replicate(
+        parallel.data_mesh(8), jax.tree.map(lambda leaf: 3 * leaf, variables)
     )
-    parameters = evaluation.calibrate_defense(forward, placed, source, mesh, settings, key)
-    scaled = parallel.replicate(mesh, jax.tree.map(lambda leaf: 3 * leaf, variables))
-    report = evaluation.evaluate_defense(
-        forward,
-        placed,
-        source,
-        mesh,
-        dataclasses.replace(EVALUATION, attacks=('fgsm',), eps=(0.12,)),
-        settings,
-        key,
-        parameters=parallel.replicate(mesh, parameters),
+    parameters, report = run(
+        problem,
+        'pruning',
+        {'count': 3},
+        measure='influence',
+        attacked_by=('fgsm',),
+        eps=(0.12,),
+        attacks=(),
         surrogate=(forward, scaled),
     )
     outcomes = {outcome.name: outcome for outcome in report.outcomes}
@@ -332,21 +340,15 @@ def test_logits_that_are_not_numbers_are_nothing_to_recover():
 
 
 def test_controls_that_cannot_be_measured_are_named(problem):
-    forward, variables, source = problem
-    mesh, key = parallel.data_mesh(1), jax.random.key(3)
-    settings = config.Defense(
-        name='inverse_perturbation', options=INVERSE, images=0, attacks=(), surrogates=()
-    )
-    parameters = evaluation.calibrate_defense(forward, variables, source, mesh, settings, key)
-    report = evaluation.evaluate_defense(
-        forward,
-        parallel.replicate(mesh, variables),
-        source,
-        mesh,
-        dataclasses.replace(EVALUATION, attacks=('autoattack',), eps=(0.12,)),
-        settings,
-        key,
-        parameters=parallel.replicate(mesh, parameters),
+    _, report = run(
+        problem,
+        'inverse_perturbation',
+        INVERSE,
+        devices=1,
+        attacked_by=('autoattack',),
+        eps=(0.12,),
+        attacks=(),
+        surrogates=(),
     )
     assert report.moves == ()
     assert 'Controls were not measured' in evaluation.defense_table(report)

@@ -231,9 +231,10 @@ def test_curves_of_training_are_those_of_the_log():
     assert drawn['accuracy (%)', 'watched images under PGD'] == [[6, 25.0]]
     assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
     assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
+    assert drawn['activation sensitivity', 'mean'] == [[6, 2.5]]
     assert drawn['activation sensitivity', 'act2'] == [[6, 2.0]]
     assert drawn['images/s', '_child0'] == [[12, 800.0]]
-    assert len(figure.axes) == 8
+    assert len(figure.axes) == 7
     scales = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
     # 0 has no place on a logarithmic axis.
     assert (scales['loss'], scales['penalty']) == ('log', 'linear')
