@@ -153,6 +153,7 @@ def _clean(
         # The other classes, the most likely first.
         'order': jnp.argsort(-others, axis=-1)[:, :-1].astype(jnp.int32),
         'zero_gradient': (gradients == 0).all(tuple(range(1, x.ndim))),
+        'infinite_gradient': ~jnp.isfinite(gradients).all(tuple(range(1, x.ndim))),
     }
 
 
@@ -333,7 +334,7 @@ def autoattack(
     notes = Notes(directory, _identity(task, version, plan), clean['logits'])
     found = _Found(
         x.copy(),
-        np.where(clean['logits'].argmax(-1) == y, ROBUST, CLEAN),
+        np.where(_predicted(clean['logits']) == y, ROBUST, CLEAN),
         clean['margin'].copy(),
         np.ones(len(x), np.int64),
     )
@@ -393,6 +394,11 @@ def _fetch(result: Any) -> dict[str, np.ndarray]:
     return dict(parallel.gather({name: getattr(result, name) for name in names}))
 
 
+def _predicted(logits: np.ndarray) -> np.ndarray:
+    """Classes `[N]`; -1, which no label is, where logits are not numbers."""
+    return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))
+
+
 def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:
     """Logits and gradients of the clean images, and whether a second look differs."""
     parts: list[dict[str, np.ndarray]] = []
@@ -408,7 +414,7 @@ def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:
         first, second = (
             parallel.gather(_clean(task.forward, task.variables, x, y, key, index)) for key in keys
         )
-        differ |= not np.array_equal(first['logits'], second['logits'])
+        differ |= not np.array_equal(first['logits'], second['logits'], equal_nan=True)
         parts.append({name: values[:count] for name, values in first.items()})
     clean = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return clean, differ
@@ -433,6 +439,12 @@ def _warnings(
             f'{count:,} of {total:,} clean images have no gradient at all: gradient-based attacks '
             'cannot see the model there; look at Square, at a smooth substitute for what hides the '
             'gradient (straight_through), and at transfer attacks.'
+        )
+    count = int(clean['infinite_gradient'].sum())
+    if count:
+        yield (
+            f'{count:,} of {total:,} clean images have gradients that are not finite: attacks that '
+            'follow them go astray; mend what divides by zero in the model.'
         )
     sums = logits.sum(-1)
     if logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3):

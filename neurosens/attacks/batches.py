@@ -128,6 +128,10 @@ def attack_batch(
         raise ValueError(
             f'images have shape {x.shape} and labels {y.shape}; they must be [B, ...] and [B].'
         )
+    if index is not None and jnp.shape(index) != y.shape:
+        raise ValueError(
+            f'index has shape {jnp.shape(index)}; it must have a value for each of {len(x)} images.'
+        )
     if threat is not None:
         check_images(x, threat.bounds)
         if not unbounded:

@@ -60,10 +60,11 @@ def within(
     Returns:
       The result.
     """
-    success = distance <= threat.eps
+    # A radius may be infinite, too.
+    success = jnp.isfinite(distance) & (distance <= threat.eps)
     x_adv = jnp.where(success, nearest, x)
     margin = label_margin(logits_of(forward, variables, x_adv), y)
-    return MinimumResult(x_adv, success & jnp.isfinite(distance), margin, queries, distance)
+    return MinimumResult(x_adv, success, margin, queries, distance)
 
 
 def robust_accuracy(

@@ -287,6 +287,7 @@ def bim(
     Returns:
       As of `pgd`.
     """
+    _validate.check_range('steps', steps, low=1)
     options.setdefault('step_size', default_step(threat, jnp.shape(x)[1:], 1 / steps))
     return pgd(forward, variables, x, y, key, threat=threat, steps=steps, start='clean', **options)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,8 @@ class Threat:
         if self.norm not in NORMS:
             raise ValueError(_validate.unknown('norm', self.norm, NORMS))
         # Attacks that look for the smallest perturbation take an infinite radius.
-        if isinstance(self.eps, (int, float)) and self.eps != math.inf:
-            _validate.check_range('eps', self.eps, low=0)
+        if isinstance(self.eps, numbers.Real) and self.eps != math.inf:
+            _validate.check_range('eps', float(self.eps), low=0)
         if not self.bounds[0] < self.bounds[1]:
             raise ValueError(f'bounds are {self.bounds!r}; the first must be below the second.')
 

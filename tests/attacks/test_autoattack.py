@@ -220,6 +220,33 @@ def test_missing_gradients_are_found(net):
     assert attack(net, forward=smooth, attacks=('apgd-ce',)).warnings == ()
 
 
+def test_logits_that_are_not_numbers_are_wrong_and_their_gradients_are_found(net):
+    means = np.asarray(net.x).mean((1, 2, 3))
+    level = float(np.sort(means)[-4:-2].mean())
+    brightest = means > level
+
+    def spoil(x):
+        bright = x.mean((-3, -2, -1), keepdims=True) > level
+        return x * jnp.where(bright, jnp.nan, 1.0)
+
+    spoilt = with_input_transform(net.forward, spoil)
+    # The class that NumPy finds among NaN is not right by accident.
+    result = attack(net, forward=spoilt, attacks=('apgd-ce',))
+    np.testing.assert_array_equal(result.broken_by == CLEAN, brightest | ~net.correct)
+    assert only_warning(result).startswith('3 of 16 clean images have gradients that are not')
+    zeros = autoattack(
+        spoilt,
+        net.variables,
+        np.asarray(net.x),
+        np.zeros(16, np.int32),
+        jax.random.key(0),
+        threat=Threat('linf', 0.0),
+        attacks=('apgd-ce',),
+        **SMALL,
+    )
+    assert (zeros.broken_by == CLEAN)[brightest].all()
+
+
 def test_probabilities_are_found(net):
     class Softmax:
         def __call__(self, variables, x, edits=None, taps=()):

@@ -17,7 +17,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from neurosens import models, parallel
-from neurosens.attacks import Threat, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
+from neurosens.attacks import Threat, bim, fgsm, fgsm_rs, mi_fgsm, ni_fgsm, pgd, pgd_example
 from neurosens.forward import LinenForward, NNXForward
 
 BATCH = 16
@@ -484,12 +484,23 @@ def test_radii_steps_and_restarts_share_one_compiled_program(linear):
         ({'restarts': 0}, 'steps is 20 and restarts 0; both must be at least 1.'),
         ({'steps': -3, 'restarts': 2}, 'steps is -3 and restarts 2; both must be at least 1.'),
         ({'start': 'zero'}, "start is 'zero'; it must be 'random' or 'clean'."),
+        (
+            {'index': np.arange(3)},
+            'index has shape (3,); it must have a value for each of 8 images.',
+        ),
     ],
 )
 def test_an_impossible_attack_is_refused(linear, options, message):
     variables, x, y, _, _ = linear
     with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         pgd(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.1), **options)
+
+
+@pytest.mark.parametrize('attack', [bim, mi_fgsm, ni_fgsm])
+def test_iterations_need_a_step(linear, attack):
+    variables, x, y, _, _ = linear
+    with pytest.raises(ValueError, match='steps is 0'):
+        attack(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.1), steps=0)
 
 
 def test_an_attack_runs_unchanged_under_pmap():

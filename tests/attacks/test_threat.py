@@ -278,6 +278,8 @@ def test_a_threat_carries_its_radius_as_its_only_leaf():
         (('l3', 0.1), "Unknown norm 'l3'"),
         (('linf', -0.1), 'eps is -0.1; it must be at least 0.'),
         (('linf', float('nan')), 'eps is nan; it must be finite, at least 0.'),
+        (('linf', np.float32(-1)), 'eps is -1.0; it must be at least 0.'),
+        (('l2', np.float32('nan')), 'eps is nan; it must be finite, at least 0.'),
         (('l2', 0.1, (1.0, 0.0)), r'bounds are \(1.0, 0.0\); the first must be below the second.'),
         (('l2', 0.1, (0.5, 0.5)), r'bounds are \(0.5, 0.5\)'),
     ],
