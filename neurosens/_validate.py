@@ -7,6 +7,21 @@ import math
 from collections.abc import Collection
 
 
+def check_whole(name: str, value: float, *, low: int = 1) -> None:
+    """Raises a ValueError if `value` is no whole number from `low` up."""
+    check_range(name, value, low=low)
+    if value != int(value):
+        raise ValueError(f'{name} is {value!r}; it must be a whole number.')
+
+
+def check_layers(layers: object) -> None:
+    """Raises a ValueError if names of layers are a single one, whose letters would count."""
+    if isinstance(layers, str):
+        raise ValueError(
+            f'layers is {layers!r}; it must be a list of names: ({layers!r},) for one.'
+        )
+
+
 def unknown(kind: str, value: object, valid: Collection[str]) -> str:
     """Says that `value` names nothing of this `kind`, and what does.
 

@@ -162,7 +162,7 @@ def _finite_difference(
     sigma: float,
     distribution: str,
 ) -> _Estimates:
-    """The change under small random ones; biased by O(sigma^2)."""
+    """The change under small random ones; biased by O(sigma^2), at kinks by O(sigma)."""
     before = function(x)
 
     def change(key: PRNGKeyArray) -> dict[str, Array]:
@@ -202,8 +202,9 @@ def activation_sensitivity(
         layers at once; `'cotangent'`: a vector-Jacobian product of random signs over all of them;
         `'neuron_sampling'`: exact gradients of `samples` random neurons of each layer;
         `'finite_difference'`: activations at a random point nearby, with a bias of the order of
-        sigma^2; `'exact'`: one direction per entry of the input, for tests and probes. The first
-        three can share the pass of a training objective.
+        sigma^2 where layers are smooth over that distance, and of sigma, downwards, of those whose
+        entries cross the kink of a ReLU; `'exact'`: one direction per entry of the input, for tests
+        and probes. The first three can share the pass of a training objective.
       layers: names of layers; None for every nonlinearity that is a module, by its name.
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
@@ -227,7 +228,8 @@ def activation_sensitivity(
     ):
         if value not in known:
             raise ValueError(_validate.unknown(name, value, known))
-    _validate.check_range('samples', samples, low=1)
+    _validate.check_layers(layers)
+    _validate.check_whole('samples', samples)
     _validate.check_range('sigma', sigma, low=0, low_open=True)
 
     def regularizer(
@@ -300,6 +302,7 @@ def sensitivity_and_jacobian(
     ):
         if value not in known:
             raise ValueError(_validate.unknown(name, value, known))
+    _validate.check_layers(layers)
     _validate.check_range('sensitivity', sensitivity, low=0)
     _validate.check_range('jacobian', jacobian, low=0)
 

@@ -74,6 +74,7 @@ def activation_norm(
     _check_order(order)
     if position not in POSITIONS:
         raise ValueError(_validate.unknown('position', position, POSITIONS))
+    _validate.check_layers(layers)
 
     def regularizer(
         forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray

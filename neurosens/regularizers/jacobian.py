@@ -153,6 +153,6 @@ def jacobian_root(
 
 def _check(projections: int, probe: str) -> None:
     if projections != EXACT:
-        _validate.check_range('projections', projections, low=1)
+        _validate.check_whole('projections', projections)
     if probe not in PROBES:
         raise ValueError(_validate.unknown('probe', probe, PROBES))

@@ -59,12 +59,16 @@ def weight_difference(weights: Float[Array, 'classes neurons'], top: int) -> Flo
       The term.
     """
     weights = jnp.asarray(weights)
+    fixed = jax.lax.stop_gradient(weights)
 
-    def of_class(index: Array) -> Array:
-        gaps = jnp.abs(weights[index] - weights)
-        return _mean_of_largest(gaps, top).max()
+    def of_class(index: Array) -> tuple[Array, Array]:
+        gaps = _mean_of_largest(jnp.abs(fixed[index] - fixed), top)
+        return gaps.max(), gaps.argmax()
 
-    return chunks.map_chunks(of_class, weights.shape[0], _CLASSES).max()
+    # Only the pair that counts is differentiated: of all of them nothing is kept for that.
+    largest, partner = chunks.map_chunks(of_class, weights.shape[0], _CLASSES)
+    one = largest.argmax()
+    return _mean_of_largest(jnp.abs(weights[one] - weights[partner[one]]), top)
 
 
 def contribution(
@@ -115,7 +119,7 @@ def neuron_contribution(
     """
     _validate.check_range('weight_difference_weight', weight_difference_weight, low=0)
     _validate.check_range('contribution_weight', contribution_weight, low=0)
-    _validate.check_range('top', top, low=1)
+    _validate.check_whole('top', top)
 
     def regularizer(
         forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
@@ -189,7 +193,7 @@ def direct_sensitivity(
       ValueError: a choice is unknown or a number out of range.
     """
     units.check_unit(unit)
-    _validate.check_range('top', top, low=1)
+    _validate.check_whole('top', top)
     _validate.check_range('order', order, low=1, low_open=True)
     _validate.check_range('floor', floor, low=0, low_open=True)
     if scale not in SCALES:

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from neurosens.forward import LinenForward
-from neurosens.regularizers import activation_sensitivity, sensitivity_and_jacobian
+from neurosens.regularizers import (
+    activation_sensitivity,
+    jacobian,
+    sensitivity_and_jacobian,
+)
+from neurosens.regularizers.activation_sensitivity import ESTIMATORS
 
 KEY = jax.random.key(0)
 STOCHASTIC = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference')
@@ -128,7 +133,8 @@ def test_several_samples_are_a_mean(relu):
 
 def test_a_factor_moved_between_layers_changes_it_alone(relu):
     """The penalty can be driven down without changing the classifier."""
-    factor = 3.0
+    # A power of two, with which no product is rounded.
+    factor = 4.0
     moved = jax.tree.map(jnp.asarray, relu.variables)
     first, last = moved['params']['dense1'], moved['params']['head']
     moved = {
@@ -140,11 +146,13 @@ def test_a_factor_moved_between_layers_changes_it_alone(relu):
     np.testing.assert_allclose(
         relu.forward(moved, relu.x)[0], relu.forward(relu.variables, relu.x)[0], atol=1e-5
     )
-    for estimator in ('exact', 'tangent'):
+    for estimator in ESTIMATORS:
         regularizer = activation_sensitivity(estimator=estimator)
         before = evaluate(relu, regularizer)[0]
         after = evaluate(relu, regularizer, variables=moved)[0]
-        assert after == pytest.approx(factor**2 * float(before), rel=1e-5)
+        assert after == factor**2 * before, estimator
+    exact = jacobian(projections=-1)
+    assert evaluate(relu, exact, variables=moved)[0] == evaluate(relu, exact)[0]
 
 
 def test_one_pass_gives_sensitivity_and_jacobian(relu):
@@ -205,6 +213,8 @@ def test_every_nonlinearity_of_the_zoo_is_found():
         ({'position': 'mid'}, "Unknown position 'mid'"),
         ({'distribution': 'cauchy'}, "Unknown distribution 'cauchy'"),
         ({'samples': 0}, 'samples is 0'),
+        ({'samples': 2.5}, 'samples is 2.5; it must be a whole number'),
+        ({'layers': 'act1'}, r"layers is 'act1'; it must be a list of names: \('act1',\) for one"),
         ({'sigma': 0.0}, 'sigma is 0.0'),
     ],
 )

@@ -1,5 +1,6 @@
 """T1 and T2 against loops over pairs, images and neurons; Delta against finite changes."""
 
+import functools
 import itertools
 
 import jax
@@ -50,6 +51,19 @@ def test_both_terms_are_those_of_plain_loops(top, classes):
     parts = jax.vmap(contribution, (None, 0, 0, None))(weights, features, labels, top)
     expected = t2_by_loops(wide, np.float64(features), labels, top)
     assert parts.mean() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_of_classes_that_do_not_count_leave_nothing_for_the_gradient():
+    classes, neurons = 256, 64
+    slope = jax.jit(jax.grad(functools.partial(weight_difference, top=4)))
+    shape = jax.ShapeDtypeStruct((classes, neurons), jnp.float32)
+    memory = slope.lower(shape).compile().memory_analysis().temp_size_in_bytes
+    assert memory < classes**2 * neurons * 4 / 2
+    weights = jax.random.normal(KEY, shape.shape)
+    found = np.asarray(slope(weights))
+    # Two classes, and of each the four neurons that differ most.
+    assert sorted((found != 0).sum(1))[-3:] == [0, 4, 4]
+    np.testing.assert_allclose(found.sum(0), 0, atol=1e-6)
 
 
 def test_weights_that_are_alike_in_all_classes_do_not_differ():
@@ -263,6 +277,9 @@ def test_the_size_of_activations_by_hand(relu):
     ('make', 'options', 'message'),
     [
         (neuron_contribution, {'top': 0}, 'top is 0'),
+        (neuron_contribution, {'top': 2.5}, 'top is 2.5; it must be a whole number'),
+        (direct_sensitivity, {'top': 2.5}, 'top is 2.5; it must be a whole number'),
+        (activation_norm, {'layers': 'act1'}, "layers is 'act1'; it must be a list"),
         (neuron_contribution, {'contribution_weight': -1.0}, 'contribution_weight is -1.0'),
         (direct_sensitivity, {'order': 1.0}, 'order is 1.0; it must be greater than 1'),
         (direct_sensitivity, {'floor': 0.0}, 'floor is 0.0'),
