@@ -369,7 +369,8 @@ class Config:
         training, `'start'` (before which the weight is 0) and `'ramp'` (over which it then rises
         linearly). With `'shared': True` it uses the objective's pass over the clean images, in
         training mode, in place of a pass of its own in evaluation mode; with `'attacked': True` it
-        sees the images that the objective's attack found, in place of the clean ones.
+        sees the images that the objective's attack found, in place of the clean ones. With
+        `'regularizer': NAME` an entry has a name of its own, and there can be several of a kind.
       initial_weights: work directory of a trained model of the same kind to start from, with a
         fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
         network of the same kind that was trained in PyTorch, by images of the same `mean` and
@@ -383,7 +384,7 @@ class Config:
       log_every: steps between lines in `metrics.jsonl`.
       gradient_shares: with each line, log how much of the gradient every term of the loss makes;
         costs a program of its own, and then one more pass (with the attack of an adversarial
-        objective) and a gradient per term. Only where there are regularizers.
+        objective) and a gradient per term. Only where there are several terms.
       evaluate_every: epochs between validations; each also saves a checkpoint.
       checkpoint_every: steps between further checkpoints; 0 means only at validations.
       keep_checkpoints: latest checkpoints kept, besides the best.

@@ -30,7 +30,7 @@ _SENSITIVITY = 'monitor/activation_sensitivity'
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy, penalties, gradient shares, neurons and speed, as far as logged.
+    """Loss and terms, accuracy, penalties, gradient shares, neurons and speed, as far as logged.
 
     Args:
       lines: of `metrics.jsonl`, in order.
@@ -50,6 +50,10 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         ('loss', {'loss': 'training', 'validation_loss': 'validation'}, 'log'),
         ('accuracy (%)', _ACCURACIES, 'percent'),
     ]
+    terms = [name for name in names if name.startswith('objective/') and name not in shares]
+    if terms:
+        curves = {name: name.partition('/')[2].replace('_', ' ') for name in terms}
+        panels.append(('terms of the objective', curves, 'log'))
     if penalties:
         panels.append(('penalty', {name: _term(name) for name in penalties}, 'log'))
     if shares:

@@ -71,14 +71,8 @@ def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> No
     if mode not in ATTACK_MODES:
         raise ValueError(_validate.unknown('attack_mode', mode, ATTACK_MODES))
     _validate.check_range('eps', eps, low=0)
-    _check_whole('steps', steps)
+    _validate.check_whole('steps', steps)
     _validate.check_range('step_size', step_size, low=0)
-
-
-def _check_whole(name: str, value: int) -> None:
-    _validate.check_range(name, value, low=1)
-    if value != int(value):
-        raise ValueError(f'{name} is {value!r}; it must be a whole number.')
 
 
 def _metrics(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
@@ -121,7 +115,7 @@ def _against_one_threat(
     weight_gamma: float,
     start: Callable[[Threat, Array, PRNGKeyArray], Array],
     aim: Callable[[_Logits, Array, Array], inner.BatchLoss],
-    loss: Callable[[Array | None, Array, Array], Float[Array, '']],
+    loss: Callable[[Array | None, Array, Array], dict[str, Array]],
     clean_pass: bool = True,
 ) -> Objective:
     """An objective of clean images and of those that one attack finds.
@@ -135,7 +129,8 @@ def _against_one_threat(
       weight_gamma: size of adversarial weight perturbation.
       start: from the threat, clean images and a key to where the attack starts.
       aim: from the model as the attack sees it, clean images and labels to what it raises.
-      loss: from clean logits, those of attacked images and labels to what is minimised.
+      loss: from clean logits, those of attacked images and labels to the terms of what is
+        minimised, by name.
       clean_pass: whether clean images are run for the loss; without, their logits are None.
 
     Returns:
@@ -178,7 +173,7 @@ def _against_one_threat(
 
         def total(
             variables: Variables,
-        ) -> tuple[Array, tuple[Array | None, Array, Any, dict[str, Array]]]:
+        ) -> tuple[Array, tuple[dict[str, Array], Array | None, Array, Any, dict[str, Array]]]:
             clean: Array | None = None
             tapped: dict[str, Array] = {}
             if clean_pass:
@@ -187,7 +182,9 @@ def _against_one_threat(
                 )
                 variables = {**variables, **changed}
             attacked, updates = run_training_mode(module, variables, x_adv, loss_key)
-            return loss(clean, attacked, y), (clean, attacked, updates, tapped)
+            terms = loss(clean, attacked, y)
+            value = sum(terms.values(), start=jnp.zeros(()))
+            return value, (terms, clean, attacked, updates, tapped)
 
         if weight_gamma:
             params = weight_perturbation(
@@ -196,9 +193,10 @@ def _against_one_threat(
                 weight_gamma,
             )
             variables = {**variables, 'params': params}
-        value, (clean, attacked, updates, tapped) = total(variables)
+        value, (terms, clean, attacked, updates, tapped) = total(variables)
         metrics = _metrics(clean, attacked, y)
-        return value, Outcome(attacked, updates, metrics, tapped, clean, x_adv)
+        several = terms if len(terms) > 1 else {}
+        return value, Outcome(attacked, updates, metrics, tapped, clean, x_adv, several)
 
     return objective
 
@@ -252,9 +250,11 @@ def pgd(
     """
     _validate.check_range('clean_share', clean_share, low=0, high=1)
 
-    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
-        value = (1 - clean_share) * cross_entropy(attacked, y).mean()
-        return value if clean is None else value + clean_share * cross_entropy(clean, y).mean()
+    def loss(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
+        terms = {'attacked': (1 - clean_share) * cross_entropy(attacked, y).mean()}
+        if clean is not None:
+            terms['clean'] = clean_share * cross_entropy(clean, y).mean()
+        return terms
 
     return _against_one_threat(
         norm=norm,
@@ -326,7 +326,7 @@ def free(
     """
     _check(norm, eps, 1, step_size, 'train')
     _validate.check_range('step_size', step_size, low=0, low_open=True)
-    _check_whole('replays', replays)
+    _validate.check_whole('replays', replays)
 
     def objective(
         module: nn.Module,
@@ -373,9 +373,12 @@ def trades(
     """
     _validate.check_range('beta', beta, low=0)
 
-    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
+    def loss(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
         assert clean is not None
-        return cross_entropy(clean, y).mean() + beta * divergence(clean, attacked).mean()
+        return {
+            'cross_entropy': cross_entropy(clean, y).mean(),
+            'divergence': beta * divergence(clean, attacked).mean(),
+        }
 
     return _against_one_threat(
         norm=norm,
@@ -402,6 +405,11 @@ def mart_losses(clean: Array, attacked: Array, y: Array, beta: float) -> Float[A
     Returns:
       BCE(f(x'), y) + beta KL(f(x) || f(x')) (1 - f(x)_y).
     """
+    boosted, diverged = _mart_terms(clean, attacked, y)
+    return boosted + beta * diverged
+
+
+def _mart_terms(clean: Array, attacked: Array, y: Array) -> tuple[Array, Array]:
     shares, before = jax.nn.softmax(attacked), jax.nn.softmax(clean)
     own = jax.nn.one_hot(y, shares.shape[-1], dtype=bool)
     second = jnp.where(own, 0.0, shares).max(-1)
@@ -409,7 +417,7 @@ def mart_losses(clean: Array, attacked: Array, y: Array, beta: float) -> Float[A
     # Where a share is 0, its logarithm counts nothing.
     logs = jnp.log(jnp.where(before > 0, before, 1.0)) - jnp.log(shares + _TINY)
     doubt = 1.0000001 - jnp.where(own, before, 0.0).sum(-1)
-    return boosted + beta * (before * logs).sum(-1) * doubt
+    return boosted, (before * logs).sum(-1) * doubt
 
 
 def mart(
@@ -441,9 +449,10 @@ def mart(
     """
     _validate.check_range('beta', beta, low=0)
 
-    def loss(clean: Array | None, attacked: Array, y: Array) -> Array:
+    def loss(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
         assert clean is not None
-        return mart_losses(clean, attacked, y, beta).mean()
+        boosted, diverged = _mart_terms(clean, attacked, y)
+        return {'boosted': boosted.mean(), 'divergence': beta * diverged.mean()}
 
     return _against_one_threat(
         norm=norm,
@@ -486,6 +495,10 @@ def multi_norm(
       ValueError: a choice is unknown, a number out of range, or there are not as many radii as
         norms.
     """
+    if isinstance(norms, str) or not isinstance(eps, Sequence):
+        raise ValueError(
+            f'norms are {norms!r} and eps {eps!r}; both must be lists, with a radius for each norm.'
+        )
     if not norms or len(norms) != len(eps):
         raise ValueError(
             f'norms are {tuple(norms)} and eps {tuple(eps)}; give one radius for each norm.'
@@ -494,6 +507,7 @@ def multi_norm(
         _check(name, radius, steps, step_size, attack_mode)
     if strategy not in STRATEGIES:
         raise ValueError(_validate.unknown('strategy', strategy, STRATEGIES))
+    norms = list(norms)
     threats = [Threat(name, radius) for name, radius in zip(norms, eps)]
     sizes = [_step_size(radius, steps, step_size) for radius in eps]
 
@@ -535,7 +549,7 @@ def multi_norm(
             worst = jax.lax.map(loss, tried).argmax(0)
             rows = worst.reshape(1, -1, *[1] * (x.ndim - 1))
             found = [jnp.take_along_axis(tried, rows, axis=0)[0]]
-        total = jnp.zeros(())
+        terms = {}
         updates: Mapping[str, Any] = {}
         for number, x_adv in enumerate(found):
             attacked, updates = run_training_mode(
@@ -544,8 +558,12 @@ def multi_norm(
                 x_adv,
                 jax.random.fold_in(loss_key, number),
             )
-            total += cross_entropy(attacked, y).mean() / len(found)
+            # Radii of one norm may be several.
+            name = norms[number] if norms.count(norms[number]) == 1 else f'{norms[number]}_{number}'
+            terms[name] = cross_entropy(attacked, y).mean() / len(found)
         metrics = _metrics(None, attacked, y)
-        return total, Outcome(attacked, updates, metrics, attacked=found[-1])
+        several = terms if len(terms) > 1 else {}
+        outcome = Outcome(attacked, updates, metrics, attacked=found[-1], terms=several)
+        return sum(terms.values(), start=jnp.zeros(())), outcome
 
     return objective

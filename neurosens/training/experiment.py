@@ -22,6 +22,7 @@ from neurosens.training import checkpoints, freezing, monitor, objectives, optim
 from neurosens.training.loading import load, make_model
 from neurosens.training.step import (
     GradientShares,
+    Metrics,
     TrainState,
     TrainStep,
     WeightedRegularizer,
@@ -149,9 +150,6 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     )
     if config.monitor.images:
         monitor.check(module, info, config.monitor)
-    shares = None
-    if terms and config.gradient_shares:
-        shares = make_gradient_shares(module, objective, terms, mesh, **seen)
     if config.initial_weights:
         _check_initial_weights(config, module)
     experiment = Experiment(
@@ -162,15 +160,21 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         validation=validation,
         optimizer=optimizer,
         train_step=train_step,
-        gradient_shares=shares,
+        gradient_shares=None,
         replays=objective.replays if isinstance(objective, objectives.Replayed) else 0,
         total_steps=total_steps,
         evaluate_every=max(1, round(config.evaluate_every * per_epoch)),
     )
     if config.optimizer.freeze:
         _state_shapes(experiment)
+    several = bool(terms)
     if any(term.shared or term.attacked for term in terms):
         _trace(experiment)
+    elif config.gradient_shares and not terms and config.objective != 'standard':
+        several = any(name.startswith('objective/') for name in _trace(experiment))
+    if several and config.gradient_shares:
+        shares = make_gradient_shares(module, objective, terms, mesh, **seen)
+        experiment = dataclasses.replace(experiment, gradient_shares=shares)
     return experiment
 
 
@@ -207,19 +211,30 @@ def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None
         )
 
 
-def _trace(experiment: Experiment) -> None:
-    """Traces a step, which finds regularizers that ask of the objective what it has not."""
+def _trace(experiment: Experiment) -> Metrics:
+    """Traces a step, which finds regularizers that ask of the objective what it has not.
+
+    Returns:
+      The shapes of what it logs.
+    """
     size = experiment.config.batch_size
     shape = data.info(experiment.config.dataset).image_shape
     kinds = ((size, *shape), jnp.uint8), ((size,), jnp.int32), ((size,), bool), ((size,), jnp.int32)
     batch = data.Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))
-    jax.eval_shape(experiment.train_step, _state_shapes(experiment), batch, jax.random.key(0))
+    step, key = experiment.train_step, jax.random.key(0)
+    return jax.eval_shape(step, _state_shapes(experiment), batch, key)[1]
 
 
 def _weighted_regularizer(
     name: str, options: Mapping[str, Any], total_steps: int
 ) -> WeightedRegularizer:
     options = dict(options)
+    kind = options.pop('regularizer', name)
+    # Names of terms in the log.
+    if name in ('', 'objective') or '/' in name:
+        raise config_lib.ConfigError(
+            f"A regularizer is named {name!r}; a name is not empty or 'objective', and has no '/'."
+        )
     weight = options.pop('weight', 1.0)
     _validate.check_range(f'The weight of regularizer {name!r}', weight, low=0)
     shares = {key: options.pop(key, 0.0) for key in ('ramp', 'start')}
@@ -240,7 +255,7 @@ def _weighted_regularizer(
             f"Regularizer {name!r} is both 'shared' and 'attacked', but only the pass over clean "
             'images can be shared; leave out one of them.'
         )
-    regularizer = objectives.create('regularizer', name, options, objectives.REGULARIZERS)
+    regularizer = objectives.create('regularizer', kind, options, objectives.REGULARIZERS)
     ramp, start = (round(share * total_steps) for share in shares.values())
     return WeightedRegularizer(name, regularizer, float(weight), ramp, start, shared, attacked)
 

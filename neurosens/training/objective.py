@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
       clean_logits: the logits of that pass, or None without one.
       attacked: the images that its attack found, or None without one; of several those that
         `logits` are of.
+      terms: what the loss is the sum of, by name, if it is one of several terms.
     """
 
     logits: Float[Array, 'batch classes']
@@ -40,6 +41,7 @@ class Outcome(NamedTuple):
     tapped: Mapping[str, Array] = {}
     clean_logits: Float[Array, 'batch classes'] | None = None
     attacked: Float[Array, 'batch ...'] | None = None
+    terms: Mapping[str, Float[Array, '']] = {}
 
 
 class Objective(Protocol):
@@ -67,7 +69,8 @@ class Replayed:
 
     Each batch is taken `replays` times. Every time, one backward pass gives the gradient for the
     parameters and that for the images, which moves the perturbation of the next time; the next
-    batch starts from the perturbation that the last one ended with.
+    batch starts from the perturbation that the last one ended with. It stays in the ball; images
+    are cut to the box where they are seen.
 
     Attributes:
       objective: of the perturbed images.

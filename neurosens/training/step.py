@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -165,7 +166,8 @@ def make_train_step(
     Returns:
       A jitted function `(state, batch, key) -> (state, metrics)` that donates `state`. Metrics are
       float32 scalars: `loss`, `accuracy`, `gradient_norm`, `update_norm`, `learning_rate`, those of
-      the objective, and per regularizer `<name>/penalty` and its own.
+      the objective with `objective/<term>` of one that is a sum, and per regularizer
+      `<name>/penalty` and its own.
     """
     losses = _make_losses(module, objective, regularizers)
     replayed = objective if isinstance(objective, Replayed) else None
@@ -197,8 +199,14 @@ def make_train_step(
             average = optax.incremental_update(params, average, 1.0 - decay)
         perturbation = state.perturbation
         if replayed is not None:
-            moved = inner.moved(replayed.threat, x, images, found[1], replayed.step_size)
-            perturbation = moved - x
+            perturbation = inner.moved(
+                # The box is that of the images seen, not of what moves on to the next ones.
+                dataclasses.replace(replayed.threat, bounds=(-1.0, 1.0)),
+                jnp.zeros_like(x),
+                state.perturbation,
+                found[1],
+                replayed.step_size,
+            )
         new_state = TrainState(
             step=state.step + 1,
             variables={**rest, **outcome.updates, 'params': params},
@@ -241,9 +249,9 @@ def make_gradient_shares(
       image_size: side of the images that the model sees.
 
     Returns:
-      A jitted function of what a training step takes, to be called before it: for `objective` and
-      each regularizer `<name>/gradient_share`, the norm of the term's own gradient, weighted as in
-      the loss, divided by the sum of all such norms.
+      A jitted function of what a training step takes, to be called before it: for `objective` (or,
+      if that is a sum, each `objective/<term>`) and each regularizer `<name>/gradient_share`, the
+      norm of the term's own gradient, weighted as in the loss, divided by the sum of all norms.
     """
     losses = _make_losses(module, objective, regularizers)
     replayed = objective if isinstance(objective, Replayed) else None
@@ -314,6 +322,9 @@ def _make_losses(
             found[term.name] = term.regularizer(model, variables, seen, y, own)
         loss, outcome = shared.objective()
         parts, metrics = {'objective': loss}, dict(outcome.metrics)
+        if outcome.terms:
+            parts = {f'objective/{name}': term for name, term in outcome.terms.items()}
+            metrics.update(parts)
         if regularizers:
             # Else it is the loss.
             metrics['objective'] = loss

@@ -215,6 +215,7 @@ LOG = [
         'monitor/activation_sensitivity/act2': 2.0,
     },
     {'step': 10, 'loss': 1.0, 'accuracy': 0.6, 'a/penalty': 0.0, 'a/gradient_share': 0.5},
+    {'step': 11, 'objective/cross_entropy': 0.5, 'objective/cross_entropy/gradient_share': 0.125},
     {'step': 12, 'images_per_second': 800.0},
 ]
 
@@ -231,10 +232,12 @@ def test_curves_of_training_are_those_of_the_log():
     assert drawn['accuracy (%)', 'watched images under PGD'] == [[6, 25.0]]
     assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
     assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
+    assert drawn['terms of the objective', 'cross entropy'] == [[11, 0.5]]
+    assert drawn['share of gradient (%)', 'objective/cross entropy'] == [[11, 12.5]]
     assert drawn['activation sensitivity', 'mean'] == [[6, 2.5]]
     assert drawn['activation sensitivity', 'act2'] == [[6, 2.0]]
     assert drawn['images/s', '_child0'] == [[12, 800.0]]
-    assert len(figure.axes) == 7
+    assert len(figure.axes) == 8
     scales = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
     # 0 has no place on a logarithmic axis.
     assert (scales['loss'], scales['penalty']) == ('log', 'linear')

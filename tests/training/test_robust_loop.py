@@ -74,8 +74,7 @@ def test_free_training_is_that_of_plain_loops():
         error = (shares - np.eye(3)[batch.label]) / 4
         slope = error @ kernel.T
         kernel, bias = kernel - 0.1 * seen.T @ error, bias - 0.1 * error.sum(0)
-        moved = np.clip(seen + 0.1 * np.sign(slope) - x, -0.2, 0.2)
-        moved = np.clip(x + moved, 0, 1) - x
+        moved = np.clip(moved + 0.1 * np.sign(slope), -0.2, 0.2)
         np.testing.assert_allclose(state.perturbation.reshape(4, 4), moved, atol=1e-6)
     np.testing.assert_allclose(state.variables['params']['head']['kernel'], kernel, atol=1e-5)
 
@@ -174,6 +173,64 @@ def test_shares_of_the_gradient_are_those_of_its_terms(tmp_path):
     # It sets in after half of the training.
     assert logged[0]['activation_norm/gradient_share'] == 0
     assert logged[-1]['activation_norm/gradient_share'] > 0
+
+
+@pytest.mark.parametrize(
+    ('objective', 'options', 'terms'),
+    [
+        ('trades', {'eps': 0.1, 'steps': 2}, ('cross_entropy', 'divergence')),
+        ('mart', {'eps': 0.1, 'steps': 2}, ('boosted', 'divergence')),
+        ('pgd', {'eps': 0.1, 'steps': 2, 'clean_share': 0.5}, ('attacked', 'clean')),
+        (
+            'multi_norm',
+            {
+                'norms': ('linf', 'l2', 'l2'),
+                'eps': (0.1, 0.5, 1),
+                'steps': 2,
+                'strategy': 'average',
+            },
+            ('linf', 'l2_1', 'l2_2'),
+        ),
+    ],
+)
+def test_terms_of_an_objective_are_logged_with_their_shares(tmp_path, objective, options, terms):
+    settings = dataclasses.replace(CONFIG, objective=objective, objective_options=options, steps=4)
+    train(training.prepare(settings), tmp_path)
+    for line in (line for line in lines(tmp_path) if 'loss' in line):
+        values = [line[f'objective/{term}'] for term in terms]
+        assert sum(values) == pytest.approx(line['loss'], rel=1e-5) and min(values) > 0
+        shares = [line[f'objective/{term}/gradient_share'] for term in terms]
+        assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) > 0
+        assert 'objective/gradient_share' not in line
+
+
+def test_objectives_of_one_term_have_no_shares():
+    for objective, options in (('standard', {}), ('pgd', {'eps': 0.1, 'steps': 2})):
+        settings = dataclasses.replace(CONFIG, objective=objective, objective_options=options)
+        assert training.prepare(settings).gradient_shares is None
+    off = dataclasses.replace(REGULARIZED, gradient_shares=False)
+    assert training.prepare(off).gradient_shares is None
+
+
+def test_a_regularizer_may_be_there_several_times(tmp_path):
+    settings = dataclasses.replace(
+        CONFIG,
+        objective='pgd',
+        objective_options={'eps': 0.1, 'steps': 2},
+        regularizers={
+            'clean': {'regularizer': 'jacobian', 'projections': -1, 'weight': 0.1},
+            'moved': {'regularizer': 'jacobian', 'projections': -1, 'attacked': True},
+            'jacobian': {'projections': -1, 'weight': 0.2},
+        },
+        steps=2,
+    )
+    train(training.prepare(settings), tmp_path)
+    first = next(line for line in lines(tmp_path) if 'loss' in line)
+    penalties = [first[f'{name}/penalty'] for name in ('clean', 'moved', 'jacobian')]
+    assert penalties[0] == pytest.approx(penalties[2], rel=1e-6)
+    assert penalties[0] != pytest.approx(penalties[1], rel=1e-3)
+    added = 0.1 * penalties[0] + penalties[1] + 0.2 * penalties[2]
+    assert first['loss'] == pytest.approx(first['objective'] + added, rel=1e-5)
 
 
 def test_a_share_is_the_norm_of_the_gradient_of_one_term():
@@ -387,11 +444,16 @@ def chex_equal(a, b):
         ),
         ({'objective': 'pgd', 'regularizers': shared({'jacobian': {}})}, 'runs none in'),
         ({'regularizers': {'jacobian': {'weight': 'a'}}}, 'The weight of regularizer'),
+        ({'regularizers': {'mine': {}}}, "Unknown regularizer 'mine'"),
+        ({'regularizers': {'mine': {'regularizer': 'j'}}}, "Unknown regularizer 'j'"),
+        ({'regularizers': {'objective': {'regularizer': 'jacobian'}}}, "named 'objective'"),
+        ({'regularizers': {'objective/a': {'regularizer': 'jacobian'}}}, "has no '/'"),
         ({'regularizers': {'jacobian': {'weight': None}}}, 'it must be a number'),
         ({'regularizers': {'jacobian': {'weight': -1}}}, 'at least 0'),
         ({'objective': 'free', 'objective_options': {'step_size': 0}}, 'greater than 0'),
         ({'objective': 'free', 'objective_options': {'replays': 2.5}}, 'a whole number'),
         ({'objective': 'pgd', 'objective_options': {'steps': 2.5}}, 'a whole number'),
+        ({'objective': 'multi_norm', 'objective_options': {'eps': 0.1}}, 'both must be lists'),
         ({'regularizers': {'jacobian': {'shared': 'head:in'}}}, 'it is True or False'),
         ({'regularizers': {'jacobian': {'attacked': 1}}}, "The 'attacked' of .* is 1; it is True"),
         ({'regularizers': {'jacobian': {'attacked': True}}}, 'but the objective attacks none'),
