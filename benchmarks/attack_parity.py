@@ -9,9 +9,10 @@ in the output folder, so that an interrupted comparison goes on where it stopped
 differ from seed to seed: how much torchattacks differs from itself is the yardstick for how much we
 may differ from it. With `--starts same` Auto-PGD of both sides, whose starts are all that is random
 in it, begins at the same points, and PGD at the images, so that only rounding is left to make
-outcomes differ. `smallest`
-compares the perturbations found by attacks that look for the smallest one with those of foolbox.
-`published` repeats figures published with the weights.
+outcomes differ. Attack `square-whole` is Square against that of torchattacks with windows that may
+reach the last row and column of an image, as ours do and its own do not. `smallest` compares the
+perturbations found by attacks that look for the smallest one with those of foolbox. `published`
+repeats figures published with the weights.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _ATTACK_TITLES = {
     'apgd-t': 'Auto-PGD, targeted',
     'fab-t': 'FAB, targeted',
     'square': 'Square',
+    'square-whole': 'Square, windows up to every border on both sides',
     'autoattack': '**AutoAttack**',
 }
 # On unknown parts of the test images.
@@ -207,8 +209,10 @@ def compare(arguments: argparse.Namespace) -> None:
                         run = functools.partial(torch_parity.withstood, pair.network)
                     else:
                         run = functools.partial(robust_from_starts if given else robust_ours, pair)
-                    find = functools.partial(run, part, setting, seed, x, y, **draws)
-                    stem = f'{name}_{norm}_{part}_{side}_{seed}'
+                    # Windows of ours reach every border anyway.
+                    own = part.removesuffix('-whole') if side == 'ours' else part
+                    find = functools.partial(run, own, setting, seed, x, y, **draws)
+                    stem = f'{name}_{norm}_{own}_{side}_{seed}'
                     decides = (setting, arguments.images, arguments.starts)
                     make = functools.partial(_timed, find, stem)
                     withstood &= np.array(harness.kept(folder, stem, decides, make))
@@ -439,7 +443,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     names = tuple(dict.fromkeys(name for name, _ in _SETTINGS))
     parser.add_argument('--networks', nargs='+', default=names, choices=names)
     parser.add_argument('--norms', nargs='+', default=('linf',), choices=('linf', 'l2'))
-    parser.add_argument('--attacks', nargs='+', default=ATTACKS, choices=ATTACKS)
+    parser.add_argument('--attacks', nargs='+', default=ATTACKS, choices=_ATTACK_TITLES)
     parser.add_argument('--images', type=int, default=1000, help=f'a multiple of {_BATCH}')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each attack')
     parser.add_argument(

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +48,37 @@ _NEURON_EPS = {'lenet5_robust': 2.0, 'resnet20': 0.5}
 GRADIENTS, FORWARDS = '20 input gradients, one call each', '20 forward passes, one call each'
 JACOBIANS = '20 gradients of every logit, one call each'
 _CALLS = 20
-# The attacks of `overhead`, and what a step of each cannot do without.
+
+
+class _Overhead(NamedTuple):
+    """An attack of `overhead`.
+
+    Attributes:
+        attack: its function.
+        floor: what a step cannot do without.
+        options: further ones.
+        targeted: whether it aims at the class after the label.
+    """
+
+    attack: str
+    floor: tuple[str, ...] = (GRADIENTS,)
+    options: Mapping[str, Any] = {}
+    targeted: bool = False
+
+
 _OVERHEADS = {
-    'pgd': GRADIENTS,
-    'mi_fgsm': GRADIENTS,
-    'ni_fgsm': GRADIENTS,
-    'apgd': GRADIENTS,
-    'fmn': GRADIENTS,
-    'carlini_wagner': GRADIENTS,
-    'deepfool': JACOBIANS,
-    'fab': JACOBIANS,
+    'pgd': _Overhead('pgd'),
+    'mi_fgsm': _Overhead('mi_fgsm'),
+    'ni_fgsm': _Overhead('ni_fgsm'),
+    'ni_fgsm, last iterate': _Overhead('ni_fgsm', options={'keep': 'last'}),
+    'apgd': _Overhead('apgd'),
+    'apgd, targeted': _Overhead('apgd', options={'loss': 'dlr'}, targeted=True),
+    'fmn': _Overhead('fmn'),
+    'carlini_wagner': _Overhead('carlini_wagner', options={'searches': 1}),
+    # Whether a step is wrong decides where the next one begins.
+    'fab, targeted': _Overhead('fab', (GRADIENTS, FORWARDS), targeted=True),
+    'deepfool': _Overhead('deepfool', (JACOBIANS,)),
+    'fab': _Overhead('fab', (JACOBIANS,)),
 }
 # What is only timed on a part of all pairs, see `benchmarks.torch_attacks`: one image of 32.
 PAIR_SHARE = 32
@@ -139,14 +160,15 @@ def prepare(
         FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
         JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_CALLS)],
         **{
-            f'{_CALLS} steps of {attack}': on(
-                getattr(attacks, attack),
+            f'{_CALLS} steps of {name}': on(
+                getattr(attacks, one.attack),
                 *call,
-                threat=attacks.Threat('l2', 2.0) if attack == 'carlini_wagner' else threat,
+                threat=attacks.Threat('l2', 2.0) if one.attack == 'carlini_wagner' else threat,
                 steps=_CALLS,
-                **({'searches': 1} if attack == 'carlini_wagner' else {}),
+                **one.options,
+                **({'target': (y + 1) % 10} if one.targeted else {}),
             )
-            for attack in _OVERHEADS
+            for name, one in _OVERHEADS.items()
         },
         'neurosens pgd': pgd,
         'neurosens apgd-ce': apgd,
@@ -209,6 +231,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     'autoattack': (GRADIENTS, FORWARDS, 'neurosens autoattack', 'torchattacks autoattack'),
     'overhead': (
         GRADIENTS,
+        FORWARDS,
         JACOBIANS,
         *(f'{_CALLS} steps of {attack}' for attack in _OVERHEADS),
     ),
@@ -469,23 +492,26 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
     for name in arguments.networks:
         measured, _ = measure('overhead', name, arguments, {})
         measurements[name] = measured
-        for attack, floor in _OVERHEADS.items():
+        for attack, one in _OVERHEADS.items():
             unit = f'{_CALLS} steps of {attack}'
+            floor = np.sum([measured.seconds[part] for part in one.floor], axis=0)
+            beside = harness.Measurement({**measured.seconds, 'floor': tuple(floor.tolist())})
             rows.append(
                 (
                     _SHORT[name],
                     attack,
-                    floor.partition(' ')[2].partition(',')[0],
+                    ', '.join(part.partition(' ')[2].partition(',')[0] for part in one.floor),
                     f'{measured.summary(unit).median / _CALLS * 1e3:.1f}',
-                    harness.ratio_text(measured.ratio(unit, floor)),
-                    harness.percent(measured.share(unit, measured.seconds[floor])),
+                    harness.ratio_text(beside.ratio(unit, 'floor')),
+                    harness.percent(beside.share(unit, beside.seconds['floor'])),
                 )
             )
     header = ('Network', 'Attack', 'floor of a step', 'ms per step', 'step / floor')
     definition = (
         f'{_CALLS} steps on {Setting.batch_size} images in one batch, whole attacks with all that '
         'stands before and behind their steps. Floor: as many calls of the compiled gradient of '
-        'the loss, or of all logits where steps need these.'
+        'the loss (and of the forward pass, where a step is judged before the next), or of the '
+        'gradients of all logits where steps need these.'
     )
     table = harness.markdown_table((*header, 'share of floor'), rows)
     harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)

@@ -80,6 +80,7 @@ def _subjects() -> tuple[Subject, ...]:
     parity = ('torch', 'foolbox', 'torchattacks', 'art')
     real = ('--weights', WEIGHTS, '--data_dir', DATA)
     networks = ('--networks', 'resnet2b', 'lenet5_robust')
+    squares = ('--attacks', 'square', 'square-whole', '--seeds', '3')
     single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
     lenets = ('lenet5', 'lenet5_robust')
     reduced = ('--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000')
@@ -137,6 +138,13 @@ def _subjects() -> tuple[Subject, ...]:
             ('compare', *real, '--output', OUTPUT, '--starts', 'same', *networks),
             parity,
             120,
+        ),
+        Subject(
+            'attack_parity.square',
+            'benchmarks.attack_parity',
+            ('compare', *real, '--output', OUTPUT, '--networks', 'resnet2b', *squares),
+            parity,
+            20,
         ),
         Subject(
             'attack_parity.smallest',

@@ -8,7 +8,7 @@ setting of PyTorch on a CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import foolbox
@@ -43,10 +43,24 @@ class _FAB(torchattacks.FAB):
             self.model.to(memory_format=torch.channels_last)
 
 
+class _WholeSquare(torchattacks.Square):
+    """Square of torchattacks with windows anywhere in the image.
+
+    Its own never reach the last row and column, as the places it draws exclude the upper end.
+    """
+
+    def random_int(self, low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> torch.Tensor:
+        """Draws from `low` to `high`, both included."""
+        return super().random_int(low, high + 1, shape)
+
+
 def torchattacks_attacks(
     network: torch.nn.Module, setting: Setting, seed: int
 ) -> dict[str, Attack]:
-    """Returns the attacks of torchattacks by the names of `attack_settings.ATTACKS`."""
+    """Returns the attacks of torchattacks by the names of `attack_settings.ATTACKS`.
+
+    `'square-whole'` stands beside them: Square with windows up to every border.
+    """
     norm, eps = _NORMS[setting.norm], setting.eps
     common = {'norm': norm, 'eps': eps, 'seed': seed}
     pgd = {'linf': torchattacks.PGD, 'l2': torchattacks.PGDL2}[setting.norm]
@@ -57,6 +71,9 @@ def torchattacks_attacks(
         'fab-t': _FAB(network, steps=setting.steps, multi_targeted=True, n_classes=10, **common),
         # By default it stretches the schedule of windows; AutoAttack and ours do not.
         'square': torchattacks.Square(
+            network, n_queries=setting.queries, resc_schedule=False, **common
+        ),
+        'square-whole': _WholeSquare(
             network, n_queries=setting.queries, resc_schedule=False, **common
         ),
     }

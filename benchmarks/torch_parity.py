@@ -52,7 +52,7 @@ def withstood(
 
     Args:
         network: in PyTorch.
-        attack: one of `attack_settings.ATTACKS`.
+        attack: one of `attack_settings.ATTACKS`, or `'square-whole'`.
         setting: threat and budgets.
         seed: of its randomness.
         x: images `[N, ...]`.

@@ -73,6 +73,7 @@ def pgd_example(
     _check_choices(start, keep)
     loss = losses.named(loss, targeted=target is not None)
     look, climb = objective(forward, variables, y, loss, target=target, draws=draws)
+    judged = look_ahead and keep != 'last'
 
     def ascend(state: _State, number: Array, key: PRNGKeyArray) -> _State:
         size = step_size * (1.0 if schedule is None else schedule(number))
@@ -84,7 +85,7 @@ def pgd_example(
                 ahead = steepest_ascent(threat, ahead, share=share)
             position = position + size * momentum * ahead
         gradient, iterate = climb(position, key)
-        if look_ahead:
+        if judged:
             # What counts is the image itself, not the point ahead of it.
             iterate = look(state.x, key)
         if optimizer is not None:
@@ -121,7 +122,7 @@ def pgd_example(
     clean = look(x, key)
     best, taken = jax.lax.fori_loop(0, restarts, restart, (clean, jnp.int32(0)))
     best = choose(clean.fools, clean, best)
-    passes = draws * (2 if look_ahead else 1)
+    passes = draws * (2 if judged else 1)
     queries = jnp.int32(draws) + taken * passes + restarts * draws
     return AttackResult(best.x, best.fools, best.margin, queries)
 
@@ -348,7 +349,7 @@ def ni_fgsm(
 
     `mi_fgsm` with the gradient taken ahead, at x + step_size momentum m; in l2 and l1, for which it
     was not published, with the steepest direction along m in the place of m. The iterates
-    themselves are judged by a forward pass of their own.
+    themselves are judged by a forward pass of their own, but with `keep='last'`, as published.
 
     Args:
       forward: the model to attack.

@@ -496,6 +496,21 @@ def test_an_impossible_attack_is_refused(linear, options, message):
         pgd(LINEAR, variables, x, y, jax.random.key(0), threat=Threat('linf', 0.1), **options)
 
 
+def test_iterates_ahead_of_which_gradients_are_taken_need_a_pass_only_to_be_kept(net):
+    for keep, passes in (('strongest', 2), ('last', 1)):
+        result = ni_fgsm(
+            net.forward,
+            net.variables,
+            net.x,
+            net.y,
+            jax.random.key(0),
+            threat=Threat('linf', 0.1),
+            steps=6,
+            keep=keep,
+        )
+        np.testing.assert_array_equal(result.queries, 1 + 6 * passes + 1)
+
+
 @pytest.mark.parametrize('attack', [bim, mi_fgsm, ni_fgsm])
 def test_iterations_need_a_step(linear, attack):
     variables, x, y, _, _ = linear
