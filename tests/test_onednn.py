@@ -2,7 +2,6 @@
 
 import functools
 import platform
-import re
 
 import chex
 import jax
@@ -218,80 +217,6 @@ def test_results_do_not_depend_on_how_much_a_cache_holds(windows, whole, monkeyp
     assert program.as_text().count(PRODUCT) == {0.1: 6, 0.5: 2}.get(windows, 1)
     assert (' while(' in program.as_text()) == (windows < len(x))
     np.testing.assert_allclose(program(x, cotangents), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('apart', [True, False])
-@pytest.mark.parametrize(
-    ('steps', 'spacing', 'padding', 'window'),
-    [
-        ((1, 1), (1, 1), ((1, 1), (1, 1)), (3, 3)),
-        ((1, 1), (1, 1), ((0, 3), (2, -1)), (3, 2)),
-        ((2, 3), (1, 2), ((2, 1), (3, 3)), (3, 3)),
-    ],
-)
-@pytest.mark.parametrize('cache', [3000, 2**40])
-def test_columns_of_windows_taken_apart_are_the_same_products(
-    steps, spacing, padding, window, apart, cache, monkeypatch
-):
-    images = jax.random.normal(jax.random.key(0), (5, 9, 8, 4))
-
-    def run(kernel):
-        return lax.conv_general_dilated(
-            images,
-            kernel,
-            spacing,
-            padding,
-            rhs_dilation=steps,
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )
-
-    kernel = jnp.zeros((*window, 4, 6))
-    shape = jax.eval_shape(run, kernel).shape
-    cotangents = jax.random.normal(jax.random.key(1), shape)
-    # No pixels are left over, as those are cut off first.
-    left = [
-        images.shape[1 + axis]
-        + sum(padding[axis])
-        - (window[axis] - 1) * steps[axis]
-        - 1
-        - (shape[1 + axis] - 1) * spacing[axis]
-        for axis in range(2)
-    ]
-    padding = tuple((low, high - more) for (low, high), more in zip(padding, left))
-    form = kernel_gradient.Windows(steps, spacing, padding)
-    monkeypatch.setattr(kernel_gradient, '_WORTHWHILE', 9.0 if apart else 0.0)
-    monkeypatch.setattr(kernel_gradient, '_CACHE_BYTES', 10 * cache if apart else cache)
-    products = jax.jit(functools.partial(kernel_gradient.products, windows=form))
-    program = products.lower(images, cotangents).compile()
-    if apart:
-        assert program.as_text().count(PRODUCT) == 1
-    expected = jax.vjp(run, kernel)[1](cotangents)[0]
-    np.testing.assert_allclose(program(images, cotangents), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ('side', 'inputs', 'outputs', 'stride', 'expected'),
-    [
-        (32, 16, 16, 1, (3 * 16, 3 * 16)),
-        (16, 32, 32, 1, (3 * 32, 3 * 32)),
-        # Where whole windows are less to write, or not much more.
-        (32, 3, 16, 1, (9 * 3, 16)),
-        (8, 64, 64, 1, (9 * 64, 64)),
-        # Rows that lie apart would be multiplied with zeros.
-        (32, 32, 16, 2, (9 * 32, 16)),
-    ],
-)
-def test_windows_are_taken_apart_where_that_is_much_less_to_write(
-    side, inputs, outputs, stride, expected
-):
-    form = kernel_gradient.Windows((1, 1), (stride, stride), ((1, 2 - stride), (1, 2 - stride)))
-    arrays = (
-        jax.ShapeDtypeStruct((4, edge, edge, channels), jnp.float32)
-        for edge, channels in ((side, inputs), (side // stride, outputs))
-    )
-    text = str(jax.make_jaxpr(functools.partial(kernel_gradient.products, windows=form))(*arrays))
-    shapes = re.findall(r'f32\[(\d+),(\d+)\] = onednn_product', text)
-    assert [tuple(map(int, shape)) for shape in shapes] == [expected]
 
 
 def test_gradients_of_large_kernels_and_of_few_channels_are_left_to_xla():
