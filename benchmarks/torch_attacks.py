@@ -31,8 +31,8 @@ Attack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _NORMS = {'linf': 'Linf', 'l2': 'L2'}
 
 
-class _FAB(torchattacks.FAB):
-    """FAB of torchattacks, which fails on gradients whose memory is channels last."""
+class _PlainOrder:
+    """What of torchattacks fails on gradients whose memory is channels last."""
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Attacks with the network and images in plain order."""
@@ -41,6 +41,14 @@ class _FAB(torchattacks.FAB):
             return super().forward(images.contiguous(), labels)
         finally:
             self.model.to(memory_format=torch.channels_last)
+
+
+class _FAB(_PlainOrder, torchattacks.FAB):
+    """FAB of torchattacks."""
+
+
+class _PGDL2(_PlainOrder, torchattacks.PGDL2):
+    """PGD of torchattacks in l2."""
 
 
 class _WholeSquare(torchattacks.Square):
@@ -63,7 +71,7 @@ def torchattacks_attacks(
     """
     norm, eps = _NORMS[setting.norm], setting.eps
     common = {'norm': norm, 'eps': eps, 'seed': seed}
-    pgd = {'linf': torchattacks.PGD, 'l2': torchattacks.PGDL2}[setting.norm]
+    pgd = {'linf': torchattacks.PGD, 'l2': _PGDL2}[setting.norm]
     parts = {
         'apgd-ce': torchattacks.APGD(network, steps=setting.steps, loss='ce', **common),
         'apgd-dlr': torchattacks.APGD(network, steps=setting.steps, loss='dlr', **common),
