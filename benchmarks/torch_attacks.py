@@ -51,6 +51,10 @@ class _PGDL2(_PlainOrder, torchattacks.PGDL2):
     """PGD of torchattacks in l2."""
 
 
+class _SquareL2(_PlainOrder, torchattacks.Square):
+    """Square of torchattacks in l2; in linf it takes either order."""
+
+
 class _WholeSquare(torchattacks.Square):
     """Square of torchattacks with windows anywhere in the image.
 
@@ -78,7 +82,7 @@ def torchattacks_attacks(
         'apgd-t': torchattacks.APGDT(network, steps=setting.steps, n_classes=10, **common),
         'fab-t': _FAB(network, steps=setting.steps, multi_targeted=True, n_classes=10, **common),
         # By default it stretches the schedule of windows; AutoAttack and ours do not.
-        'square': torchattacks.Square(
+        'square': {'linf': torchattacks.Square, 'l2': _SquareL2}[setting.norm](
             network, n_queries=setting.queries, resc_schedule=False, **common
         ),
         'square-whole': _WholeSquare(
