@@ -26,7 +26,7 @@ from neurosens.attacks.batches import check_images, check_radius
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
 from neurosens.attacks.objective import drawn_logits
-from neurosens.attacks.result import AttackResult
+from neurosens.attacks.result import AttackResult, predicted_classes
 from neurosens.attacks.square import square
 from neurosens.attacks.threat import Threat, require_ball
 from neurosens.forward import Forward, Variables
@@ -150,6 +150,7 @@ def _clean(
     return {
         'logits': logits,
         'margin': jax.vmap(label_margin)(logits, y),
+        'predictions': predicted_classes(logits),
         # The other classes, the most likely first.
         'order': jnp.argsort(-others, axis=-1)[:, :-1].astype(jnp.int32),
         'zero_gradient': (gradients == 0).all(tuple(range(1, x.ndim))),
@@ -334,7 +335,7 @@ def autoattack(
     notes = Notes(directory, _identity(task, version, plan), clean['logits'])
     found = _Found(
         x.copy(),
-        np.where(_predicted(clean['logits']) == y, ROBUST, CLEAN),
+        np.where(clean['predictions'] == y, ROBUST, CLEAN),
         clean['margin'].copy(),
         np.ones(len(x), np.int64),
     )
@@ -392,11 +393,6 @@ class _Found(NamedTuple):
 def _fetch(result: Any) -> dict[str, np.ndarray]:
     names = ('x_adv', 'success', 'margin', 'queries')
     return dict(parallel.gather({name: getattr(result, name) for name in names}))
-
-
-def _predicted(logits: np.ndarray) -> np.ndarray:
-    """Classes `[N]`; -1, which no label is, where logits are not numbers."""
-    return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))
 
 
 def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:

@@ -76,6 +76,11 @@ def logits_of(forward: Forward, variables: Variables, x: Float[Array, '...']) ->
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
+def predicted_classes(logits: Float[Array, 'batch classes']) -> Int[Array, ' batch']:
+    """Class of the largest logit, -1 where one is NaN: such logits show no class, not the first."""
+    return jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1)).astype(jnp.int32)
+
+
 def fooled(
     logits: Float[Array, ' classes'], y: Int[Array, ''], target: Int[Array, ''] | None = None
 ) -> Bool[Array, '']:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from neurosens import data, parallel
 from neurosens.attacks import AttackResult, MinimumResult, SpatialResult
-from neurosens.attacks.result import label_margin
+from neurosens.attacks.result import label_margin, predicted_classes
 from neurosens.defenses import images
 from neurosens.forward import Forward, Variables
 
@@ -110,11 +110,6 @@ def _fetch(results: dict[str, Array]) -> dict[str, np.ndarray]:
     arrays = parallel.gather(results)
     mask = arrays.pop('')
     return {name: np.asarray(values)[mask] for name, values in arrays.items()}
-
-
-def predicted_classes(logits: Float[Array, 'batch classes']) -> Int[Array, ' batch']:
-    """Class of the largest logit, -1 where one is NaN: such logits show no class, not the first."""
-    return jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1)).astype(jnp.int32)
 
 
 @jax.jit

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from neurosens import attacks, data, defenses, fingerprints, parallel
 from neurosens import config as config_lib
+from neurosens.attacks.result import predicted_classes
 from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.evaluation import accuracy, masking, robustness
 from neurosens.forward import Forward, Variables
@@ -353,7 +354,7 @@ def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[Def
 
 @jax.jit
 def _classes(forward: Forward, variables: Variables, x: Array) -> Array:
-    return accuracy.predicted_classes(forward(variables, x)[0])
+    return predicted_classes(forward(variables, x)[0])
 
 
 def _static(

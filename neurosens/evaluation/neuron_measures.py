@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 from neurosens import attacks, data, neurons, parallel
 from neurosens import config as config_lib
 from neurosens.attacks.representation import activation_and_logits
+from neurosens.attacks.result import predicted_classes
 from neurosens.evaluation import accuracy
 from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, ThroughNeurons
 from neurosens.forward import Forward, Variables
@@ -194,7 +195,7 @@ def _with_prerequisites(measures: Iterable[str]) -> list[str]:
 @jax.jit
 def _predicted(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
     logits = forward(variables, data.to_float(batch.image))[0]
-    return {'labels': batch.label, 'predictions': accuracy.predicted_classes(logits)}
+    return {'labels': batch.label, 'predictions': predicted_classes(logits)}
 
 
 def _fgsm(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:

@@ -122,8 +122,7 @@ def _multiply(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax
 def _product(windows: jax.Array, cotangents: jax.Array) -> jax.Array:
     """The transpose of `windows` times `cotangents`.
 
-    oneDNN copies the matrix that it is to transpose: of the two the narrower one. On an Intel Xeon
-    3 x 3 kernels from 16 to 16 channels took 0.85 of the time, and from 64 to 64 0.82.
+    oneDNN copies the matrix that it is to transpose: of the two the narrower one.
     """
     if cotangents.shape[1] < windows.shape[1]:
         return calls.transposed_product(cotangents, windows).T

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -495,7 +496,7 @@ def multi_norm(
       ValueError: a choice is unknown, a number out of range, or there are not as many radii as
         norms.
     """
-    if isinstance(norms, str) or not isinstance(eps, Sequence):
+    if isinstance(norms, str) or np.ndim(eps) == 0:
         raise ValueError(
             f'norms are {norms!r} and eps {eps!r}; both must be lists, with a radius for each norm.'
         )

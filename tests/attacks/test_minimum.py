@@ -325,31 +325,14 @@ def test_an_impossible_attack_is_refused(net, method, norm, options, message):
 
 
 def test_images_that_deepfool_does_not_fool_come_back_as_they_were(net):
-    result = deepfool(
-        net.forward,
-        net.variables,
-        net.x,
-        net.y,
-        jax.random.key(0),
-        threat=Threat('l2', math.inf),
-        steps=1,
-        overshoot=0.0,
-    )
+    result = run(net, 'deepfool', 'l2', steps=1, overshoot=0.0)
     lost = ~np.asarray(result.success)
     assert lost.any() and np.isinf(result.distance[lost]).all()
     np.testing.assert_array_equal(result.x_adv[lost], net.x[lost])
 
 
 def test_deepfool_may_look_at_the_nearest_classes_only(net):
-    few = deepfool(
-        net.forward,
-        net.variables,
-        net.x,
-        net.y,
-        jax.random.key(0),
-        threat=Threat('l2', math.inf),
-        classes=2,
-    )
+    few = run(net, 'deepfool', 'l2', classes=2)
     whole = run(net, 'deepfool', 'l2')
     assert jnp.isfinite(few.distance).all()
     assert np.median(few.distance) <= 2 * np.median(whole.distance) + 1e-6

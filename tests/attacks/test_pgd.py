@@ -39,11 +39,10 @@ class Linear(nn.Module):
 LINEAR = LinenForward(Linear())
 
 
-def attack(net, threat, seed=0, **options):
+def attack(net, threat, seed=0, method=pgd, **options):
+    key = jax.random.key(seed)
     return jax.device_get(
-        pgd(
-            net.forward, net.variables, net.x, net.y, jax.random.key(seed), threat=threat, **options
-        )
+        method(net.forward, net.variables, net.x, net.y, key, threat=threat, **options)
     )
 
 
@@ -498,16 +497,7 @@ def test_an_impossible_attack_is_refused(linear, options, message):
 
 def test_iterates_ahead_of_which_gradients_are_taken_need_a_pass_only_to_be_kept(net):
     for keep, passes in (('strongest', 2), ('last', 1)):
-        result = ni_fgsm(
-            net.forward,
-            net.variables,
-            net.x,
-            net.y,
-            jax.random.key(0),
-            threat=Threat('linf', 0.1),
-            steps=6,
-            keep=keep,
-        )
+        result = attack(net, Threat('linf', 0.1), method=ni_fgsm, steps=6, keep=keep)
         np.testing.assert_array_equal(result.queries, 1 + 6 * passes + 1)
 
 
