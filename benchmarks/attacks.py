@@ -56,12 +56,14 @@ class _Overhead(NamedTuple):
     Attributes:
         attack: its function.
         floor: what a step cannot do without.
+        steps: as many as the attack usually takes.
         options: further ones.
         targeted: whether it aims at the class after the label.
     """
 
     attack: str
     floor: tuple[str, ...] = (GRADIENTS,)
+    steps: int = 20
     options: Mapping[str, Any] = {}
     targeted: bool = False
 
@@ -69,17 +71,24 @@ class _Overhead(NamedTuple):
 _OVERHEADS = {
     'pgd': _Overhead('pgd'),
     'mi_fgsm': _Overhead('mi_fgsm'),
-    'ni_fgsm': _Overhead('ni_fgsm'),
     'ni_fgsm, last iterate': _Overhead('ni_fgsm', options={'keep': 'last'}),
-    'apgd': _Overhead('apgd'),
-    'apgd, targeted': _Overhead('apgd', options={'loss': 'dlr'}, targeted=True),
-    'fmn': _Overhead('fmn'),
-    'carlini_wagner': _Overhead('carlini_wagner', options={'searches': 1}),
+    # Gradients are taken ahead of the iterates, of which each is looked at.
+    'ni_fgsm': _Overhead('ni_fgsm', (GRADIENTS, FORWARDS)),
+    'apgd': _Overhead('apgd', steps=100),
+    'apgd, targeted': _Overhead('apgd', steps=100, options={'loss': 'dlr'}, targeted=True),
+    'fmn': _Overhead('fmn', steps=100),
+    'carlini_wagner': _Overhead('carlini_wagner', steps=100, options={'searches': 1}),
     # Whether a step is wrong decides where the next one begins.
-    'fab, targeted': _Overhead('fab', (GRADIENTS, FORWARDS), targeted=True),
+    'fab, targeted': _Overhead('fab', (GRADIENTS, FORWARDS), 100, targeted=True),
     'deepfool': _Overhead('deepfool', (JACOBIANS,)),
     'fab': _Overhead('fab', (JACOBIANS,)),
 }
+
+
+def _steps_of(name: str) -> str:
+    return f'{_OVERHEADS[name].steps} steps of {name}'
+
+
 # What is only timed on a part of all pairs, see `benchmarks.torch_attacks`: one image of 32.
 PAIR_SHARE = 32
 PAIRS = 'PyTorch pairs in turn'
@@ -160,11 +169,11 @@ def prepare(
         FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
         JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_CALLS)],
         **{
-            f'{_CALLS} steps of {name}': on(
+            _steps_of(name): on(
                 getattr(attacks, one.attack),
                 *call,
                 threat=attacks.Threat('l2', 2.0) if one.attack == 'carlini_wagner' else threat,
-                steps=_CALLS,
+                steps=one.steps,
                 **one.options,
                 **({'target': (y + 1) % 10} if one.targeted else {}),
             )
@@ -233,7 +242,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         GRADIENTS,
         FORWARDS,
         JACOBIANS,
-        *(f'{_CALLS} steps of {attack}' for attack in _OVERHEADS),
+        *map(_steps_of, _OVERHEADS),
     ),
     'neurons': (GRADIENTS, 'neurosens neurons', 'PyTorch neurons in turn', PAIRS),
 }
@@ -493,23 +502,25 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
         measured, _ = measure('overhead', name, arguments, {})
         measurements[name] = measured
         for attack, one in _OVERHEADS.items():
-            unit = f'{_CALLS} steps of {attack}'
-            floor = np.sum([measured.seconds[part] for part in one.floor], axis=0)
+            unit = _steps_of(attack)
+            calls = np.sum([measured.seconds[part] for part in one.floor], axis=0)
+            floor = calls * one.steps / _CALLS
             beside = harness.Measurement({**measured.seconds, 'floor': tuple(floor.tolist())})
             rows.append(
                 (
                     _SHORT[name],
                     attack,
+                    str(one.steps),
                     ', '.join(part.partition(' ')[2].partition(',')[0] for part in one.floor),
-                    f'{measured.summary(unit).median / _CALLS * 1e3:.1f}',
+                    f'{measured.summary(unit).median / one.steps * 1e3:.1f}',
                     harness.ratio_text(beside.ratio(unit, 'floor')),
                     harness.percent(beside.share(unit, beside.seconds['floor'])),
                 )
             )
-    header = ('Network', 'Attack', 'floor of a step', 'ms per step', 'step / floor')
+    header = ('Network', 'Attack', 'steps', 'floor of a step', 'ms per step', 'step / floor')
     definition = (
-        f'{_CALLS} steps on {Setting.batch_size} images in one batch, whole attacks with all that '
-        'stands before and behind their steps. Floor: as many calls of the compiled gradient of '
+        f'{Setting.batch_size} images in one batch, whole attacks with all that stands before and '
+        'behind their steps. Floor: as many calls of the compiled gradient of '
         'the loss (and of the forward pass, where a step is judged before the next), or of the '
         'gradients of all logits where steps need these.'
     )

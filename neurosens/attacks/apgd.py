@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neurosens import _validate
 from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch, check_images
-from neurosens.attacks.objective import Climb, objective
+from neurosens.attacks.objective import Climb, Look, objective, unseen
 from neurosens.attacks.result import AttackResult, Iterate, choose
 from neurosens.attacks.threat import Threat, project, require_ball, steepest_ascent
 from neurosens.forward import Forward, Variables
@@ -58,9 +58,9 @@ class _State(NamedTuple):
     """One example between two steps.
 
     Attributes:
-      current: the last iterate.
-      gradient: at the last iterate.
+      x: the next image.
       previous: the image before it.
+      loss: at that image; of the start at first.
       best: the iterate of largest loss.
       best_gradient: the gradient there.
       fooling: the latest iterate that fools; the start while there is none.
@@ -73,9 +73,9 @@ class _State(NamedTuple):
       nonzero: for l1, how many pixels of the best image had moved at the last review.
     """
 
-    current: Iterate
-    gradient: Array
+    x: Array
     previous: Array
+    loss: Array
     best: Iterate
     best_gradient: Array
     fooling: Iterate
@@ -106,28 +106,38 @@ def _moved_pixels(x: Array, moved: Array) -> Array:
 
 
 def _initial(
-    threat: Threat, x: Array, start: Array, climb: Climb, key: PRNGKeyArray, fresh: bool
+    threat: Threat, x: Array, start: Array, look: Look, key: PRNGKeyArray, fresh: bool
 ) -> _State:
-    gradient, iterate = climb(start, key)
-    scalar = jnp.zeros((), iterate.loss.dtype)
+    """The state before the first gradient: what is known without it, and zeros."""
+    unknown = unseen(look, start, key)
     pixels = float(x.size)
     nonzero = jnp.float32(pixels) if fresh else _moved_pixels(x, start)
     share = jnp.float32(_FIRST_SHARE) if fresh else nonzero / pixels / _SPARSER
     factor = 1.0 if threat.norm == 'l1' else 2.0
     return _State(
-        current=iterate,
-        gradient=gradient,
+        x=start,
         previous=start,
-        best=iterate,
-        best_gradient=gradient,
-        fooling=iterate,
+        loss=unknown.loss,
+        best=unknown,
+        best_gradient=jnp.zeros_like(start),
+        fooling=unknown,
         step_size=jnp.asarray(factor * threat.eps, x.dtype),
         rises=jnp.int32(0),
         since=jnp.int32(0),
-        best_at_review=iterate.loss,
-        halved=scalar == 0,
+        best_at_review=unknown.loss,
+        halved=jnp.asarray(True),
         share=share,
         nonzero=nonzero,
+    )
+
+
+def _seen(number: Array, iterate: Iterate, gradient: Array, state: _State) -> _State:
+    """Takes note of what the model says of the next image, which is the start at number 0."""
+    better = (number == 0) | (iterate.loss > state.best.loss)
+    return state._replace(
+        best=choose(better, iterate, state.best),
+        best_gradient=jnp.where(better, gradient, state.best_gradient),
+        fooling=choose((number == 0) | iterate.fools, iterate, state.fooling),
     )
 
 
@@ -142,71 +152,72 @@ def _step(
     state: _State,
     key: PRNGKeyArray,
 ) -> _State:
-    direction = steepest_ascent(threat, state.gradient, share=state.share)
-    position = state.current.x
-    moved = project(threat, x, position + state.step_size * direction)
-    if threat.norm != 'l1':
-        weight = jnp.where(number == 0, 1.0, _MOMENTUM).astype(x.dtype)
-        change = weight * (moved - position) + (1 - weight) * (position - state.previous)
-        moved = project(threat, x, position + change)
-    gradient, iterate = climb(moved, key)
-    rose = iterate.loss > state.current.loss
+    """The gradient at an image, after a review if one is due, and the step away from it."""
+    position, at_start = state.x, number == 0
+    gradient, iterate = climb(position, key)
+    rose = iterate.loss > state.loss
     if first_rises:
         # The reference compares the first loss with one that it has not written yet, 0.
-        rose = jnp.where(number == 0, iterate.loss > 0, rose)
-    better = iterate.loss > state.best.loss
+        rose = jnp.where(number == 1, iterate.loss > 0, rose)
+    state = _seen(number, iterate, gradient, state)
     state = state._replace(
-        current=iterate,
-        gradient=gradient,
-        previous=position,
-        best=choose(better, iterate, state.best),
-        best_gradient=jnp.where(better, gradient, state.best_gradient),
-        fooling=choose(iterate.fools, iterate, state.fooling),
-        rises=state.rises + rose,
-        since=state.since + 1,
+        loss=iterate.loss,
+        rises=state.rises + (rose & ~at_start),
+        since=state.since + ~at_start,
+        best_at_review=jnp.where(at_start, iterate.loss, state.best_at_review),
     )
-    changed = _reviewed_l1(threat, x, state) if threat.norm == 'l1' else _reviewed(state, rho)
-    return jax.tree.map(lambda new, old: jnp.where(review, new, old), changed, state)
+    changed, back = _reviewed_l1(threat, x, state) if threat.norm == 'l1' else _reviewed(state, rho)
+    state = jax.tree.map(lambda new, old: jnp.where(review, new, old), changed, state)
+    position = jnp.where(review & back, state.best.x, position)
+    gradient = jnp.where(review & back, state.best_gradient, gradient)
+
+    direction = steepest_ascent(threat, gradient, share=state.share)
+    moved = project(threat, x, position + state.step_size * direction)
+    if threat.norm != 'l1':
+        weight = jnp.where(at_start, 1.0, _MOMENTUM).astype(x.dtype)
+        change = weight * (moved - position) + (1 - weight) * (position - state.previous)
+        moved = project(threat, x, position + change)
+    return state._replace(x=moved, previous=position)
 
 
-def _reviewed(state: _State, rho: float | Array) -> _State:
-    """Halves the step size of an example that oscillates or has found nothing better."""
+def _reviewed(state: _State, rho: float | Array) -> tuple[_State, Array]:
+    """Halves the step size of an example that oscillates or has found nothing better.
+
+    Returns:
+      The state after the review, and whether the example goes on from its best image.
+    """
     oscillates = state.rises <= rho * state.since
     stuck = ~state.halved & (state.best_at_review >= state.best.loss)
     halve = oscillates | stuck
-    return _back_to_best(state, halve)._replace(
+    changed = state._replace(
         step_size=jnp.where(halve, state.step_size / 2, state.step_size),
         halved=halve,
         best_at_review=state.best.loss,
         rises=jnp.zeros_like(state.rises),
         since=jnp.zeros_like(state.since),
     )
+    return changed, halve
 
 
-def _reviewed_l1(threat: Threat, x: Array, state: _State) -> _State:
-    """Follows how sparse the best perturbation is; restarts large steps where it became sparser."""
+def _reviewed_l1(threat: Threat, x: Array, state: _State) -> tuple[_State, Array]:
+    """Follows how sparse the best perturbation is; restarts large steps where it became sparser.
+
+    Returns:
+      As `_reviewed`.
+    """
     nonzero = _moved_pixels(x, state.best.x)
     sparser = nonzero / state.nonzero < 0.95
     size = jnp.where(sparser, threat.eps, state.step_size / _L1_SHRINK)
     size = jnp.clip(size, threat.eps / _L1_LEAST, threat.eps).astype(state.step_size.dtype)
-    return _back_to_best(state, sparser)._replace(
-        step_size=size, share=nonzero / x.size / _SPARSER, nonzero=nonzero
-    )
-
-
-def _back_to_best(state: _State, condition: Array) -> _State:
-    return state._replace(
-        current=state.current._replace(
-            x=jnp.where(condition, state.best.x, state.current.x),
-        ),
-        gradient=jnp.where(condition, state.best_gradient, state.gradient),
-    )
+    share = nonzero / x.size / _SPARSER
+    return state._replace(step_size=size, share=share, nonzero=nonzero), sparser
 
 
 def _run(
     threat: Threat,
     x: Array,
     start: Array,
+    look: Look,
     climb: Climb,
     steps: int,
     rho: float | Array,
@@ -214,14 +225,21 @@ def _run(
     key: PRNGKeyArray,
     fresh: bool,
 ) -> _State:
-    reviews = jnp.asarray(checkpoints(steps, threat.norm))
-    state = _initial(threat, x, start, climb, jax.random.fold_in(key, steps), fresh)
+    # Each step but the first begins with the review of the one before. The last image needs no
+    # gradient, so that there are no more gradients than steps.
+    reviews = jnp.asarray(np.concatenate([[False], checkpoints(steps, threat.norm)[:-1]]))
+
+    def own(number: Array | int) -> PRNGKeyArray:
+        return jax.random.fold_in(key, number)
 
     def step(number: Array, state: _State) -> _State:
-        own = jax.random.fold_in(key, number)
-        return _step(threat, x, climb, rho, first_rises, number, reviews[number], state, own)
+        return _step(
+            threat, x, climb, rho, first_rises, number, reviews[number], state, own(number)
+        )
 
-    return jax.lax.fori_loop(0, steps, step, state)
+    state = _initial(threat, x, start, look, own(0), fresh)
+    state = jax.lax.fori_loop(0, steps, step, state)
+    return _seen(jnp.int32(steps), look(state.x, own(steps)), state.best_gradient, state)
 
 
 def apgd_example(
@@ -266,7 +284,7 @@ def apgd_example(
                 first = project(ball, x, first)
             stage_key = jax.random.fold_in(own, place)
             fresh = not large_start
-            state = _run(ball, x, first, climb, count, rho, first_rises, stage_key, fresh)
+            state = _run(ball, x, first, look, climb, count, rho, first_rises, stage_key, fresh)
             first = state.best.x
         found = choose(state.fooling.fools, state.fooling, state.best)
         replace = (found.fools & ~best.fools) | (~best.fools & (found.loss > best.loss))

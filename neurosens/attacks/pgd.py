@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neurosens import _validate
 from neurosens.attacks import losses
 from neurosens.attacks.batches import attack_batch
-from neurosens.attacks.objective import objective
+from neurosens.attacks.objective import objective, unseen
 from neurosens.attacks.result import AttackResult, Iterate, choose, stronger
 from neurosens.attacks.threat import (
     SPARSE_SHARE,
@@ -35,11 +35,19 @@ KEEP = ('strongest', 'first', 'last')
 
 
 class _State(NamedTuple):
-    """Where one restart is: the next image, the momentum of its steps, and the best so far."""
+    """Where one restart is.
+
+    Attributes:
+      x: the next image.
+      momentum: of the steps so far.
+      best: the iterate kept so far.
+      clean: what the model says of the clean image, without the image.
+    """
 
     x: Array
     momentum: Any
     best: Iterate
+    clean: Iterate
 
 
 def pgd_example(
@@ -74,8 +82,10 @@ def pgd_example(
     loss = losses.named(loss, targeted=target is not None)
     look, climb = objective(forward, variables, y, loss, target=target, draws=draws)
     judged = look_ahead and keep != 'last'
+    # Whose first step is at the clean image learns there what a pass of its own would say.
+    learned = start == 'clean'
 
-    def ascend(state: _State, number: Array, key: PRNGKeyArray) -> _State:
+    def ascend(state: _State, number: Array, key: PRNGKeyArray, first: Array) -> _State:
         size = step_size * (1.0 if schedule is None else schedule(number))
         position = state.x
         if look_ahead and momentum is not None:
@@ -86,8 +96,9 @@ def pgd_example(
             position = position + size * momentum * ahead
         gradient, iterate = climb(position, key)
         if judged:
-            # What counts is the image itself, not the point ahead of it.
-            iterate = look(state.x, key)
+            # What counts is the image itself, not the point ahead of it. They differ from the
+            # second step on; the number of a step is that of all examples.
+            iterate = jax.lax.cond(number > 0, lambda: look(state.x, key), lambda: iterate)
         if optimizer is not None:
             descent = jax.tree.map(jnp.negative, gradient)
             change, carried = optimizer.update(descent, state.momentum, state.x)
@@ -98,33 +109,40 @@ def pgd_example(
             carried = state.momentum
             change = size * steepest_ascent(threat, gradient, share=share)
         moved = project(threat, x, state.x + change)
-        return _State(moved, carried, _kept(iterate, state.best))
+        best, clean = _kept(iterate, state.best), state.clean
+        if learned:
+            best = choose(first, iterate, best)
+            clean = choose(first, iterate._replace(x=()), clean)
+        return _State(moved, carried, best, clean)
 
     def _kept(new: Iterate, best: Iterate) -> Iterate:
         return choose(~best.fools, new, best) if keep == 'first' else stronger(new, best)
 
-    def restart(number: Array, carry: tuple[Iterate, Array]) -> tuple[Iterate, Array]:
-        best, taken = carry
-        own = jax.random.fold_in(key, number)
+    def restart(number: Array, carry: tuple[Iterate, Iterate, Array]) -> tuple:
+        clean, best, passes = carry
+        own, run = jax.random.fold_in(key, number), number
         first = random_start(threat, x, own) if start == 'random' else x
         carried: Any = () if momentum is None else jnp.zeros_like(x)
         if optimizer is not None:
             carried = optimizer.init(first)
 
         def step(number: Array, state: _State) -> _State:
-            return ascend(state, number, jax.random.fold_in(own, number))
+            return ascend(state, number, jax.random.fold_in(own, number), run + number == 0)
 
-        state = _State(first, carried, best)
+        state = _State(first, carried, best, clean)
         done, state = _repeat(steps, step, state, until_fooled=keep == 'first')
         last = look(state.x, jax.random.fold_in(own, steps))
-        return last if keep == 'last' else _kept(last, state.best), taken + done
+        best = last if keep == 'last' else _kept(last, state.best)
+        passes += done + 1
+        if judged:
+            passes += jnp.maximum(done - 1, 0)
+        return state.clean, best, passes
 
-    clean = look(x, key)
-    best, taken = jax.lax.fori_loop(0, restarts, restart, (clean, jnp.int32(0)))
-    best = choose(clean.fools, clean, best)
-    passes = draws * (2 if judged else 1)
-    queries = jnp.int32(draws) + taken * passes + restarts * draws
-    return AttackResult(best.x, best.fools, best.margin, queries)
+    clean = unseen(look, x, key) if learned else look(x, key)
+    begun = (clean._replace(x=()), clean, jnp.int32(not learned))
+    clean, best, passes = jax.lax.fori_loop(0, restarts, restart, begun)
+    best = choose(clean.fools, clean._replace(x=x), best)
+    return AttackResult(best.x, best.fools, best.margin, draws * passes)
 
 
 def _repeat(

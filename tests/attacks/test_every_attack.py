@@ -230,6 +230,25 @@ def test_programs_do_not_grow_with_steps(net, name, number):
     assert size(20) == size(100) > 50
 
 
+@pytest.mark.parametrize(
+    'name',
+    ['fgsm_rs', 'pgd', 'mi_fgsm', 'ni_fgsm', 'apgd', 'apgd_l1', 'fab', 'fmn', 'carlini_wagner'],
+)
+def test_passes_are_as_many_as_the_result_says(net, name):
+    attack, _ = chosen(name)
+    passes = []
+
+    def counted(x):
+        jax.debug.callback(lambda: passes.append(None))
+        return x
+
+    forward = with_input_transform(net.forward, counted)
+    result = attack(forward, net.variables, net.x, net.y, KEY)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(result.queries, len(passes))
+
+
 @pytest.mark.parametrize('name', [name for name in ATTACKS if name != 'neuron'])
 def test_an_example_gets_the_same_result_in_any_order_and_company(net, name):
     attack, _ = chosen(name)

@@ -55,7 +55,7 @@ def run(net, name, norm, eps=math.inf, seed=0, **options):
 # ------------------------------------------------------------------------------- hyperplanes
 
 
-fast_to_hyperplane = jax.jit(to_hyperplane, static_argnames=('norm', 'bounds'))
+fast_to_hyperplane = jax.jit(to_hyperplane, static_argnames=('norm', 'bounds', 'early_end'))
 points = npst.arrays(np.float32, 6, elements=st.floats(0, 1, width=32))
 normals = npst.arrays(np.float32, 6, elements=st.integers(-8, 8).map(lambda v: np.float32(v / 4)))
 
@@ -84,12 +84,13 @@ def best_length(norm, point, normal, excess):
     return found.fun if found.success else None
 
 
-@pytest.mark.parametrize('norm', ['linf', 'l1'])
+@pytest.mark.parametrize(('norm', 'early_end'), [('linf', True), ('linf', False), ('l1', False)])
 @QUICK
 @hypothesis.given(points, normals, st.floats(-3, 3))
-def test_the_way_to_a_hyperplane_is_the_shortest_in_the_box(norm, point, normal, excess):
+def test_the_way_to_a_hyperplane_is_the_shortest_in_the_box(norm, early_end, point, normal, excess):
     hypothesis.assume(np.abs(normal).max() > 0)
-    change = np.float64(fast_to_hyperplane(norm, point, normal, excess, (0.0, 1.0)))
+    found = fast_to_hyperplane(norm, point, normal, excess, (0.0, 1.0), early_end=early_end)
+    change = np.float64(found)
     assert (point + change >= -1e-6).all() and (point + change <= 1 + 1e-6).all()
     best = best_length(norm, np.float64(point), np.float64(normal), excess)
     reached = abs(excess + (normal * change).sum())
@@ -104,11 +105,13 @@ def test_the_way_to_a_hyperplane_is_the_shortest_in_the_box(norm, point, normal,
         assert np.linalg.norm(change, ORDER[norm]) == pytest.approx(best, abs=1e-4)
 
 
+@pytest.mark.parametrize('early_end', [True, False])
 @QUICK
 @hypothesis.given(points, normals, st.floats(-3, 3))
-def test_the_euclidean_way_satisfies_the_optimality_conditions(point, normal, excess):
+def test_the_euclidean_way_satisfies_the_optimality_conditions(early_end, point, normal, excess):
     hypothesis.assume(np.abs(normal).max() > 0)
-    change = np.float64(fast_to_hyperplane('l2', point, normal, excess, (0.0, 1.0)))
+    found = fast_to_hyperplane('l2', point, normal, excess, (0.0, 1.0), early_end=early_end)
+    change = np.float64(found)
     room = np.where(normal * np.sign(excess or 1) > 0, point, 1 - point)
     full = np.abs(change) >= room - 1e-6
     moving = ~full & (normal != 0)
