@@ -46,7 +46,7 @@ _RADII = {'lenet5_robust': '0.3', 'resnet20': '0.5/255'}
 _EPS = {'lenet5_robust': 0.3, 'resnet20': 0.5 / 255}
 _NEURON_EPS = {'lenet5_robust': 2.0, 'resnet20': 0.5}
 GRADIENTS, FORWARDS = '20 input gradients, one call each', '20 forward passes, one call each'
-JACOBIANS = '20 gradients of every logit, one call each'
+JACOBIANS = '4 gradients of every logit, one call each'
 _CALLS = 20
 
 
@@ -56,7 +56,7 @@ class _Overhead(NamedTuple):
     Attributes:
         attack: its function.
         floor: what a step cannot do without.
-        steps: as many as the attack usually takes.
+        steps: how many it takes.
         options: further ones.
         targeted: whether it aims at the class after the label.
     """
@@ -83,6 +83,10 @@ _OVERHEADS = {
     'deepfool': _Overhead('deepfool', (JACOBIANS,)),
     'fab': _Overhead('fab', (JACOBIANS,)),
 }
+
+
+def _calls(floor: str) -> int:
+    return int(floor.partition(' ')[0])
 
 
 def _steps_of(name: str) -> str:
@@ -167,7 +171,7 @@ def prepare(
     units: dict[str, Callable[[], Any]] = {
         GRADIENTS: lambda: [gradient(variables, x, y) for _ in range(_CALLS)],
         FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
-        JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_CALLS)],
+        JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_calls(JACOBIANS))],
         **{
             _steps_of(name): on(
                 getattr(attacks, one.attack),
@@ -503,8 +507,8 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
         measurements[name] = measured
         for attack, one in _OVERHEADS.items():
             unit = _steps_of(attack)
-            calls = np.sum([measured.seconds[part] for part in one.floor], axis=0)
-            floor = calls * one.steps / _CALLS
+            floors = [measured.scaled(part, one.steps / _calls(part)) for part in one.floor]
+            floor = np.sum(floors, axis=0)
             beside = harness.Measurement({**measured.seconds, 'floor': tuple(floor.tolist())})
             rows.append(
                 (

@@ -356,7 +356,7 @@ DETAILS = {
     'attack_loop:prepare': {'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd']},
     'attacks:prepare': {
         'units': [name for names in attacks.SUBJECTS.values() for name in names
-                  if 'neurosens' in name or name[0] == '2']
+                  if 'neurosens' in name or name[0].isdigit()]
     },
     'regularizers:prepare': {'temporary': 1.0, 'peak': 2.0},
     'torch_regularizers:prepare': {'peak': 3.0},

@@ -28,6 +28,7 @@ CASES = {
 }
 OTHERS = {
     'dilated kernel': {'rhs_dilation': (2, 1)},
+    'dilated columns': {'rhs_dilation': (1, 2)},
     'grouped': {'feature_group_count': 2},
     'cropped images': {'padding': ((-1, 2), (1, -2))},
 }
@@ -179,8 +180,17 @@ def test_gradients_of_images_use_it_too(case):
     assert text.count(CALL) == calls.get(case, 2)
 
 
-@pytest.mark.parametrize('case', [*CASES, 'dilated kernel', 'cropped images'])
-def test_gradients_of_kernels_are_products_and_those_of_xla(case):
+@pytest.fixture(params=[False, True], ids=['products', 'convolutions'])
+def avx512(request, monkeypatch):
+    """Whether gradients of kernels are made for a processor with AVX-512, this one or not."""
+    monkeypatch.setattr(kernel_gradient, 'has_avx512', lambda: request.param)
+    kernel_gradient._over_devices.cache_clear()
+    yield request.param
+    kernel_gradient._over_devices.cache_clear()
+
+
+@pytest.mark.parametrize('case', [*CASES, 'dilated kernel', 'dilated columns', 'cropped images'])
+def test_gradients_of_kernels_are_those_of_xla(case, avx512):
     run, images, kernel = convolution(case)
     cotangents = jax.random.normal(jax.random.key(2), jax.eval_shape(run, images, kernel).shape)
 
@@ -188,7 +198,10 @@ def test_gradients_of_kernels_are_products_and_those_of_xla(case):
         return jax.vjp(lambda kernel: run(images, kernel), kernel)[1](cotangents)[0]
 
     program = jax.jit(gradient).lower(kernel, cotangents).compile()
-    assert program.as_text().count(PRODUCT) == 1
+    # The axis of columns and channels has no room for steps of columns.
+    by_product = not avx512 or case == 'dilated columns'
+    assert program.as_text().count(PRODUCT) == by_product
+    assert program.as_text().count(CALL) == (not by_product)
     # Linear in the kernel: its derivative in the direction of a position is the position's value.
     one = jax.jit(lambda kernel: jnp.vdot(run(images, kernel), cotangents))
     basis = jnp.eye(kernel.size).reshape(kernel.size, *kernel.shape)
@@ -219,6 +232,49 @@ def test_results_do_not_depend_on_how_much_a_cache_holds(windows, whole, monkeyp
     np.testing.assert_allclose(program(x, cotangents), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('case', ['strided', 'uneven', 'dilated kernel', 'cropped images'])
+@pytest.mark.parametrize(('channels', 'rows'), [(16, 1), (3, 9), (3, 2), (16, 4), (1, 1), (16, 2)])
+def test_results_do_not_depend_on_what_is_convolved_at_once(case, channels, rows, monkeypatch):
+    run, x, kernel = convolution(case)
+    cotangents = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, kernel).shape)
+    params = dict(jax.make_jaxpr(lambda w: jax.vjp(lambda w: run(x, w), w)[1](cotangents)[0])(
+        kernel
+    ).eqns[-1].params)  # fmt: skip
+    names = ('window_strides', 'rhs_dilation', 'padding')
+    form = kernel_gradient.Windows(*lowering._integers(params, *names))
+    expected = jax.jit(functools.partial(kernel_gradient.products, windows=form))(x, cotangents)
+    together = -(-len(x) // -(-len(x) // channels))
+    size = (x.nbytes + cotangents.nbytes) // len(x) * together
+    monkeypatch.setattr(kernel_gradient, '_CHANNELS', channels)
+    # As many bands as leave so many rows of cotangents in each.
+    monkeypatch.setattr(kernel_gradient, '_BAND_BYTES', size // -(-cotangents.shape[1] // rows))
+    found = jax.jit(functools.partial(kernel_gradient.convolutions, windows=form))
+    program = found.lower(x, cotangents).compile()
+    assert program.as_text().count(CALL) == 1
+    assert (' while(' in program.as_text()) == (channels < len(x) or rows < cotangents.shape[1])
+    np.testing.assert_allclose(program(x, cotangents), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'known'),
+    [
+        ('flags\t\t: fpu avx2 avx512f avx512dq avx512bw avx512vl', True),
+        ('flags\t\t: fpu avx2 avx512f avx512dq', False),
+        ('Features\t: fp asimd', False),
+        (None, False),
+    ],
+)
+def test_the_processor_tells_which_instructions_it_has(flags, known, monkeypatch):
+    def read(path):
+        assert str(path) == '/proc/cpuinfo'
+        if flags is None:
+            raise FileNotFoundError
+        return f'processor\t: 0\n{flags}\n\nprocessor\t: 1\n{flags}\n'
+
+    monkeypatch.setattr(kernel_gradient.pathlib.Path, 'read_text', read)
+    assert kernel_gradient.has_avx512.__wrapped__() == known
+
+
 def test_gradients_of_large_kernels_and_of_few_channels_are_left_to_xla():
     images = jax.random.normal(jax.random.key(0), (2, 14, 14, 4))
     kernel = jax.random.normal(jax.random.key(1), (12, 11, 4, 8))
@@ -229,10 +285,15 @@ def test_gradients_of_large_kernels_and_of_few_channels_are_left_to_xla():
         return jnp.sin(found).sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    assert PRODUCT not in gradient.lower(kernel, 'VALID').compile().as_text()
-    assert PRODUCT in gradient.lower(kernel[:11], 'VALID').compile().as_text()
-    assert PRODUCT in gradient.lower(kernel[:1, :1], 'VALID').compile().as_text()
-    assert PRODUCT not in gradient.lower(kernel[:3, :3, :, :7], 'VALID').compile().as_text()
+
+    def calls(kernel):
+        return gradient.lower(kernel, 'VALID').compile().as_text().count('__onednn$')
+
+    # One is the convolution itself, but of single pixels.
+    assert calls(kernel) == 1
+    assert calls(kernel[:11]) == 2
+    assert calls(kernel[:1, :1]) == 1
+    assert calls(kernel[:3, :3, :, :7]) == 1
 
 
 @pytest.mark.parametrize('case', OTHERS)
@@ -269,7 +330,7 @@ def test_further_batch_axes_and_loops():
     chex.assert_trees_all_close(looped, unrolled, rtol=1e-4, atol=1e-5)
 
 
-def test_a_split_batch_stays_split():
+def test_a_split_batch_stays_split(avx512):
     mesh = parallel.data_mesh()
     run, images, kernel = convolution('same')
     gradient = jax.jit(jax.value_and_grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1)))
@@ -277,7 +338,7 @@ def test_a_split_batch_stays_split():
     program = gradient.lower(*placed).compile()
     text = program.as_text()
     assert mesh.size == 8
-    assert text.count(CALL) == 2 and text.count(PRODUCT) == 1
+    assert text.count(CALL) == 2 + avx512 and text.count(PRODUCT) == (not avx512)
     assert 'all-gather' not in text and 'all-to-all' not in text
     value, slopes = program(*placed)
     assert slopes[0].sharding.spec[0] == parallel.DATA_AXIS
@@ -328,14 +389,17 @@ def test_wrong_results_of_the_probe_keep_what_xla_chooses(monkeypatch):
     config = calls.convolution_config
 
     # Of the same shapes, but shifted.
-    def swapped(strides, padding):
-        return config(strides, tuple(pair[::-1] for pair in padding))
+    def swapped(strides, padding, **others):
+        return config(strides, tuple(pair[::-1] for pair in padding), **others)
 
     with monkeypatch.context() as wrong:
         wrong.setattr(calls, 'convolution_config', swapped)
         wrong.setattr(lowering, '_available', lowering._available.__wrapped__)
         assert not onednn.use_onednn()
-    products = kernel_gradient.products
-    monkeypatch.setattr(kernel_gradient, 'products', lambda *args, **kw: -products(*args, **kw))
-    monkeypatch.setattr(lowering, '_available', lowering._available.__wrapped__)
-    assert not onednn.use_onednn()
+    monkeypatch.setattr(kernel_gradient, 'has_avx512', lambda: True)
+    for name in ('products', 'convolutions'):
+        with monkeypatch.context() as wrong:
+            right = getattr(kernel_gradient, name)
+            wrong.setattr(kernel_gradient, name, lambda *args, f=right, **kw: -f(*args, **kw))
+            wrong.setattr(lowering, '_available', lowering._available.__wrapped__)
+            assert not onednn.use_onednn()

@@ -59,8 +59,8 @@ class _State(NamedTuple):
 
     Attributes:
       x: the next image.
-      previous: the image before it.
-      loss: at that image; of the start at first.
+      previous: the image that the step to it began at.
+      loss: of the image that was looked at last.
       best: the iterate of largest loss.
       best_gradient: the gradient there.
       fooling: the latest iterate that fools; the start while there is none.

@@ -54,13 +54,13 @@ def to_hyperplane(
     # As vectors: XLA:CPU is slow at sums over several short axes.
     shape, point, normal = point.shape, point.ravel(), normal.ravel()
     side = jnp.where(excess >= 0, 1, -1).astype(point.dtype)
-    # Scaled first: squares of the tiny gradients of a confident model are 0 in float32.
-    largest = jnp.abs(normal).max()
-    side = side / jnp.where(largest > 0, largest, 1)
     normal, excess = side * normal, side * excess
-    weight = jnp.abs(normal)
     room = jnp.where(normal > 0, point - bounds[0], bounds[1] - point)
-    room = jnp.where(weight > 0, jnp.maximum(room, 0), 0)
+    room = jnp.where(normal != 0, jnp.maximum(room, 0), 0)
+    # Scaled to what can move: squares of the tiny gradients of a confident model are 0 in float32.
+    weight = jnp.where(room > 0, jnp.abs(normal), 0)
+    largest = jnp.where(weight.max() > 0, weight.max(), 1)
+    weight, excess = weight / largest, excess / largest
     # The gain of the whole room; more than that cannot be had.
     gain = weight * room
     if norm == 'l1':
@@ -86,11 +86,12 @@ def to_hyperplane(
         if early_end:
             # Newton's method: the gain is concave in time, so that no round passes the root, and
             # there are only so many borders. Mostly under 10 rounds, against one per bit.
-            start = jnp.zeros((), point.dtype)
-            _, time = jax.lax.while_loop(
+            # The last but one counts: with rounding the last may be before it.
+            first = next_time(jnp.zeros((), point.dtype))
+            time, _ = jax.lax.while_loop(
                 lambda times: times[1] > times[0],
                 lambda times: (times[1], next_time(times[1])),
-                (start, next_time(start)),
+                (jnp.zeros_like(first), first),
             )
         else:
             time = next_time(

@@ -75,8 +75,8 @@ def pgd_example(
     """PGD on one example: the function that `pgd` and its variants map over a batch.
 
     It has the arguments and errors of `pgd`, with `x` one image, `y` its label and `target` one
-    class; `steps` and `restarts` may be traced; `step_size` has no default, and `momentum` None
-    compiles no momentum in. Returns one image and scalars.
+    class; `steps` and `restarts`, at least 1, may be traced; `step_size` has no default, and
+    `momentum` None compiles no momentum in. Returns one image and scalars.
     """
     _check_choices(start, keep)
     loss = losses.named(loss, targeted=target is not None)
@@ -97,7 +97,8 @@ def pgd_example(
         gradient, iterate = climb(position, key)
         if judged:
             # What counts is the image itself, not the point ahead of it. They differ from the
-            # second step on; the number of a step is that of all examples.
+            # second step on. Where a batch rests one by one, each has a number of its own, and XLA
+            # looks in the first step too.
             iterate = jax.lax.cond(number > 0, lambda: look(state.x, key), lambda: iterate)
         if optimizer is not None:
             descent = jax.tree.map(jnp.negative, gradient)

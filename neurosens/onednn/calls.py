@@ -14,8 +14,6 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-DIMENSION_NUMBERS = ('NHWC', 'HWIO', 'NHWC')
-
 Pair: TypeAlias = tuple[int, int]
 Padding: TypeAlias = tuple[Pair, Pair]
 
@@ -23,25 +21,45 @@ _convolution_p = jex.Primitive('onednn_convolution')
 _product_p = jex.Primitive('onednn_product')
 
 
-def convolve(images: jax.Array, kernel: jax.Array, *, strides: Pair, padding: Padding) -> jax.Array:
+def convolve(
+    images: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Pair,
+    padding: Padding,
+    steps: Pair = (1, 1),
+    order: str = 'HWIO',
+) -> jax.Array:
     """Convolves, in one call.
 
     Args:
       images: `[N, H, W, C]`.
-      kernel: `[I, J, C, D]`.
+      kernel: `[I, J, C, D]`, or in another order.
       strides: of rows and columns.
       padding: of the images, at least 0.
+      steps: between positions of the kernel, its dilation.
+      order: of the kernel's axes, of which the last is the contiguous one.
 
     Returns:
       `[N, Y, X, D]`.
     """
-    return _convolution_p.bind(images, kernel, strides=strides, padding=padding)
+    options = {'strides': strides, 'padding': padding, 'steps': steps, 'order': order}
+    return _convolution_p.bind(images, kernel, **options)
 
 
-def convolve_by_xla(images: Any, kernel: Any, *, strides: Pair, padding: Padding) -> jax.Array:
+def convolve_by_xla(
+    images: Any,
+    kernel: Any,
+    *,
+    strides: Pair,
+    padding: Padding,
+    steps: Pair = (1, 1),
+    order: str = 'HWIO',
+) -> jax.Array:
     """What `convolve` computes, by XLA."""
+    numbers = ('NHWC', order, 'NHWC')
     return lax.conv_general_dilated(
-        images, kernel, strides, padding, dimension_numbers=DIMENSION_NUMBERS
+        images, kernel, strides, padding, rhs_dilation=steps, dimension_numbers=numbers
     )
 
 
@@ -51,9 +69,9 @@ def transposed_product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 @_convolution_p.def_abstract_eval
-def _convolved(images: Any, kernel: Any, *, strides: Pair, padding: Padding) -> Any:
+def _convolved(images: Any, kernel: Any, **options: Any) -> Any:
     found = jax.eval_shape(
-        functools.partial(convolve_by_xla, strides=strides, padding=padding),
+        functools.partial(convolve_by_xla, **options),
         *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (images, kernel)),
     )
     return images.update(shape=found.shape, dtype=found.dtype)
@@ -64,16 +82,21 @@ def _multiplied(left: Any, right: Any) -> Any:
     return left.update(shape=(left.shape[1], right.shape[1]), dtype=left.dtype)
 
 
-def convolution_config(strides: Pair, padding: Padding) -> dict[str, Any]:
+def convolution_config(strides: Pair, padding: Padding, steps: Pair, order: str) -> dict[str, Any]:
     """What a convolution is to do, as XLA's message has it; numbers are strings there."""
     images = {'batch_dim': '0', 'spatial_dims': ['1', '2'], 'feature_dim': '3'}
-    kernel = {'spatial_dims': ['0', '1'], 'input_feature_dim': '2', 'output_feature_dim': '3'}
+    rows, columns, inputs, outputs = (str(order.index(axis)) for axis in 'HWIO')
+    kernel = {
+        'spatial_dims': [rows, columns],
+        'input_feature_dim': inputs,
+        'output_feature_dim': outputs,
+    }
     (top, bottom), (left, right) = padding
     window = {
         'strides': [str(stride) for stride in strides],
         'pad_left': [str(top), str(left)],
         'pad_right': [str(bottom), str(right)],
-        'window_dilations': ['1', '1'],
+        'window_dilations': [str(step) for step in steps],
     }
     return {
         'dims': '4',
@@ -85,10 +108,8 @@ def convolution_config(strides: Pair, padding: Padding) -> dict[str, Any]:
     }
 
 
-def _lower_convolution(
-    ctx: Any, images: Any, kernel: Any, *, strides: Pair, padding: Padding
-) -> Any:
-    config = {'onednn_conv_config': convolution_config(strides, padding)}
+def _lower_convolution(ctx: Any, images: Any, kernel: Any, **options: Any) -> Any:
+    config = {'onednn_conv_config': convolution_config(**options)}
     return _custom_call(ctx, '__onednn$convolution', config, images, kernel)
 
 

@@ -1,12 +1,15 @@
-"""Gradients with respect to kernels, as products of matrices.
+"""Gradients with respect to kernels, as convolutions or as products of matrices.
 
 A kernel's gradient is the sum over all pixels of the outer products of a window of the images and
-the cotangent of its pixel: the windows, written out as one matrix, times the cotangents.
+the cotangent of its pixel: the windows, written out as one matrix, times the cotangents. Or it is
+the convolution of all images by the cotangents, with images for input channels and one pixel for
+each channel: no window is written out, only the images once with these axes the other way round.
 """
 
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -18,6 +21,10 @@ from neurosens.onednn.calls import Padding, Pair
 
 # Windows that stay in a core's cache until they are multiplied.
 _CACHE_BYTES = 3 * 2**19
+# Of convolutions: images at once, which fill a vector of AVX-512, and what these and their
+# cotangents hold. Larger ones are cut into bands of rows.
+_CHANNELS = 16
+_BAND_BYTES = 2**24
 
 
 class Windows(NamedTuple):
@@ -66,7 +73,92 @@ def kernel_gradient(images: jax.Array, cotangents: jax.Array, windows: Windows) 
 def _over_devices(windows: Windows) -> partitioning.Local:
     numbers = (*windows.steps, *windows.spacing, *windows.padding[0], *windows.padding[1])
     name = '_'.join(['onednn_kernel_gradient', *map(str, numbers)])
-    return partitioning.summed_over_images(name, functools.partial(products, windows=windows))
+    return partitioning.summed_over_images(name, functools.partial(on_one_device, windows=windows))
+
+
+def on_one_device(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """`kernel_gradient`, in the way that is the faster on this processor where it was measured."""
+    rows, columns = windows.positions(images, cotangents)
+    # Columns and channels are one axis of the convolution, whose stride is that of both.
+    if has_avx512() and windows.steps[1] == 1 and len(rows) * len(columns) > 1:
+        return convolutions(images, cotangents, windows)
+    return products(images, cotangents, windows)
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the processor has the instructions of oneDNN's convolutions of any kernel size.
+
+    Where that is not known, on other systems than Linux, it has not.
+    """
+    try:
+        text = pathlib.Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith('flags')), '').split()
+    return {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'} <= set(flags)
+
+
+def convolutions(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """`kernel_gradient` on one device, of some images and rows at once."""
+    rows, columns = windows.positions(images, cotangents)
+    count, height = len(images), cotangents.shape[1]
+    parts = -(-count // _CHANNELS)
+    together = -(-count // parts)
+    size = (images.nbytes + cotangents.nbytes) // count * together
+    band = -(-height // min(-(-size // _BAND_BYTES), height))
+    bands = -(-height // band)
+    edges, seen = windows.padding, images.shape[1]
+    if bands > 1:
+        # Not by the call itself, which would do it between two bands.
+        seen = (band - 1) * windows.spacing[0] + rows[-1] + 1
+        low = edges[0][0]
+        high = (bands - 1) * band * windows.spacing[0] + seen - images.shape[1] - low
+        images, edges = _pad_rows(images, low, high), ((0, 0), edges[1])
+        cotangents = _pad_rows(cotangents, 0, bands * band - height)
+    # Images of zeros add nothing.
+    images, cotangents = (
+        jnp.pad(array, ((0, parts * together - count), (0, 0), (0, 0), (0, 0)))
+        for array in (images, cotangents)
+    )
+
+    def one(number: jax.Array | int) -> jax.Array:
+        part, place = number // bands, number % bands
+        start = part * together, place * band * windows.spacing[0], 0, 0
+        of_images = lax.dynamic_slice(images, start, (together, seen, *images.shape[2:]))
+        start = part * together, place * band, 0, 0
+        others = lax.dynamic_slice(cotangents, start, (together, band, *cotangents.shape[2:]))
+        return _convolve(of_images, others, windows._replace(padding=edges))
+
+    shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
+    if parts * bands == 1:
+        return _convolve(images, cotangents, windows).reshape(shape)
+    zeros = jnp.zeros((1, shape[0], shape[1] * shape[2], shape[3]), images.dtype)
+    found = lax.fori_loop(0, parts * bands, lambda number, total: total + one(number), zeros)
+    return found.reshape(shape)
+
+
+def _pad_rows(images: jax.Array, low: int, high: int) -> jax.Array:
+    """With rows of zeros before and behind, or without some where negative."""
+    edges = ((0, 0, 0), (low, high, 0), (0, 0, 0), (0, 0, 0))
+    return lax.pad(images, jnp.zeros((), images.dtype), edges)
+
+
+def _convolve(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """The gradient `[1, I, J C, D]`, in which two columns are C apart."""
+    # Rows and columns that no window meets.
+    cut = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in windows.padding), (0, 0, 0)]
+    images = lax.pad(images, jnp.zeros((), images.dtype), cut)
+    count, height, width, channels = images.shape
+    rows, columns = ((max(low, 0), max(high, 0)) for low, high in windows.padding)
+    return calls.convolve(
+        images.reshape(count, -1).T.reshape(1, height, width * channels, count),
+        cotangents,
+        strides=(windows.steps[0], 1),
+        padding=(rows, (columns[0] * channels, columns[1] * channels)),
+        steps=(windows.spacing[0], windows.spacing[1] * channels),
+        order='IHWO',
+    )
 
 
 def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:

@@ -63,7 +63,7 @@ def use_onednn() -> bool:
         _use_cache(cached)
         return False
     by_convolution = mlir.lower_fun(_convolution, multiple_results=False)
-    by_products = mlir.lower_fun(_kernel_gradient, multiple_results=False)
+    by_gradient = mlir.lower_fun(_kernel_gradient, multiple_results=False)
 
     def lower(ctx: Any, *arrays: Any, **params: Any) -> Any:
         manual: Any = getattr(ctx.module_context.axis_context, 'manual_axes', frozenset())
@@ -74,7 +74,7 @@ def use_onednn() -> bool:
             if _is_convolution(*ctx.avals_in, **params):
                 rule = by_convolution
             elif _is_kernel_gradient(*ctx.avals_in, **params):
-                rule = by_products
+                rule = by_gradient
         return rule(ctx, *arrays, **params)
 
     # Lowering for batches that are split over devices needs to know these.
@@ -110,14 +110,19 @@ def _agrees_with_xla(strides: Pair, padding: Padding) -> bool:
         cotangents = np.float32(draw(size=expected.shape))
         (slope,) = jax.vjp(functools.partial(by_xla, images), kernel)[1](cotangents)
         ours = jax.jit(functools.partial(calls.convolve, strides=strides, padding=padding))
-        products = jax.jit(functools.partial(kernel_gradient.products, windows=windows))
+        gradients = [kernel_gradient.products]
+        if kernel_gradient.has_avx512():
+            gradients.append(kernel_gradient.convolutions)
+        slopes = [jax.jit(functools.partial(one, windows=windows)) for one in gradients]
         try:
-            found = jax.device_get((ours(images, kernel), products(images, cotangents)))
+            found = jax.device_get(
+                (ours(images, kernel), *(one(images, cotangents) for one in slopes))
+            )
         except jax.errors.JaxRuntimeError:
             return False
     return all(
         one.shape == other.shape and np.allclose(one, other, rtol=1e-4, atol=1e-4)
-        for one, other in zip(found, (expected, slope), strict=True)
+        for one, other in zip(found, (expected, *(slope for _ in slopes)), strict=True)
     )
 
 

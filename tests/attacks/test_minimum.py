@@ -124,6 +124,39 @@ def test_the_euclidean_way_satisfies_the_optimality_conditions(early_end, point,
         assert (room[stopped] <= time.max() * np.abs(normal[stopped]) + 1e-4).all()
 
 
+@pytest.mark.parametrize('early_end', [True, False])
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_half_precision_comes_near_the_hyperplane_too(dtype, norm, early_end):
+    random = np.random.default_rng(0)
+    point = jnp.asarray(random.random(50), dtype)
+    normal = jnp.asarray(random.normal(size=50), dtype)
+    # Logits, and with them the excess, are in single precision.
+    change = fast_to_hyperplane(
+        norm, point, normal, np.float32(2.0), (0.0, 1.0), early_end=early_end
+    )
+    share = float((np.float64(normal) * np.float64(change)).sum()) / -2
+    assert share == pytest.approx(1, abs=0.05 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_pixels_without_room_hide_no_others():
+    point, normal = np.float32([0, 0.5]), np.float32([1, 1e-25])
+    for early_end in (True, False):
+        change = fast_to_hyperplane(
+            'l2', point, normal, np.float32(2e-26), (0.0, 1.0), early_end=early_end
+        )
+        np.testing.assert_allclose(change, [0, -0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
+def test_fab_takes_half_precision_images(net, norm):
+    x = jnp.asarray(net.x, jnp.bfloat16)
+    result = fab(
+        net.forward, net.variables, x, net.y, jax.random.key(0), threat=Threat(norm, 5.0), steps=4
+    )
+    assert result.x_adv.dtype == jnp.bfloat16 and result.success.any()
+
+
 # ------------------------------------------------------------------------------- exactness
 
 

@@ -267,7 +267,31 @@ def test_gradients_through_moved_weights_are_those_at_them():
     assert not np.allclose(through['kernel'], at_given['kernel'], rtol=1e-2)
 
 
-@pytest.mark.parametrize('name', ['pgd', 'trades', 'mart'])
+def cross_entropy(logits, y):
+    return -jax.nn.log_softmax(logits)[jnp.arange(len(y)), y]
+
+
+def mart_formula(clean, attacked, y):
+    clean, attacked = jax.nn.log_softmax(clean), jax.nn.log_softmax(attacked)
+    own = jnp.arange(len(y)), y
+    boosted = -attacked[own] - jnp.log(1.0001 - jnp.exp(attacked).at[own].set(0).max(-1))
+    # With the guard of the released program.
+    kl = (jnp.exp(clean) * (clean - jnp.log(jnp.exp(attacked) + 1e-12))).sum(-1)
+    return (boosted + 5 * kl * (1 - jnp.exp(clean[own]))).mean()
+
+
+FORMULAS = {
+    'pgd': lambda clean, attacked, y: cross_entropy(attacked, y).mean(),
+    'trades': lambda clean, attacked, y: (
+        cross_entropy(clean, y)
+        + 6 * (jax.nn.softmax(clean) * (jax.nn.log_softmax(clean) - jax.nn.log_softmax(attacked)))
+        .sum(-1)
+    ).mean(),
+    'mart': mart_formula,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FORMULAS)
 def test_gradients_are_taken_at_the_moved_weights(net, name):
     module, variables, x, y = net
 
@@ -275,14 +299,33 @@ def test_gradients_are_taken_at_the_moved_weights(net, name):
         objective = MAKERS[name](eps=0.1, weight_gamma=gamma)
 
         def loss(params):
-            return objective(module, {**variables, 'params': params}, x, y, KEY)[0]
+            value, outcome = objective(module, {**variables, 'params': params}, x, y, KEY)
+            return value, outcome.attacked
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    plain, _ = value_and_gradient(0.0, variables['params'])
-    moved, gradient = value_and_gradient(0.002, variables['params'])
+    (plain, images), _ = value_and_gradient(0.0, variables['params'])
+    (moved, same), gradient = value_and_gradient(0.01, variables['params'])
+    # The attack is on the weights as they are.
+    np.testing.assert_array_equal(images, same)
     assert moved > plain
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+    # The objective of the weights that are uphill, on the images that were found.
+    def fixed(params):
+        _, _, clean_key, attacked_key = jax.random.split(KEY, 4)
+        seen = {**variables, 'params': params}
+        clean, changed = run_training_mode(module, seen, x, clean_key)
+        if name != 'pgd':
+            seen = {**seen, **changed}
+        attacked, _ = run_training_mode(module, seen, images, attacked_key)
+        return FORMULAS[name](clean, attacked, y)
+
+    there = adversarial.weight_perturbation(fixed, variables['params'], 0.01)
+    value, expected = jax.jit(jax.value_and_grad(fixed))(there)
+    assert float(value) == pytest.approx(float(moved), rel=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for ours, theirs in zip(*map(jax.tree.leaves, (gradient, expected))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 
 
 # --------------------------------------------------------------------------------- devices
