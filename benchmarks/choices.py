@@ -2,9 +2,9 @@
 
     python -m benchmarks.choices [--rounds N]
 
-A training step of a ResNet-20 that gives its old state away, convolves by oneDNN, uses one XLA
-device per core and fetches metrics late; batches of several sizes; and one compiled program for all
-batches of a data set, the last one filled up.
+A training step of a ResNet-20 that gives its old state away, convolves by oneDNN, also for the
+gradients of kernels, uses one XLA device per core and fetches metrics late; batches of several
+sizes; and one compiled program for all batches of a data set, the last one filled up.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import harness, training_step
 from neurosens import data, models, parallel
 from neurosens.forward import LinenForward
+from neurosens.onednn import kernel_gradient
 
 BATCH_SIZE = 128
 SIZES = (16, 32, 64, 128, 256)
@@ -31,27 +32,33 @@ _TRAINING, _WHOLE = 'training step', 'all images of a test set'
 _WORKERS: Mapping[str, dict[str, Any]] = {
     '': {},
     'convolutions of XLA': {'by_onednn': False},
+    'gradients of kernels as products of matrices': {'by_products': True},
     'one XLA device for all cores': {'devices': 1},
 }
 _SAME_PROCESS = ('without donation', 'loss fetched in every step')
 
 
-def prepare(*, by_onednn: bool = True, devices: int = 0) -> harness.Prepared:
+def prepare(
+    *, by_onednn: bool = True, by_products: bool = False, devices: int = 0
+) -> harness.Prepared:
     """Prepares the training step, and what can be done otherwise in the same process.
 
     Args:
         by_onednn: whether oneDNN convolves.
+        by_products: whether gradients of kernels are products, as on processors without AVX-512.
         devices: XLA devices; 0 for one per core.
 
     Returns:
         Units of a few steps each, and `donated`, the bytes that need no second place.
     """
+    if by_products:
+        kernel_gradient.has_avx512 = lambda: False  # type: ignore[assignment]
     mesh = harness.start_jax(BATCH_SIZE, devices=devices, by_onednn=by_onednn)
     batch = parallel.shard(mesh, training_step.load_batches(BATCH_SIZE, '')[0])
     state, step, key = training_step.make_step(mesh, 'none')
     memory = step.lower(state, batch, key).compile().memory_analysis()
     units = {_TRAINING: _stepping(state, step, batch, key, lambda metrics: None)}
-    if by_onednn and not devices:
+    if by_onednn and not by_products and not devices:
         for name, function, look in (
             (_SAME_PROCESS[0], jax.jit(step.__wrapped__), lambda metrics: None),
             (_SAME_PROCESS[1], step, lambda metrics: float(metrics['loss'])),
@@ -123,6 +130,7 @@ def table(
     sizes: harness.Measurement,
     programs: harness.Measurement,
     floor: Sequence[float],
+    floor_of_sizes: Sequence[float],
 ) -> str:
     """Returns the Markdown table.
 
@@ -131,6 +139,7 @@ def table(
         sizes: seconds of equally many images, by batch size.
         programs: seconds of a test set, compilation with it.
         floor: seconds of these training steps at the peak of convolutions, in each round.
+        floor_of_sizes: those of the images of all sizes.
     """
     rows = []
     for name in choices.seconds:
@@ -149,7 +158,7 @@ def table(
                 f'{max(SIZES)} images in batches of {size}',
                 f'{sizes.summary(size).median * 1e3:.0f} ms',
                 '1' if size == usual else harness.ratio_text(sizes.ratio(size, usual)),
-                '-',
+                harness.percent(sizes.share(size, floor_of_sizes)),
             )
         )
     for name in programs.seconds:
@@ -192,7 +201,7 @@ def main() -> None:
         choices, floors = harness.beside_floors(units, rounds=arguments.rounds)
         donated = workers[''].details['donated'] / 2**20
         of_sizes = start('choices:prepare_sizes', {})
-        sizes = harness.alternate(
+        sizes, beside_sizes = harness.beside_floors(
             {str(size): of_sizes.unit(str(size)) for size in SIZES}, rounds=arguments.rounds
         )
         of_programs = start('choices:prepare_programs', {})
@@ -200,7 +209,9 @@ def main() -> None:
             {name: of_programs.unit(name) for name in (_WHOLE, 'a program for the last batch')},
             rounds=max(arguments.rounds // 2, 2),
         )
-    floor = floors.convolution_seconds(_STEPS * counted.details['flops'])
+    flops = counted.details['flops']
+    floor = floors.convolution_seconds(_STEPS * flops)
+    floor_of_sizes = beside_sizes.convolution_seconds(max(SIZES) // BATCH_SIZE * flops)
     definition = (
         f'ResNet-20, batches of {BATCH_SIZE} where no other size is said. What a training step '
         f'gives away needs no second place: {donated:.1f} MiB, parameters and optimizer. Floor: '
@@ -209,7 +220,7 @@ def main() -> None:
     harness.report(
         arguments,
         harness.wrapped(definition),
-        table(choices, sizes, programs, floor),
+        table(choices, sizes, programs, floor, floor_of_sizes),
         measurements={'choices': choices, 'sizes': sizes, 'programs': programs},
     )
 

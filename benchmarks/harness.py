@@ -29,8 +29,10 @@ from typing import IO, Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from neurosens import onednn, parallel
+from neurosens.evaluation import plots
 
 Unit: TypeAlias = Callable[[], object]
 
@@ -154,7 +156,7 @@ def _turn_seconds(unit: Unit, repeats: int) -> float:
     values = []
     for _ in range(repeats):
         start = time.perf_counter()
-        unit()
+        jax.block_until_ready(unit())
         values.append(time.perf_counter() - start)
     return statistics.median(values)
 
@@ -684,6 +686,35 @@ def report(
             measurements=measurements or {},
             details={**vars(arguments), **(details or {})},
         )
+
+
+def draw_times(
+    measurements: Mapping[str, Measurement], path: str | os.PathLike[str], label: str, units: int
+) -> None:
+    """Draws a bar for each candidate of each measurement: its median, and quartiles.
+
+    Args:
+        measurements: by title, one panel each.
+        path: PNG file.
+        label: what a bar is, such as `'ms per step'`.
+        units: of these in a measured unit of work.
+    """
+    most = max(len(one.seconds) for one in measurements.values())
+    figure = Figure(figsize=(9, 0.6 + 0.28 * most), layout='constrained')
+    panels = figure.subplots(1, len(measurements), squeeze=False)[0]
+    for axes, (title, measured) in zip(panels, measurements.items(), strict=True):
+        names = list(measured.seconds)
+        times = np.array([measured.summary(name)[:3] for name in names]) * 1e3 / units
+        middle, low, high = times.T
+        colors = [plots.COLORS['PyTorch' in name] for name in names]
+        axes.barh(names, middle, xerr=(middle - low, high - middle), color=colors, ecolor='0.2')
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+        axes.tick_params(axis='y', labelsize=8)
+        axes.spines[['top', 'right']].set_visible(False)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    plots.save(figure, pathlib.Path(path))
 
 
 def wrapped(text: str) -> str:

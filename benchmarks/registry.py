@@ -114,7 +114,14 @@ def _subjects() -> tuple[Subject, ...]:
         return Subject(name, module, arguments, torch, minutes, plot, document='results.md')
 
     return (
-        Subject('training_step', 'benchmarks.training_step', ('--rounds', '8'), torch, 12),
+        Subject(
+            'training_step',
+            'benchmarks.training_step',
+            ('--rounds', '8', '--plot', PLOT),
+            torch,
+            5,
+            'training_step.png',
+        ),
         Subject(
             'training_step.memory',
             'benchmarks.training_step',
@@ -128,7 +135,7 @@ def _subjects() -> tuple[Subject, ...]:
         Subject('batch_norm', 'benchmarks.batch_norm', ('--rounds', '25'), (), 2),
         Subject('attack_loop', 'benchmarks.attack_loop', ('--steps', '20', '--rounds', '5'), (), 4),
         attacks('steps', 3, parity, 15),
-        attacks('overhead', 5, parity, 10),
+        attacks('overhead', 9, parity, 16),
         attacks('autoattack', 3, parity, 60),
         attacks('neurons', 3, parity, 15),
         attacks('compile', 0, torch, 3),
@@ -161,7 +168,12 @@ def _subjects() -> tuple[Subject, ...]:
             30,
         ),
         Subject(
-            'regularizers.steps', 'benchmarks.regularizers', ('steps', '--rounds', '4'), torch, 6
+            'regularizers.steps',
+            'benchmarks.regularizers',
+            ('steps', '--rounds', '4', '--plot', PLOT),
+            torch,
+            6,
+            'regularizer_steps.png',
         ),
         Subject(
             'regularizers.variance',

@@ -206,6 +206,8 @@ def _steps(arguments: argparse.Namespace) -> None:
     definition = (
         f'Batches of {arguments.batch_size}. Floor: the plain step of neurosens in the same round.'
     )
+    if arguments.plot:
+        harness.draw_times(measurements, arguments.plot, 'ms per step', STEPS)
     harness.report(arguments, definition, *tables, measurements=measurements)
 
 
@@ -387,7 +389,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument('--batch_size', type=int, default=128, help='images per step')
     parser.add_argument('--draws', type=int, default=30, help='draws of each estimator')
-    parser.add_argument('--plot', default='', help='PNG file of variance')
+    parser.add_argument('--plot', default='', help='PNG file of variance or steps')
     harness.add_arguments(parser, rounds=5)
     return parser.parse_args(arguments)
 

@@ -252,6 +252,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         '--without', nargs='*', default=[], help='candidates to leave out, by their names'
     )
+    parser.add_argument('--plot', default='', help='PNG file of the times')
     harness.add_arguments(parser, rounds=20)
     return parser.parse_args(arguments)
 
@@ -276,6 +277,8 @@ def main() -> None:
             floor = floors.convolution_seconds(flops * arguments.steps)
             measurements[title] = measured
             tables += [f'{title}:', table(measured, images=images, floor=floor)]
+    if arguments.plot:
+        harness.draw_times(measurements, arguments.plot, 'ms per step', arguments.steps)
     notes = [f'{name} did not run: {reason}' for name, reason in failures.items()]
     harness.report(
         arguments,

@@ -3,11 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
+import os
 import pathlib
 import re
 import sys
+import time
 import types
 
 import flax.linen as nn
@@ -247,6 +250,73 @@ def test_a_report_names_command_machine_and_date(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / 'c.json').read_text())
     assert written['measurements']['m']['one']['seconds'] == [1.0, 2.0]
     assert written['machine']['date'] in text
+
+
+def test_candidates_take_turns_in_an_order_that_changes():
+    calls, said = [], []
+    candidates = {name: functools.partial(calls.append, name) for name in 'abc'}
+    measurement = harness.alternate(
+        candidates, rounds=4, warmup=2, repeats=2, announce=lambda name, _: said.append(name)
+    )
+    assert calls[:6] == list('abcabc')
+    # From another one in each round, and backwards in every other; each twice in its turn.
+    assert ''.join(calls[6::2]) == ''.join(calls[7::2]) == ''.join(said) == 'abcacbcabcba'
+    assert {len(values) for values in measurement.seconds.values()} == {4}
+    assert min(min(values) for values in measurement.seconds.values()) >= 0
+
+
+def test_a_turn_lasts_until_its_arrays_are_there():
+    class Late:
+        def block_until_ready(self):
+            time.sleep(0.05)
+
+    measurement = harness.alternate({'late': Late}, rounds=1, warmup=0)
+    assert measurement.seconds['late'][0] >= 0.05
+
+
+TOY = """
+import os
+from benchmarks import harness
+
+
+def prepare(*, number):
+    def write():
+        print('not a reply')
+        open(os.environ['LOG'], 'a').write(f'{number} ')
+
+    def fail():
+        raise ArithmeticError('no such number')
+
+    if number < 0:
+        raise ValueError('too small')
+    return harness.Prepared({'write': write, 'fail': fail}, {'twice': 2 * number})
+"""
+
+
+def test_a_worker_prepares_runs_and_ends(tmp_path):
+    (tmp_path / 'toy.py').write_text(TOY)
+    log = tmp_path / 'log'
+    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    environment = {'PYTHONPATH': paths, 'LOG': str(log)}
+
+    def spec(number):
+        return harness.WorkerSpec('toy:prepare', {'number': number}, environment)
+
+    with harness.worker(spec(7)) as worker:
+        assert worker.details == {'twice': 14} and not log.exists()
+        write = worker.unit('write')
+        write()
+        write()
+        assert log.read_text() == '7 7 '
+        with pytest.raises(harness.WorkerError, match=r'ArithmeticError: no such number'):
+            worker.unit('fail')()
+        with pytest.raises(harness.WorkerError, match="KeyError: 'other'"):
+            worker.unit('other')()
+        write()
+    assert log.read_text() == '7 7 7 ' and worker.process.returncode == 0
+    few = contextlib.ExitStack()
+    with few, pytest.raises(harness.WorkerError, match='ValueError: too small'):
+        few.enter_context(harness.worker(spec(-1)))
 
 
 def test_shares_of_floors_are_formed_inside_of_rounds():

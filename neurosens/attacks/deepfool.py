@@ -85,7 +85,7 @@ def deepfool_example(
             change = state.change + distance * direction
         moved = jnp.clip(x + (1 + overshoot) * change, *threat.bounds).astype(x.dtype)
         fools = fooled(logits_of(forward, variables, moved), y)
-        return _State(moved, change, fools, state.steps + 1)
+        return _State(moved, change.astype(x.dtype), fools, state.steps + 1)
 
     def unfinished(state: _State) -> Array:
         return ~state.fools & (state.steps < steps)

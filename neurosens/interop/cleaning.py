@@ -17,6 +17,8 @@ _NORMALIZATION = {
     'mean': re.compile(r'(?:^|\.)(?:new_mean|mean|mu)$'),
     'std': re.compile(r'(?:^|\.)(?:new_std|std|sigma)$'),
 }
+# How many models the averages of `torch.optim.swa_utils` are of.
+_AVERAGED = 'n_averaged'
 # DenseNets of the first versions of torchvision.
 _OLD_DENSE_LAYER = re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12])\.')
 
@@ -42,7 +44,8 @@ def clean(state: Mapping[str, np.ndarray]) -> Cleaned:
 
     A prefix is any module that holds all others, such as `module` of `DataParallel` or `model` of
     a network behind its normalisation. The adversary's copy of the network in files of the
-    robustness library goes, and so do counts of batches, which nothing is computed from.
+    robustness library goes, and so do counts of batches and of averaged models, which nothing is
+    computed from.
 
     Args:
       state: arrays by name.
@@ -53,7 +56,11 @@ def clean(state: Mapping[str, np.ndarray]) -> Cleaned:
     Raises:
       WeightsError: two entries stand for one array and differ.
     """
-    names = {name: name for name in state if not name.endswith(layers.COUNT)}
+    names = {
+        name: name
+        for name in state
+        if not name.endswith(layers.COUNT) and name.split('.')[-1] != _AVERAGED
+    }
     numbers: dict[str, tuple[float, ...]] = {}
     for kind, pattern in _NORMALIZATION.items():
         for original in [name for name in names if pattern.search(name)]:

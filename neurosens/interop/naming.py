@@ -126,14 +126,28 @@ _UNUSED: Mapping[type[nn.Module], str] = {models.WideResNet: 'sub_block1.'}
 
 def namings(module: nn.Module) -> tuple[Naming, ...]:
     """Every naming of a module, the usual one first and our own names last."""
-    return (*_NAMINGS.get(type(module), ()), own)
+    found = _NAMINGS.get(type(module), ())
+    if isinstance(module, models.ResNet) and module.stem == 'cifar':
+        # Torchvision has those for ImageNet only.
+        found = found[::-1]
+    return (*found, own)
 
 
 def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a network of the zoo needs for a file, as the names in it tell."""
+    """Options that a network of the zoo needs for a file, as names and shapes in it tell."""
     if model.startswith('densenet') and any(name.startswith('dense1.') for name in arrays):
         return {'newest_first': True}
-    return {}
+    found = {}
+    first = {'resnet': 'conv1.weight', 'densenet': 'features.conv0.weight'}
+    stem = arrays.get(first.get(model.rstrip('0123456789'), ''))
+    if stem is not None and stem.shape[2:] == (7, 7):
+        found['stem'] = 'imagenet'
+    if model.startswith('vgg') and any(name.startswith('features.') for name in arrays):
+        if 'classifier.6.weight' in arrays:
+            found['classifier'] = 'imagenet'
+        if not any(name.endswith('.running_mean') for name in arrays):
+            found['norm'] = 'none'
+    return found
 
 
 def is_chain(module: nn.Module) -> bool:

@@ -21,8 +21,8 @@ from neurosens.onednn.calls import Padding, Pair
 
 # Windows that stay in a core's cache until they are multiplied.
 _CACHE_BYTES = 3 * 2**19
-# Of convolutions: images at once, which fill a vector of AVX-512, and what these and their
-# cotangents hold. Larger ones are cut into bands of rows.
+# Of convolutions: images at once, a block of input channels to oneDNN, and what these and their
+# cotangents hold. Larger ones are taken in bands of rows.
 _CHANNELS = 16
 _BAND_BYTES = 2**24
 
@@ -78,16 +78,28 @@ def _over_devices(windows: Windows) -> partitioning.Local:
 
 def on_one_device(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
     """`kernel_gradient`, in the way that is the faster on this processor where it was measured."""
-    rows, columns = windows.positions(images, cotangents)
-    # Columns and channels are one axis of the convolution, whose stride is that of both.
-    if has_avx512() and windows.steps[1] == 1 and len(rows) * len(columns) > 1:
+    if has_avx512() and _convolves(images, cotangents, windows):
         return convolutions(images, cotangents, windows)
     return products(images, cotangents, windows)
 
 
+def _convolves(images: jax.Array, cotangents: jax.Array, windows: Windows) -> bool:
+    """Whether `convolutions` can do it, and there is more than one position."""
+    rows, columns = windows.positions(images, cotangents)
+    for axis in range(2):
+        size, low, high = images.shape[1 + axis], *windows.padding[axis]
+        # Of a result that is made from padding alone oneDNN may know nothing.
+        if max(low, high) > (cotangents.shape[1 + axis] - 1) * windows.spacing[axis]:
+            return False
+        if size + min(low, 0) + min(high, 0) <= 0:
+            return False
+    # Columns and channels are one axis of the convolution, whose stride is that of both.
+    return windows.steps[1] == 1 and len(rows) * len(columns) > 1
+
+
 @functools.cache
 def has_avx512() -> bool:
-    """Whether the processor has the instructions of oneDNN's convolutions of any kernel size.
+    """Whether the processor has the instructions that oneDNN's convolutions here are fast with.
 
     Where that is not known, on other systems than Linux, it has not.
     """
@@ -102,40 +114,51 @@ def has_avx512() -> bool:
 def convolutions(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
     """`kernel_gradient` on one device, of some images and rows at once."""
     rows, columns = windows.positions(images, cotangents)
-    count, height = len(images), cotangents.shape[1]
-    parts = -(-count // _CHANNELS)
-    together = -(-count // parts)
-    size = (images.nbytes + cotangents.nbytes) // count * together
-    band = -(-height // min(-(-size // _BAND_BYTES), height))
-    bands = -(-height // band)
-    edges, seen = windows.padding, images.shape[1]
-    if bands > 1:
-        # Not by the call itself, which would do it between two bands.
-        seen = (band - 1) * windows.spacing[0] + rows[-1] + 1
-        low = edges[0][0]
-        high = (bands - 1) * band * windows.spacing[0] + seen - images.shape[1] - low
-        images, edges = _pad_rows(images, low, high), ((0, 0), edges[1])
-        cotangents = _pad_rows(cotangents, 0, bands * band - height)
-    # Images of zeros add nothing.
-    images, cotangents = (
-        jnp.pad(array, ((0, parts * together - count), (0, 0), (0, 0), (0, 0)))
-        for array in (images, cotangents)
-    )
+    whole, rest = divmod(len(images), _CHANNELS)
 
-    def one(number: jax.Array | int) -> jax.Array:
-        part, place = number // bands, number % bands
-        start = part * together, place * band * windows.spacing[0], 0, 0
-        of_images = lax.dynamic_slice(images, start, (together, seen, *images.shape[2:]))
-        start = part * together, place * band, 0, 0
-        others = lax.dynamic_slice(cotangents, start, (together, band, *cotangents.shape[2:]))
-        return _convolve(of_images, others, windows._replace(padding=edges))
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        one, other = (
+            lax.dynamic_slice_in_dim(array, number * _CHANNELS, _CHANNELS)
+            for array in (images, cotangents)
+        )
+        return total + _in_bands(one, other, windows)
 
     shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
-    if parts * bands == 1:
-        return _convolve(images, cotangents, windows).reshape(shape)
-    zeros = jnp.zeros((1, shape[0], shape[1] * shape[2], shape[3]), images.dtype)
-    found = lax.fori_loop(0, parts * bands, lambda number, total: total + one(number), zeros)
-    return found.reshape(shape)
+    if whole + bool(rest) == 1:
+        return _in_bands(images, cotangents, windows)
+    found = lax.fori_loop(0, whole, add, _zeros(images, shape))
+    return found + _in_bands(images[-rest:], cotangents[-rest:], windows) if rest else found
+
+
+def _in_bands(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
+    """`convolutions` of a few images."""
+    rows, columns = windows.positions(images, cotangents)
+    height, spacing = cotangents.shape[1], windows.spacing[0]
+    band = -(-height // min(-(-(images.nbytes + cotangents.nbytes) // _BAND_BYTES), height))
+    bands = -(-height // band)
+    if bands == 1:
+        return _convolve(images, cotangents, windows)
+    # Padding of rows is not left to a call, which would do it between two bands.
+    seen = (band - 1) * spacing + rows[-1] + 1
+    low = windows.padding[0][0]
+    high = (bands - 1) * band * spacing + seen - images.shape[1] - low
+    images = _pad_rows(images, low, high)
+    cotangents = _pad_rows(cotangents, 0, bands * band - height)
+    inside = windows._replace(padding=((0, 0), windows.padding[1]))
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        start = number * band
+        of_images = lax.dynamic_slice_in_dim(images, start * spacing, seen, 1)
+        others = lax.dynamic_slice_in_dim(cotangents, start, band, 1)
+        return total + _convolve(of_images, others, inside)
+
+    shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
+    return lax.fori_loop(0, bands, add, _zeros(images, shape))
+
+
+def _zeros(like: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros that vary over the axes of a mesh as `like` does, for a loop to add to."""
+    return lax.full_like(like, 0, shape=shape)
 
 
 def _pad_rows(images: jax.Array, low: int, high: int) -> jax.Array:
@@ -145,13 +168,14 @@ def _pad_rows(images: jax.Array, low: int, high: int) -> jax.Array:
 
 
 def _convolve(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
-    """The gradient `[1, I, J C, D]`, in which two columns are C apart."""
+    """The gradient `[I, J, C, D]`, in one call."""
     # Rows and columns that no window meets.
     cut = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in windows.padding), (0, 0, 0)]
     images = lax.pad(images, jnp.zeros((), images.dtype), cut)
     count, height, width, channels = images.shape
     rows, columns = ((max(low, 0), max(high, 0)) for low, high in windows.padding)
-    return calls.convolve(
+    # Of two columns of the result pixels are `channels` apart.
+    found = calls.convolve(
         images.reshape(count, -1).T.reshape(1, height, width * channels, count),
         cotangents,
         strides=(windows.steps[0], 1),
@@ -159,6 +183,7 @@ def _convolve(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax
         steps=(windows.spacing[0], windows.spacing[1] * channels),
         order='IHWO',
     )
+    return found.reshape(found.shape[1], -1, channels, found.shape[-1])
 
 
 def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
@@ -183,7 +208,7 @@ def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.
         return total + _multiply(one, other, windows)
 
     shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
-    return lax.fori_loop(0, parts, add, jnp.zeros(shape, images.dtype))
+    return lax.fori_loop(0, parts, add, _zeros(images, shape))
 
 
 def _multiply(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:

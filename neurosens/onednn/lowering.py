@@ -97,7 +97,7 @@ def _available() -> bool:
     if '.'.join(jaxlib.__version__.split('.')[:3]) not in _TESTED_JAXLIB:
         return False
     # Windows that leave no pixels over, as those of gradients never do.
-    return _agrees_with_xla((1, 1), ((1, 1), (0, 1))) and _agrees_with_xla((2, 1), ((0, 2), (1, 0)))
+    return _agrees_with_xla((1, 1), ((1, 1), (0, 1))) and _agrees_with_xla((2, 2), ((0, 2), (1, 1)))
 
 
 def _agrees_with_xla(strides: Pair, padding: Padding) -> bool:
@@ -237,7 +237,7 @@ def _is_convolution(
 
 
 def _is_kernel_gradient(images: Any, kernel: Any, **params: Any) -> bool:
-    """Whether a plain convolution is the gradient of a kernel that products are faster for."""
+    """Whether a plain convolution is the gradient of a kernel that XLA is slower for."""
     numbers = params['dimension_numbers']
     channels = images.shape[numbers.lhs_spec[0]] * kernel.shape[numbers.rhs_spec[0]]
     return (

@@ -1,11 +1,14 @@
 """Converted networks compute what they computed in PyTorch, and go back bit for bit."""
 
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from neurosens import interop, models
+from neurosens.interop import naming
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 
@@ -24,11 +27,9 @@ CIFAR = {'stage_sizes': (1, 1), 'num_classes': 5}
 class Family:
     """A network of a project, with our module of the same size."""
 
-    def __init__(
-        self, network, module, image=(8, 8, 3), wrap=lambda network: network, prefix='', large=False
-    ):
+    def __init__(self, network, module, image=(8, 8, 3), wrap=lambda network: network, prefix=''):
         self.network, self.module, self.image = network, module, image
-        self.wrap, self.prefix, self.large = wrap, prefix, large
+        self.wrap, self.prefix = wrap, prefix
 
 
 FAMILIES = {
@@ -79,11 +80,16 @@ FAMILIES = {
         lambda: models.VGG(num_classes=5, stage_sizes=(1, 2)),
         prefix='_orig_mod.module.',
     ),
+    'VGG of the robustness library': Family(
+        lambda: networks.VGG((1, 2), 5),
+        lambda: models.VGG(num_classes=5, stage_sizes=(1, 2), mean=MEAN, std=STD),
+        wrap=lambda network: networks.AttackerModel(network, MEAN, STD),
+        prefix='module.',
+    ),
     'torchvision VGG': Family(
         lambda: networks.VGG((1,), 5, classifier='imagenet'),
         lambda: models.VGG(num_classes=5, stage_sizes=(1,), classifier='imagenet'),
         image=(14, 14, 3),
-        large=True,
     ),
     'torchvision DenseNet': Family(
         lambda: networks.DenseNet((1, 2), 4, 5),
@@ -95,9 +101,10 @@ FAMILIES = {
     'DenseNet of the robustness library': Family(
         lambda: networks.NewestFirstDenseNet((2, 2), 4, 5),
         lambda: models.DenseNet(
-            num_classes=5, stage_sizes=(2, 2), growth_rate=4, newest_first=True
+            num_classes=5, stage_sizes=(2, 2), growth_rate=4, newest_first=True, mean=MEAN, std=STD
         ),
-        prefix='module.model.',
+        wrap=lambda network: networks.AttackerModel(network, MEAN, STD),
+        prefix='module.',
         image=(16, 16, 3),
     ),
     'LeNet-5': Family(
@@ -132,8 +139,6 @@ def test_logits_are_those_of_pytorch_and_the_way_back_is_exact(
     assert jax.tree.structure(variables) == jax.tree.structure(shapes)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
 
-    if family.large:
-        return
     # Other weights of the same names become ours again, duplicates and all.
     other = prefixed(
         networks.randomize(family.wrap(family.network()), 1).state_dict(), family.prefix
@@ -150,6 +155,49 @@ def test_logits_are_those_of_pytorch_and_the_way_back_is_exact(
     named = interop.to_torch(module, variables, image_shape=family.image)
     _, again = interop.from_torch(named, module)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+# Whose own names are not those that PyTorch's projects usually have.
+UNUSUAL = ('CNN', 'MLP')
+
+
+@pytest.mark.parametrize('name', [name for name in FAMILIES if name not in UNUSUAL])
+def test_usual_names_load_into_a_bare_network(name, images, logits_of, assert_same):
+    family = FAMILIES[name]
+    source = networks.randomize(family.wrap(family.network()))
+    module, variables = interop.from_torch(source.state_dict(), family.module())
+    state = interop.to_torch(module, variables, image_shape=family.image, tensors=True)
+    fresh = networks.randomize(family.network(), 1)
+    found = fresh.load_state_dict(state, strict=False)
+    # Counts of batches count nothing here; the first block of a wide ResNet stands there twice.
+    assert all('num_batches' in entry or 'sub_block1' in entry for entry in found.missing_keys)
+    assert not found.unexpected_keys
+    mean, std = (np.float32(getattr(module, part)) for part in ('mean', 'std'))
+    x = images(3, *family.image)
+    assert_same(logits_of(fresh, (x - mean) / std), logits_of(source, x))
+
+
+def test_dense_layers_of_old_files_have_a_dot_more(images, logits_of, assert_same):
+    family = FAMILIES['torchvision DenseNet']
+    network = networks.randomize(family.network())
+    state = {
+        re.sub(r'(denselayer\d+\.(?:norm|conv))([12])', r'\1.\2', name): value
+        for name, value in network.state_dict().items()
+    }
+    assert any('.norm.1.' in name for name in state)
+    module, variables = interop.from_torch(state, family.module())
+    x = images(2, *family.image)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+
+
+def test_averaged_models_are_read_like_others(images, logits_of, assert_same):
+    network = networks.randomize(networks.LeNet5())
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    averaged.update_parameters(network)
+    assert 'n_averaged' in averaged.state_dict()
+    module, variables = interop.from_torch(averaged.state_dict(), 'lenet5')
+    x = images(2, 28, 28, 1)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
 
 
 def test_usual_names_load_into_the_network_itself():
@@ -219,6 +267,9 @@ def test_names_and_shapes_of_large_networks(name):
     }
     module = models.create(name.split()[0], num_classes=1000, **options)
     assert interop.torch_shapes(module) == theirs
+    # The file alone tells the options.
+    arrays = {entry: np.broadcast_to(np.float32(0), shape) for entry, shape in theirs.items()}
+    assert naming.implied_options(name.split()[0], arrays) == options
     if parameters:
         counted = (n for n in theirs if n.endswith(('weight', 'bias')))
         assert sum(int(np.prod(theirs[entry])) for entry in counted) == parameters

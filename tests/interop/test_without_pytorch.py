@@ -12,7 +12,10 @@ from neurosens import interop, models
 
 NAMES = {
     'cifar_resnet20': ({}, ['conv1', 'bn1', 'layer1.0.conv1', 'layer3.2.bn2', 'linear']),
-    'resnet18': ({}, ['layer2.0.downsample.0', 'layer2.0.downsample.1', 'fc']),
+    'resnet18': ({}, ['layer2.0.shortcut.0', 'layer2.0.shortcut.1', 'linear']),
+    'resnet50': (
+        {'stem': 'imagenet'}, ['layer2.0.downsample.0', 'layer2.0.downsample.1', 'fc']
+    ),
     'preact_resnet18': ({}, ['layer2.0.shortcut.0', 'layer4.1.bn2', 'bn', 'linear']),
     'wide_resnet': (
         {'depth': 10, 'width': 2},

@@ -44,20 +44,39 @@ def test_behind_it_units_that_are_on_count(relu):
     assert metrics['dead'] == pytest.approx(never_on.mean())
 
 
-@pytest.mark.parametrize('estimator', STOCHASTIC)
+EXACT = activation_sensitivity(estimator='exact')
+EXACT_JACOBIAN = jacobian(projections=-1)
+
+
+def exact_sum(*arguments):
+    return 0.5 * EXACT(*arguments)[0] + 2.0 * EXACT_JACOBIAN(*arguments)[0], {}
+
+
+# Estimates, and what each is an estimate of.
+AVERAGED = {
+    # A change so small that no unit is switched by it.
+    **{name: (activation_sensitivity(estimator=name, sigma=1e-4), EXACT) for name in STOCHASTIC},
+    'two tangents': (activation_sensitivity(samples=2), EXACT),
+    'two cotangents': (activation_sensitivity(estimator='cotangent', samples=2), EXACT),
+    'two neurons': (activation_sensitivity(estimator='neuron_sampling', samples=2), EXACT),
+    'jacobian': (jacobian(), EXACT_JACOBIAN),
+    'jacobian, two projections': (jacobian(projections=2), EXACT_JACOBIAN),
+    'jacobian, along inputs': (jacobian(probe='input'), EXACT_JACOBIAN),
+    'both': (sensitivity_and_jacobian(sensitivity=0.5, jacobian=2.0), exact_sum),
+}
+
+
+@pytest.mark.parametrize('estimator', AVERAGED)
 def test_estimates_and_their_gradients_are_those_of_the_exact_value_on_average(relu, estimator):
     draws = 20_000 // len(relu.x)
-    # A change so small that no unit is switched by it.
-    regularizer = activation_sensitivity(estimator=estimator, sigma=1e-4)
+    regularizer, exactly = AVERAGED[estimator]
 
     def penalty(regularizer, variables, key):
         return evaluate(relu, regularizer, key, variables)[0]
 
     both = jax.jit(jax.vmap(jax.value_and_grad(functools.partial(penalty, regularizer)), (None, 0)))
     values, gradients = both(relu.variables, jax.random.split(KEY, draws))
-    exact, slope = jax.value_and_grad(
-        functools.partial(penalty, activation_sensitivity(estimator='exact'))
-    )(relu.variables, KEY)
+    exact, slope = jax.value_and_grad(functools.partial(penalty, exactly))(relu.variables, KEY)
     values = np.float64(values)
     rounding = 2e-3 * exact if estimator == 'finite_difference' else 1e-6
     assert abs(values.mean() - exact) <= 4 * values.std() / np.sqrt(draws) + rounding

@@ -328,6 +328,24 @@ def test_gradients_are_taken_at_the_moved_weights(net, name):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 
 
+# ------------------------------------------------------------------------------------- jit
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_without_jit_the_loss_and_its_gradient_are_the_same(net, name):
+    module, variables, x, y = net
+    objective = MAKERS[name](**radius(name, 0.1))
+
+    def loss(params):
+        return objective(module, {**variables, 'params': params}, x, y, KEY)[0]
+
+    plain = jax.value_and_grad(loss)(variables['params'])
+    compiled = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    for a, b in zip(*map(jax.tree.leaves, (plain, compiled))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+
+
 # --------------------------------------------------------------------------------- devices
 
 

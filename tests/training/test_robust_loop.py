@@ -256,6 +256,26 @@ def test_a_share_is_the_norm_of_the_gradient_of_one_term():
     assert found['square/gradient_share'] == pytest.approx(other / (own + other), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('objective', 'options'),
+    [
+        ('pgd', {'eps': 0.05, 'steps': 1, 'clean_share': 0.5, 'weight_gamma': 0.01}),
+        ('multi_norm', {'norms': ('linf', 'l2'), 'eps': (0.05, 0.5), 'steps': 1}),
+    ],
+)
+def test_training_against_attacks_goes_on_bit_for_bit(tmp_path, objective, options):
+    config = dataclasses.replace(
+        CONFIG, objective=objective, objective_options=options, steps=6, checkpoint_every=2
+    )
+    experiment = training.prepare(config)
+    whole = train(experiment, tmp_path / 'whole')
+    with pytest.raises(Killed):
+        train(interrupted(experiment, 5), tmp_path / 'cut')
+    again = train(experiment, tmp_path / 'cut')
+    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
+    assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+
+
 def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
     regularizers = {
         'activation_sensitivity': {'weight': 0.1, 'estimator': 'tangent'},

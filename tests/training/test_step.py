@@ -12,12 +12,15 @@ import pytest
 from neurosens import config as config_lib
 from neurosens import data, models, parallel, training
 from neurosens.forward import LinenForward
+from neurosens.regularizers import neuron_contribution, sensitivity_and_jacobian
+from neurosens.training import adversarial
 
 RATE = 0.1
 PLAIN = config_lib.Optimizer(
     name='sgd', learning_rate=RATE, momentum=0.0, nesterov=False, weight_decay=0.0
 )
 MOMENTUM = dataclasses.replace(PLAIN, momentum=0.9, nesterov=True, weight_decay=5e-3)
+STANDARD = training.standard()
 CONSTANT = config_lib.Schedule(name='constant', warmup=0.0)
 COSINE = config_lib.Schedule(name='cosine', warmup=0.0)
 COMMUNICATION = ('all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter')
@@ -50,6 +53,7 @@ class Setup:
     schedule: config_lib.Schedule = dataclasses.field(default_factory=lambda: CONSTANT)
     ema_decay: float = 0.0
     terms: tuple = ()
+    objective: training.Objective = STANDARD
 
     @functools.cached_property
     def optimizer(self):
@@ -60,7 +64,7 @@ class Setup:
         return training.make_train_step(
             cnn(self.norm),
             *self.optimizer,
-            training.standard(),
+            self.objective,
             self.terms,
             parallel.data_mesh(self.devices),
             augmentation=self.augmentation,
@@ -108,6 +112,20 @@ BATCH = 256
 FULL = {
     (norm, devices): Setup(devices, norm, 'pad_crop', MOMENTUM, COSINE)
     for norm in ('none', 'batch')
+    for devices in (1, 8)
+}
+HARDENED = {
+    devices: Setup(
+        devices,
+        'batch',
+        'pad_crop',
+        MOMENTUM,
+        terms=(
+            training.WeightedRegularizer('both', sensitivity_and_jacobian(), 0.5, 0),
+            training.WeightedRegularizer('contribution', neuron_contribution(top=3), 0.1, 0),
+        ),
+        objective=adversarial.trades(eps=0.1, steps=2),
+    )
     for devices in (1, 8)
 }
 BARE = Setup()
@@ -178,6 +196,16 @@ def test_five_steps_give_the_same_variables_on_one_and_on_eight_devices(norm):
     assert_close(eight[-1].variables, one[-1].variables)
     for alone, together in zip(logged_on_one, logged_on_eight):
         assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_attacks_and_regularizers_are_the_same_on_one_and_on_eight_devices():
+    batches = [random_batch(BATCH, seed) for seed in range(2)]
+    (*_, one), logged_on_one = HARDENED[1].run(batches)
+    (*_, eight), logged_on_eight = HARDENED[8].run(batches)
+    assert distance(one.variables, HARDENED[1].initial.variables) > 1e-2
+    assert_close(eight.variables, one.variables)
+    for alone, together in zip(logged_on_one, logged_on_eight):
+        assert together == pytest.approx(alone, rel=1e-4)
 
 
 def test_running_statistics_are_those_of_the_global_batch():
