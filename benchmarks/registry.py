@@ -131,7 +131,7 @@ def _subjects() -> tuple[Subject, ...]:
             devices=cpu,
         ),
         Subject('convolution', 'benchmarks.convolution', ('--rounds', '8'), torch, 2, devices=cpu),
-        Subject('choices', 'benchmarks.choices', ('--rounds', '10'), (), 5, devices=cpu),
+        Subject('choices', 'benchmarks.choices', ('--rounds', '6'), (), 4, devices=cpu),
         Subject('batch_norm', 'benchmarks.batch_norm', ('--rounds', '25'), (), 2),
         Subject('attack_loop', 'benchmarks.attack_loop', ('--steps', '20', '--rounds', '5'), (), 4),
         attacks('steps', 3, parity, 15),

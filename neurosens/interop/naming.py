@@ -92,6 +92,21 @@ def _densenet_newest_first(layer: str) -> str:
     return f'{_block("dense{stage}.{block}", block[0])}.{name}' if block else name
 
 
+def _deepmind(module: nn.Module, layer: str) -> str:
+    """Those of DeepMind's wide ResNets in RobustBench."""
+    del module
+    if layer in ('conv1', 'final_norm', 'head'):
+        return {'conv1': 'init_conv', 'final_norm': 'batchnorm', 'head': 'logits'}[layer]
+    block, name = layer.split('/')
+    stage, number = map(int, re.findall(r'\d+', block))
+    if name == 'shortcut_conv':
+        name = 'shortcut'
+    else:
+        kind, place = name[:-1], int(name[-1])
+        name = f'{kind.replace("norm", "batchnorm")}_{place - 1}'
+    return f'layer.{stage - 1}.block.{number - 1}.{name}'
+
+
 def _lenet5(module: nn.Module, layer: str) -> str:
     """Those of PyTorch's tutorial."""
     del module
@@ -114,7 +129,7 @@ _NAMINGS: Mapping[type[nn.Module], tuple[Naming, ...]] = {
     models.CIFARResNet: (_CIFAR, _TORCHVISION),
     models.ResNet: (_TORCHVISION, _CIFAR),
     models.PreActResNet: (_CIFAR, _TORCHVISION),
-    models.WideResNet: (_WIDE,),
+    models.WideResNet: (_WIDE, _deepmind),
     models.VGG: (_vgg,),
     models.DenseNet: (_densenet,),
     models.LeNet5: (_lenet5,),
@@ -130,6 +145,8 @@ def namings(module: nn.Module) -> tuple[Naming, ...]:
     if isinstance(module, models.ResNet) and module.stem == 'cifar':
         # Torchvision has those for ImageNet only.
         found = found[::-1]
+    if isinstance(module, models.WideResNet) and module.padding == 'same':
+        found = found[::-1]
     return (*found, own)
 
 
@@ -137,6 +154,8 @@ def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Options that a network of the zoo needs for a file, as names and shapes in it tell."""
     if model.startswith('densenet') and any(name.startswith('dense1.') for name in arrays):
         return {'newest_first': True}
+    if model.startswith('wide_resnet') and 'init_conv.weight' in arrays:
+        return {'padding': 'same'}
     found = {}
     first = {'resnet': 'conv1.weight', 'densenet': 'features.conv0.weight'}
     stem = arrays.get(first.get(model.rstrip('0123456789'), ''))

@@ -197,13 +197,13 @@ def conv(
     name: str,
     dtype: DTypeLike,
     stride: int = 1,
-    padding: int | None = None,
+    padding: int | tuple[int, int] | None = None,
     use_bias: bool = False,
     kernel_init: nn.initializers.Initializer = HE_NORMAL_FAN_OUT,
 ) -> nn.Conv:
-    """Builds a square convolution with explicit symmetric zero padding.
+    """Builds a square convolution with explicit zero padding.
 
-    The padding is the same on all sides, as PyTorch pads; 'SAME' would pad strided convolutions
+    By default it is the same on all sides, as PyTorch pads; 'SAME' would pad strided convolutions
     on one side only and shift their outputs.
 
     Args:
@@ -212,7 +212,7 @@ def conv(
         name: name of the layer.
         dtype: type of the computation.
         stride: step in both directions.
-        padding: zeros on each side, by default (kernel_size - 1) // 2.
+        padding: zeros on each side, by default (kernel_size - 1) // 2, or before and behind.
         use_bias: whether each output channel has a bias.
         kernel_init: initialiser of the kernel, by default He normal over the fan-out.
 
@@ -222,11 +222,12 @@ def conv(
     """
     if padding is None:
         padding = (kernel_size - 1) // 2
+    ends = (padding, padding) if isinstance(padding, int) else padding
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
         strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
+        padding=(ends, ends),
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,

@@ -124,12 +124,14 @@ class PreActBlock(nn.Module):
         stride: stride of the first convolution and of the shortcut.
         activation: name of the nonlinearity.
         dtype: type of the computation.
+        padding: 'symmetric', or 'same' to pad a first convolution of stride 2 only behind.
     """
 
     features: int
     stride: int
     activation: str
     dtype: DTypeLike
+    padding: str = 'symmetric'
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -140,7 +142,15 @@ class PreActBlock(nn.Module):
             x = common.conv(
                 self.features, 1, stride=self.stride, name='shortcut_conv', dtype=self.dtype
             )(y)
-        y = common.conv(self.features, 3, stride=self.stride, name='conv1', dtype=self.dtype)(y)
+        behind = self.padding == 'same' and self.stride == 2
+        y = common.conv(
+            self.features,
+            3,
+            stride=self.stride,
+            padding=(0, 1) if behind else None,
+            name='conv1',
+            dtype=self.dtype,
+        )(y)
         y = common.batch_norm(name='norm2', train=train, dtype=self.dtype)(y)
         y = common.Activation(self.activation, name='act2')(y)
         y = common.conv(self.features, 3, name='conv2', dtype=self.dtype)(y)

@@ -16,16 +16,20 @@ class WideResNet(common.Classifier):
     Attributes:
         depth: number of weight layers, 6n + 4 for n blocks per stage.
         width: widening factor.
+        padding: of the convolutions of stride 2, 'symmetric' as in PyTorch, or 'same', behind only,
+            as in networks of DeepMind (Gowal et al. 2020, https://arxiv.org/abs/2010.03593).
         remat: whether gradients recompute the activations inside blocks instead of storing them.
     """
 
     depth: int = 28
     width: int = 10
+    padding: str = 'symmetric'
     remat: bool = False
 
     def __post_init__(self) -> None:
         common.check_depth(self.depth, 4)
         common.check_integer('width', self.width, 1)
+        common.check_choice('padding', self.padding, ('symmetric', 'same'))
         super().__post_init__()
 
     @nn.compact
@@ -47,7 +51,8 @@ class WideResNet(common.Classifier):
         sizes = ((self.depth - 4) // 6,) * 3
         widths = (16 * self.width, 32 * self.width, 64 * self.width)
         for name, features, stride in common.stage_blocks(sizes, widths):
-            x = block(features, stride, self.activation, self.dtype, name=name)(x, train)
+            own = block(features, stride, self.activation, self.dtype, self.padding, name=name)
+            x = own(x, train)
         x = common.batch_norm(name='final_norm', train=train, dtype=self.dtype)(x)
         x = common.Activation(self.activation, name='final_act')(x)
         return common.head(self.num_classes)(common.global_average_pool(x))

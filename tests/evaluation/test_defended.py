@@ -250,23 +250,30 @@ def test_other_defences_are_evaluated_alike(problem, name, options, changes):
     evaluation.defense_table(report)
 
 
+@pytest.fixture(scope='module')
+def measured(problem):
+    """Every measure of the last layer's neurons."""
+    forward, variables, source = problem
+    wanted = config.Neurons(
+        measures=('sensitivity', 'influence', 'ablation', 'targeting', 'input_gradients'),
+        layers=('head:in',),
+        batch_size=60,
+    )
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    return evaluation.measure_neurons(
+        forward, variables, source, mesh, wanted, key, split='train', eps=0.12
+    ).layers[0]
+
+
 @pytest.mark.parametrize('measure', config.PRUNED_BY)
-def test_every_measure_prunes_what_it_ranks_first(problem, measure):
+def test_every_measure_prunes_what_it_ranks_first(problem, measured, measure):
     forward, variables, source = problem
     settings = config.Defense(name='pruning', options={'count': 5}, images=0, measure=measure)
     mesh, key = parallel.data_mesh(1), jax.random.key(0)
     parameters = evaluation.calibrate_defense(
         forward, variables, source, mesh, settings, key, eps=0.12, batch_size=60
     )
-    wanted = config.Neurons(
-        measures=('sensitivity', 'influence', 'ablation', 'targeting', 'input_gradients'),
-        layers=('head:in',),
-        batch_size=60,
-    )
-    report = evaluation.measure_neurons(
-        forward, variables, source, mesh, wanted, key, split='train', eps=0.12
-    )
-    scores = evaluation.pruning_scores(report.layers[0], measure)
+    scores = evaluation.pruning_scores(measured, measure)
     # The hidden layer is the input, whose gradients are alike and which FGSM moves alike.
     assert len(np.unique(scores)) > 5 or measure in ('input_gradients', 'targeting_log')
     chosen = np.argsort(-scores, kind='stable')[:5]
@@ -442,7 +449,9 @@ def test_autoattack_meets_both_models_and_what_it_warns_of_is_said(problem, tmp_
     assert not calls
     for one, other in zip(report.outcomes, again.outcomes, strict=True):
         np.testing.assert_array_equal(one.success, other.success)
-    run(problem, 'inverse_perturbation', {**INVERSE, 'front': 1}, **options, **settings)
+    # Another defence, without surrogates, which need nothing of it.
+    other = {**settings, 'surrogates': ()}
+    run(problem, 'inverse_perturbation', {**INVERSE, 'front': 1}, **options, **other)
     assert len(list(notes.glob('defended-*'))) == 2
     warned = dataclasses.replace(
         report, outcomes=(adaptive._replace(warnings=('It may be random.',)), static)

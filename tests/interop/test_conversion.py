@@ -68,6 +68,13 @@ FAMILIES = {
         lambda: models.WideResNet(num_classes=5, depth=10, width=1, mean=MEAN, std=STD),
         wrap=lambda network: networks.Normalized(network, MEAN, STD),
     ),
+    'wide ResNet of DeepMind': Family(
+        lambda: networks.DeepMindWideResNet(16, 2, 5),
+        lambda: models.WideResNet(
+            num_classes=5, depth=16, width=2, padding='same', activation='silu'
+        ),
+        prefix='module.',
+    ),
     'pre-activation ResNet': Family(
         lambda: networks.PreActResNet((1, 1), 5), lambda: models.PreActResNet(**CIFAR)
     ),
@@ -253,6 +260,9 @@ LARGE = {
         None,
     ),
     'wide_resnet28_10': (lambda: networks.WideResNet(28, 10, 1000), {}, None),
+    'wide_resnet28_10 of DeepMind': (
+        lambda: networks.DeepMindWideResNet(28, 10, 1000), {'padding': 'same'}, None
+    ),
     'preact_resnet18': (lambda: networks.PreActResNet((2, 2, 2, 2), 1000), {}, None),
 }  # fmt: skip
 

@@ -167,6 +167,59 @@ class WideResNet(nn.Module):
         return self.fc(self.bn1(x).relu().mean((2, 3)))
 
 
+class DeepMindBlock(nn.Module):
+    def __init__(self, inputs, features, stride, activation):
+        super().__init__()
+        self.batchnorm_0, self.conv_0 = nn.BatchNorm2d(inputs), conv(inputs, features, 3, stride, 0)
+        self.batchnorm_1, self.conv_1 = nn.BatchNorm2d(features), conv(features, features, 3)
+        if inputs != features:
+            self.shortcut = conv(inputs, features, 1, stride)
+        self.edges = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
+        self.activation = activation
+
+    def forward(self, x):
+        y = self.activation(self.batchnorm_0(x))
+        if hasattr(self, 'shortcut'):
+            x = self.shortcut(y)
+        y = self.conv_0(functional.pad(y, self.edges))
+        return x + self.conv_1(self.activation(self.batchnorm_1(y)))
+
+
+class DeepMindGroup(nn.Module):
+    def __init__(self, size, inputs, features, stride, activation):
+        super().__init__()
+        self.block = nn.Sequential(
+            *(
+                DeepMindBlock(features if j else inputs, features, 1 if j else stride, activation)
+                for j in range(size)
+            )
+        )
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class DeepMindWideResNet(nn.Module):
+    """With padding behind and Swish, as in RobustBench."""
+
+    def __init__(self, depth, width, classes, activation=functional.silu):
+        super().__init__()
+        size, self.activation = (depth - 4) // 6, activation
+        widths = (16, 16 * width, 32 * width, 64 * width)
+        self.init_conv = conv(3, 16, 3)
+        self.layer = nn.Sequential(
+            *(
+                DeepMindGroup(size, widths[i], widths[i + 1], 2 if i else 1, activation)
+                for i in range(3)
+            )
+        )
+        self.batchnorm, self.logits = nn.BatchNorm2d(widths[-1]), nn.Linear(widths[-1], classes)
+
+    def forward(self, x):
+        x = self.activation(self.batchnorm(self.layer(self.init_conv(x))))
+        return self.logits(x.mean((2, 3)))
+
+
 class VGG(nn.Module):
     def __init__(self, sizes, classes, norm=True, classifier='cifar'):
         super().__init__()

@@ -39,8 +39,17 @@ def test_names_are_unique_and_all_can_be_created():
         ('cifar_resnet20', {'activation': 'relu', 'remat': False}),
         ('resnet18', {'activation': 'relu', 'stem': 'cifar', 'remat': False}),
         ('preact_resnet18', {'activation': 'relu', 'remat': False}),
-        ('wide_resnet', {'activation': 'relu', 'depth': 28, 'width': 10, 'remat': False}),
-        ('wide_resnet28_10', {'activation': 'relu', 'remat': False}),
+        (
+            'wide_resnet',
+            {
+                'activation': 'relu',
+                'depth': 28,
+                'width': 10,
+                'padding': 'symmetric',
+                'remat': False,
+            },
+        ),
+        ('wide_resnet28_10', {'activation': 'relu', 'padding': 'symmetric', 'remat': False}),
         (
             'vgg16',
             {'activation': 'relu', 'classifier': 'cifar', 'dropout': 0.0, 'norm': 'batch'},
@@ -112,7 +121,7 @@ def test_equal_models_share_a_compilation():
         (
             'wide_resnet28_10',
             {'depth': 40},
-            "Unknown wide_resnet28_10 option 'depth'; valid names are activation, remat.",
+            "Unknown wide_resnet28_10 option 'depth'; valid names are activation, padding, remat.",
         ),
         ('mlp', {'num_classes': 1}, 'num_classes is 1, but it must be an integer of at least 2.'),
         (

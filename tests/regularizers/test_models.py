@@ -68,15 +68,21 @@ def test_with_batch_normalisation_images_do_not_matter_to_each_other(normalised,
     assert penalty(0, 1) != pytest.approx(penalty(2, 3), rel=1e-4)
 
 
-@pytest.mark.parametrize('case', [case for case in CASES if 'finite' not in case])
-def test_in_bfloat16_it_is_nearly_the_same(case):
-    """But by finite differences, which are lost in the rounding of activations."""
+@pytest.fixture(scope='module')
+def precisions():
+    """A model in single and in half precision, its variables, and labels."""
     forwards = []
     for dtype in ('float32', 'bfloat16'):
         module = models.create('cnn', num_classes=4, features=(3,), hidden=(6,), dtype=dtype)
         forwards.append(LinenForward(module, {'train': False}))
     variables = jax.jit(module.init)(jax.random.key(1), X)
-    y = classes(forwards[0], variables)
+    return forwards, variables, classes(forwards[0], variables)
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if 'finite' not in case])
+def test_in_bfloat16_it_is_nearly_the_same(precisions, case):
+    """But by finite differences, which are lost in the rounding of activations."""
+    forwards, variables, y = precisions
     found = [penalty_of(case, forward)(variables, X, y) for forward in forwards]
     (plain, slopes), (half, half_slopes) = found
     assert float(half) == pytest.approx(float(plain), rel=0.05) and half != plain
@@ -109,8 +115,9 @@ class NNXNet(nnx.Module):
         return self.head(x.reshape(len(x), -1))
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_of_a_model_of_nnx_it_is_that_of_the_same_model_of_linen(case):
+@pytest.fixture(scope='module')
+def twins():
+    """A model of Linen and of NNX, with the variables of each, and labels."""
     module = Net()
     linen = jax.jit(module.init)(jax.random.key(1), X)
     shifted = jax.tree.map(lambda leaf: leaf + 0.5, linen['batch_stats'])
@@ -121,10 +128,16 @@ def test_of_a_model_of_nnx_it_is_that_of_the_same_model_of_linen(case):
             for leaf, value in layer.items():
                 getattr(getattr(twin, name), leaf)[...] = value
     graphdef, state = nnx.split(twin)
+    forward = LinenForward(module)
+    return forward, linen, NNXForward(graphdef), state, classes(forward, linen)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_of_a_model_of_nnx_it_is_that_of_the_same_model_of_linen(twins, case):
+    forward, linen, other, state, y = twins
     layers = {'layers': ('norm',)} if CASES[case][0] in LAYERED else {}
-    y = classes(LinenForward(module), linen)
-    expected, slopes = penalty_of(case, LinenForward(module), **layers)(linen, X, y)
-    found, own = penalty_of(case, NNXForward(graphdef), **layers)(state, X, y)
+    expected, slopes = penalty_of(case, forward, **layers)(linen, X, y)
+    found, own = penalty_of(case, other, **layers)(state, X, y)
     tolerance = 1e-4 if 'finite' in case else 1e-5
     assert float(found) == pytest.approx(float(expected), rel=tolerance)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(slopes['params']))

@@ -1,5 +1,8 @@
 """Runs the real scripts as a user would, in processes of their own."""
 
+import contextlib
+import importlib
+import io
 import os
 import pathlib
 import subprocess
@@ -50,6 +53,21 @@ class Scripts:
             **options,
         )
 
+    def here(self, script, *arguments, status=0):
+        """Runs a script in this process, on its devices, and returns (stdout, stderr).
+
+        Only in tests, whose settings `_settings_of_this_process` puts back.
+        """
+        main = importlib.import_module(script.removesuffix('.py')).main
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main([*map(str, arguments)])
+            except SystemExit as end:
+                code = end.code
+        assert (code or 0) == status, (code, out.getvalue(), err.getvalue())
+        return out.getvalue(), err.getvalue()
+
     def run(self, *arguments, status=0, **options):
         """Runs a script to its end, checks its exit status and returns (stdout, stderr)."""
         process = self.start(*arguments, **options)
@@ -65,6 +83,8 @@ def _settings_of_this_process(monkeypatch):
     Without memory mappings, programs of many tests do not fit; convolutions of oneDNN are others.
     """
     monkeypatch.setattr(parallel, 'keep_freed_memory', lambda: False)
+    # JAX runs already.
+    monkeypatch.setattr(parallel, 'use_cpu_devices', lambda count: None)
     monkeypatch.setattr(onednn, 'use_onednn', lambda: False)
     monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
 

@@ -208,7 +208,7 @@ def test_the_neuron_section_is_complete(evaluated):
 def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
-    out, _ = scripts.run(
+    out, _ = scripts.here(
         'evaluate.py',
         f'--workdir={workdir}',
         "--config.evaluation.attacks=('noise','mi_fgsm','fmn','latent','autoattack')",
@@ -339,7 +339,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     workdir, _ = trained
     other = tmp_path / 'other'
     short = ('--config.steps=40', '--config.seed=1')
-    scripts.run('train.py', f'--workdir={other}', *scripts.tiny, *short)
+    scripts.here('train.py', f'--workdir={other}', *scripts.tiny, *short)
     few = ('--config.evaluation.attacks=()', '--config.evaluation.eps=(0.1,)')
     few += (
         '--config.evaluation.limit=30',
@@ -350,7 +350,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
     few += ('--config.neurons.attack_steps=4', '--config.neurons.attack_neurons=3')
     few += ('--config.evaluation.masking_images=0',)
     others = (f'--compare={other}', f'--transfer_from={other}')
-    out, _ = scripts.run('evaluate.py', f'--workdir={workdir}', *others, *few)
+    out, _ = scripts.here('evaluate.py', f'--workdir={workdir}', *others, *few)
     directory = workdir / 'report' / 'neurons'
     assert (directory / 'act2-compare.npz').exists()
     ours = np.load(directory / 'act2.npz')['delta']
@@ -406,7 +406,7 @@ def test_two_models_are_compared(trained, scripts, tmp_path):
 def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
-    out, _ = scripts.run(
+    out, _ = scripts.here(
         'evaluate.py',
         f'--workdir={workdir}',
         '--config.defense.name=inverse_perturbation',
@@ -462,7 +462,7 @@ def test_defences_come_and_go_with_the_command(trained, scripts, tmp_path, name,
     shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report'))
     command = ['evaluate.py', f'--workdir={workdir}', *QUICK]
     defended = [f'--config.defense.name={name}', f'--config.defense.options={options}']
-    scripts.run(*command, *defended)
+    scripts.here(*command, *defended)
     report = workdir / 'report'
     results = json.loads((report / 'results.json').read_text())
     assert results['defense/name'] == name
@@ -476,13 +476,13 @@ def test_defences_come_and_go_with_the_command(trained, scripts, tmp_path, name,
         '--config.defense.images=5',
         "--config.defense.options={'layers': ('act2',)}",
     ]
-    _, error = scripts.run(*command, *needs_classes, status=2)
+    _, error = scripts.here(*command, *needs_classes, status=2)
     assert 'correctly classified calibration images' in error and 'fgsm' not in error
     assert kept == {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
     # What belongs to another report does not stay beside the next one.
     (report / 'neurons').mkdir()
     (report / 'neurons' / 'neurons.csv').touch()
-    scripts.run(*command)
+    scripts.here(*command)
     assert not list(report.glob('defense*')) and not (report / 'neurons').exists()
     assert 'defense/name' not in json.loads((report / 'results.json').read_text())
 
@@ -583,5 +583,6 @@ def test_a_mistake_is_one_sentence(trained, arguments, sentence, capsys):
 
 
 def test_a_directory_without_training_is_named(scripts, tmp_path):
+    # In a process of its own, whose exit status is the script's.
     _, err = scripts.run('evaluate.py', f'--workdir={tmp_path}', status=2)
     assert f'There is no checkpoint in {tmp_path}' in err

@@ -51,7 +51,7 @@ def test_training_ends_with_a_good_model_and_the_next_command(trained):
 def test_a_finished_training_is_left_as_it_is(trained, scripts):
     workdir, _ = trained
     before = metrics_without_times(workdir)
-    out, _ = scripts.run('train.py', f'--workdir={workdir}', *scripts.tiny)
+    out, _ = scripts.here('train.py', f'--workdir={workdir}', *scripts.tiny)
     assert 'Done.' in out
     assert metrics_without_times(workdir) == before
 
@@ -123,7 +123,7 @@ def test_divergence_is_named_and_keeps_the_last_checkpoint(scripts, tmp_path):
     workdir = tmp_path / 'diverged'
     arguments = (f'--workdir={workdir}', *scripts.tiny, '--config.schedule.name=piecewise')
     # The rate explodes half-way, after the first checkpoints.
-    _, err = scripts.run(
+    _, err = scripts.here(
         'train.py', *arguments, '--config.schedule.factor=1e30', '--noprogress', status=1
     )
     assert 'Training diverged at step 6' in err
@@ -166,7 +166,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(argument, sentence, tmp_pa
 
 
 def test_an_unprepared_data_set_names_the_command_that_prepares_it(scripts, tmp_path):
-    _, err = scripts.run(
+    _, err = scripts.here(
         'train.py',
         '--config=configs/cifar10.py',
         f'--config.data_dir={tmp_path}',
@@ -178,7 +178,7 @@ def test_an_unprepared_data_set_names_the_command_that_prepares_it(scripts, tmp_
 
 def test_another_config_is_refused_with_the_differing_keys(trained, scripts):
     workdir, _ = trained
-    _, err = scripts.run(
+    _, err = scripts.here(
         'train.py', f'--workdir={workdir}', *scripts.tiny, '--config.seed=7', status=2
     )
     assert 'seed (0 there, 7 now)' in err
@@ -186,10 +186,11 @@ def test_another_config_is_refused_with_the_differing_keys(trained, scripts):
 
 
 def test_help_lists_the_flags(scripts):
-    out, _ = scripts.run('train.py', '--help')
+    out, _ = scripts.here('train.py', '--help')
     assert '--workdir' in out and '--[no]distributed' in out
 
 
-def test_a_process_of_several_must_say_so(scripts):
-    _, err = scripts.run('train.py', status=2, env={'SLURM_NTASKS': '4'})
+def test_a_process_of_several_must_say_so(scripts, monkeypatch):
+    monkeypatch.setenv('SLURM_NTASKS', '4')
+    _, err = scripts.here('train.py', status=2)
     assert 'SLURM_NTASKS=4' in err and '--distributed' in err

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 from neurosens import command_line, data, parallel, training
 from neurosens.evaluation import accuracy
@@ -32,6 +33,15 @@ def penalty(experiment, variables, source):
     return STD**2 * np.mean(found)
 
 
+@pytest.fixture
+def fast_programs():
+    """Thousands of steps are worth the optimizations that tests otherwise do without."""
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.mark.usefixtures('fast_programs')
 def test_the_mnist_example_of_hoffman_et_al(data_root, tmp_path):
     """Released: 97.02 % accuracy; penalty on the test set about 3.7 at first, 0.9 in the end."""
     config = dataclasses.replace(

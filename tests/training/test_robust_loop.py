@@ -1,6 +1,7 @@
 """Training of robust models: replayed batches, what is watched, and where it stops or starts."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -561,8 +562,19 @@ def test_penalties_may_be_of_attacked_images(name):
 # -------------------------------------------------------------------------------------- monitor
 
 
+@functools.cache
+def prepared():
+    """`WATCHED`, whose programs do not depend on what is done with the figures."""
+    return training.prepare(WATCHED)
+
+
+def watched_by(**changes):
+    settings = dataclasses.replace(WATCHED.monitor, **changes)
+    return dataclasses.replace(prepared(), config=dataclasses.replace(WATCHED, monitor=settings))
+
+
 def test_what_is_watched_is_what_evaluation_says(tmp_path):
-    experiment = training.prepare(WATCHED)
+    experiment = prepared()
     result = train(experiment, tmp_path)
     watched = [line for line in lines(tmp_path) if 'monitor/pgd_accuracy' in line]
     assert [line['step'] for line in watched] == [6, 12]
@@ -641,8 +653,7 @@ def fallen(monkeypatch, values):
 
 
 def test_the_guard_stops_at_a_fall_and_keeps_what_was_good(tmp_path, monkeypatch):
-    settings = dataclasses.replace(WATCHED.monitor, guard=0.2)
-    experiment = training.prepare(dataclasses.replace(WATCHED, monitor=settings))
+    experiment = watched_by(guard=0.2)
     fallen(monkeypatch, [0.5, 0.29])
     with pytest.raises(
         training.TrainingStopped, match=r'from 50\.00% at step 6 to 29\.00% at step 12'
@@ -656,20 +667,16 @@ def test_the_guard_stops_at_a_fall_and_keeps_what_was_good(tmp_path, monkeypatch
 
 
 def test_smaller_falls_go_on(tmp_path, monkeypatch):
-    settings = dataclasses.replace(WATCHED.monitor, guard=0.2)
     fallen(monkeypatch, [0.5, 0.31])
-    assert (
-        train(training.prepare(dataclasses.replace(WATCHED, monitor=settings)), tmp_path).step == 12
-    )
+    assert train(watched_by(guard=0.2), tmp_path).step == 12
 
 
 @pytest.mark.parametrize(('choose', 'best'), [(True, 6), (False, 12)])
 def test_the_best_is_chosen_by_robust_accuracy_where_asked(tmp_path, monkeypatch, choose, best):
-    settings = dataclasses.replace(WATCHED.monitor, choose=choose)
     fallen(monkeypatch, [0.5, 0.4])
     clean = iter([0.6, 0.7])
     monkeypatch.setattr(loop, '_score', lambda *args: next(clean))
-    train(training.prepare(dataclasses.replace(WATCHED, monitor=settings)), tmp_path)
+    train(watched_by(choose=choose), tmp_path)
     assert training.load(tmp_path, 'best').step == best
 
 
@@ -696,18 +703,35 @@ def test_an_unknown_layer_is_named_before_training():
 # -------------------------------------------------------------------------------- other weights
 
 
-def test_training_starts_from_other_weights_with_a_fresh_optimizer(tmp_path):
-    first = train(training.prepare(CONFIG), tmp_path / 'first')
-    settings = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'first'))
+def with_average(decay, **changes):
+    optimizer = dataclasses.replace(CONFIG.optimizer, ema_decay=decay)
+    return dataclasses.replace(CONFIG, optimizer=optimizer, **changes)
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+    """Finished trainings by the decay of their average: (work directory, result)."""
+
+    @functools.cache
+    def finished(decay):
+        workdir = tmp_path_factory.mktemp('first')
+        return workdir, train(training.prepare(with_average(decay)), workdir)
+
+    return finished
+
+
+def test_training_starts_from_other_weights_with_a_fresh_optimizer(first, tmp_path):
+    workdir, result = first(0.0)
+    settings = dataclasses.replace(CONFIG, initial_weights=str(workdir))
     experiment = training.prepare(settings)
     state = training.experiment.initial_state(experiment)
-    best = training.load(tmp_path / 'first').variables
+    best = training.load(workdir).variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     assert state.step == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state.optimizer))
     again = train(experiment, tmp_path / 'second')
     assert again.step == 12
-    assert_differ(again.state.variables, first.state.variables)
+    assert_differ(again.state.variables, result.state.variables)
 
 
 def assert_differ(a, b):
@@ -715,10 +739,10 @@ def assert_differ(a, b):
     assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    train(training.prepare(CONFIG), tmp_path / 'first')
+def test_weights_of_another_model_are_refused(first):
+    workdir, _ = first(0.0)
     other = dataclasses.replace(
-        CONFIG, initial_weights=str(tmp_path / 'first'), model_options={'features': (5,)}
+        CONFIG, initial_weights=str(workdir), model_options={'features': (5,)}
     )
     with pytest.raises(config_lib.ConfigError, match='must hold the arrays of the model'):
         training.prepare(other)
@@ -731,19 +755,11 @@ def test_weights_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.parametrize('decays', [(0.0, 0.5), (0.5, 0.5), (0.5, 0.0)])
-def test_averages_start_from_the_weights_that_are_evaluated(tmp_path, decays):
-    first, second = (
-        dataclasses.replace(
-            CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema_decay=decay)
-        )
-        for decay in decays
-    )
-    train(training.prepare(first), tmp_path / 'first')
-    experiment = training.prepare(
-        dataclasses.replace(second, initial_weights=str(tmp_path / 'first'))
-    )
+def test_averages_start_from_the_weights_that_are_evaluated(first, tmp_path, decays):
+    workdir, _ = first(decays[0])
+    experiment = training.prepare(with_average(decays[1], initial_weights=str(workdir)))
     state = training.experiment.initial_state(experiment)
-    best = training.load(tmp_path / 'first').variables
+    best = training.load(workdir).variables
     assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
     if decays[1]:
         assert_same_bits(jax.device_get(state.average), jax.device_get(best['params']))
