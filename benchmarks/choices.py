@@ -215,7 +215,8 @@ def main() -> None:
     definition = (
         f'ResNet-20, batches of {BATCH_SIZE} where no other size is said. What a training step '
         f'gives away needs no second place: {donated:.1f} MiB, parameters and optimizer. Floor: '
-        f'the operations of the step at the peak of convolutions. {floors}'
+        'the operations of the step, or of those on 256 images, at the peak of convolutions in '
+        f'their own rounds. Of the step: {floors}'
     )
     harness.report(
         arguments,

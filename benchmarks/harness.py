@@ -141,7 +141,7 @@ def alternate(
     """
     names = list(candidates)
     for name in names * warmup:
-        candidates[name]()
+        jax.block_until_ready(candidates[name]())
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         shift = index % len(names)

@@ -41,9 +41,25 @@ hypothesis.settings.register_profile('repeatable', derandomize=True)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'repeatable'))
 
 
+# By the time that they take, which `pytest --junitxml=FILE` tells.
+LONGEST = (
+    'test_robust_loop.py',
+    'test_evaluate.py',
+    'test_every_attack.py',
+    'test_adversarial.py',
+    'test_defended.py',
+    'test_train.py',
+    'test_distributed.py',
+    'test_every_regularizer.py',
+    'test_sensitivity.py',
+    'test_autoattack.py',
+)
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker waits at the end for another's."""
-    items.sort(key=lambda item: 'scripts' not in item.path.parts)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -256,33 +256,40 @@ def test_results_do_not_depend_on_what_is_convolved_at_once(case, channels, rows
     np.testing.assert_allclose(program(x, cotangents), expected, rtol=1e-4, atol=1e-5)
 
 
+# Images, their size, channels, outputs, size of the kernel, stride, and padding before and behind.
 SHAPES = {
-    'as many as are taken at once and one': (17, 6, 3, 20, 3, 1, 1),
-    'one image': (1, 6, 16, 17, 3, 1, 1),
-    'one channel': (20, 7, 1, 33, 5, 2, 2),
-    'one output': (5, 7, 40, 1, 3, 2, 1),
-    'padding as wide as the images': (3, 2, 8, 8, 5, 1, 2),
-    'single pixels': (3, 1, 8, 8, 3, 1, 1),
-    'steps over images': (4, 2, 8, 8, 3, 10, 5),
+    'as many as are taken at once and one': (17, 6, 3, 20, 3, 1, 1, 1),
+    'one image': (1, 6, 16, 17, 3, 1, 1, 1),
+    'one channel': (20, 7, 1, 33, 5, 2, 2, 2),
+    'one output': (5, 7, 40, 1, 3, 2, 1, 1),
+}
+# What may be of padding alone, which is left to products of matrices.
+ODD_SHAPES = {
+    'padding as wide as the images': (3, 2, 8, 8, 5, 1, 2, 2),
+    'single pixels': (3, 1, 8, 8, 3, 1, 1, 1),
+    'one step over an image': (4, 2, 8, 8, 3, 10, 5, 0),
+    'steps over images': (4, 2, 8, 8, 3, 4, 3, 3),
 }
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_gradients_of_kernels_of_many_shapes_are_those_of_xla(shape, avx512):
-    count, size, inputs, outputs, window, stride, edge = SHAPES[shape]
+@pytest.mark.parametrize('shape', [*SHAPES, *ODD_SHAPES])
+def test_gradients_of_kernels_of_many_shapes_are_those_of_the_definition(shape, avx512):
+    count, size, inputs, outputs, window, stride, low, high = {**SHAPES, **ODD_SHAPES}[shape]
     x = jax.random.normal(jax.random.key(0), (count, size, size, inputs))
     kernel = jax.random.normal(jax.random.key(1), (window, window, inputs, outputs))
-    options = {'strides': (stride,) * 2, 'padding': ((edge, 0 if stride == 10 else edge),) * 2}
     run = functools.partial(
         lax.conv_general_dilated,
-        window_strides=options['strides'],
-        padding=options['padding'],
+        window_strides=(stride,) * 2,
+        padding=((low, high),) * 2,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
     y = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, kernel).shape)
-    found = jax.jit(lambda w: jax.vjp(lambda w: run(x, w), w)[1](y)[0])(kernel)
-    # By the sum over pixels, in double precision.
-    low = options['padding'][0][0]
+    gradient = jax.jit(lambda w, y: jax.vjp(lambda w: run(x, w), w)[1](y)[0])
+    program = gradient.lower(kernel, y).compile()
+    assert (PRODUCT in program.as_text()) == (not avx512 or shape in ODD_SHAPES)
+    assert (CALL in program.as_text()) == (avx512 and shape in SHAPES)
+    found = program(kernel, y)
+    # The sum over pixels, in double precision.
     pixels = np.zeros((count, size + 2 * low + window, size + 2 * low + window, inputs))
     pixels[:, low : low + size, low : low + size] = x
     expected = np.zeros(kernel.shape)

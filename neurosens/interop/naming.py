@@ -129,7 +129,7 @@ _NAMINGS: Mapping[type[nn.Module], tuple[Naming, ...]] = {
     models.CIFARResNet: (_CIFAR, _TORCHVISION),
     models.ResNet: (_TORCHVISION, _CIFAR),
     models.PreActResNet: (_CIFAR, _TORCHVISION),
-    models.WideResNet: (_WIDE, _deepmind),
+    models.WideResNet: (_WIDE,),
     models.VGG: (_vgg,),
     models.DenseNet: (_densenet,),
     models.LeNet5: (_lenet5,),
@@ -146,7 +146,8 @@ def namings(module: nn.Module) -> tuple[Naming, ...]:
         # Torchvision has those for ImageNet only.
         found = found[::-1]
     if isinstance(module, models.WideResNet) and module.padding == 'same':
-        found = found[::-1]
+        # No other names: of all shapes alike, the others' weights would be of other padding.
+        found = (_deepmind,)
     return (*found, own)
 
 

@@ -197,7 +197,7 @@ def conv(
     name: str,
     dtype: DTypeLike,
     stride: int = 1,
-    padding: int | tuple[int, int] | None = None,
+    padding: int | str | None = None,
     use_bias: bool = False,
     kernel_init: nn.initializers.Initializer = HE_NORMAL_FAN_OUT,
 ) -> nn.Conv:
@@ -212,7 +212,7 @@ def conv(
         name: name of the layer.
         dtype: type of the computation.
         stride: step in both directions.
-        padding: zeros on each side, by default (kernel_size - 1) // 2, or before and behind.
+        padding: zeros on each side, by default (kernel_size - 1) // 2, or 'SAME'.
         use_bias: whether each output channel has a bias.
         kernel_init: initialiser of the kernel, by default He normal over the fan-out.
 
@@ -222,12 +222,12 @@ def conv(
     """
     if padding is None:
         padding = (kernel_size - 1) // 2
-    ends = (padding, padding) if isinstance(padding, int) else padding
+    ends = padding if isinstance(padding, str) else ((padding, padding),) * 2
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
         strides=(stride, stride),
-        padding=(ends, ends),
+        padding=ends,
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,

@@ -124,7 +124,8 @@ class PreActBlock(nn.Module):
         stride: stride of the first convolution and of the shortcut.
         activation: name of the nonlinearity.
         dtype: type of the computation.
-        padding: 'symmetric', or 'same' to pad a first convolution of stride 2 only behind.
+        padding: of a first convolution of stride 2, 'symmetric' or 'same' (of even sizes only
+            behind).
     """
 
     features: int
@@ -147,7 +148,7 @@ class PreActBlock(nn.Module):
             self.features,
             3,
             stride=self.stride,
-            padding=(0, 1) if behind else None,
+            padding='SAME' if behind else None,
             name='conv1',
             dtype=self.dtype,
         )(y)

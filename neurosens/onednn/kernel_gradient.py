@@ -87,11 +87,11 @@ def _convolves(images: jax.Array, cotangents: jax.Array, windows: Windows) -> bo
     """Whether `convolutions` can do it, and there is more than one position."""
     rows, columns = windows.positions(images, cotangents)
     for axis in range(2):
-        size, low, high = images.shape[1 + axis], *windows.padding[axis]
+        low, high = windows.padding[axis]
+        size = images.shape[1 + axis] + min(low, 0) + min(high, 0)
+        count, spacing = cotangents.shape[1 + axis], windows.spacing[axis]
         # Of a result that is made from padding alone oneDNN may know nothing.
-        if max(low, high) > (cotangents.shape[1 + axis] - 1) * windows.spacing[axis]:
-            return False
-        if size + min(low, 0) + min(high, 0) <= 0:
+        if size <= 0 or max(low, high) > (count - 1) * spacing or (count > 1 and spacing > size):
             return False
     # Columns and channels are one axis of the convolution, whose stride is that of both.
     return windows.steps[1] == 1 and len(rows) * len(columns) > 1

@@ -176,12 +176,37 @@ def test_usual_names_load_into_a_bare_network(name, images, logits_of, assert_sa
     state = interop.to_torch(module, variables, image_shape=family.image, tensors=True)
     fresh = networks.randomize(family.network(), 1)
     found = fresh.load_state_dict(state, strict=False)
-    # Counts of batches count nothing here; the first block of a wide ResNet stands there twice.
-    assert all('num_batches' in entry or 'sub_block1' in entry for entry in found.missing_keys)
+    # The first block of a wide ResNet stands there twice.
+    assert all('sub_block1' in entry for entry in found.missing_keys)
     assert not found.unexpected_keys
     mean, std = (np.float32(getattr(module, part)) for part in ('mean', 'std'))
     x = images(3, *family.image)
     assert_same(logits_of(fresh, (x - mean) / std), logits_of(source, x))
+
+
+def test_a_file_tells_the_padding_of_wide_residual_networks(images, logits_of, assert_same):
+    network = networks.randomize(networks.DeepMindWideResNet(10, 1, 5))
+    state = network.state_dict()
+    module, variables = interop.from_torch(
+        state, 'wide_resnet', depth=10, width=1, activation='silu'
+    )
+    assert module.padding == 'same'
+    x = images(2, 8, 8, 3)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+    # The other padding would go unnoticed: names and shapes are all that a file has.
+    other = models.WideResNet(num_classes=5, depth=10, width=1)
+    with pytest.raises(interop.WeightsError, match='does not fit WideResNet: missing'):
+        interop.from_torch(state, other)
+    with pytest.raises(interop.WeightsError, match='does not fit WideResNet: missing'):
+        interop.from_torch(networks.WideResNet(10, 1, 5).state_dict(), module)
+
+
+def test_options_given_win_over_those_that_a_file_implies():
+    state = networks.VGG((1, 1, 2, 2, 2), 5, norm=False).state_dict()
+    module, _ = interop.from_torch(state, 'vgg11')
+    assert module.norm == 'none'
+    with pytest.raises(interop.WeightsError, match=r'running_mean'):
+        interop.from_torch(state, 'vgg11', norm='batch')
 
 
 def test_dense_layers_of_old_files_have_a_dot_more(images, logits_of, assert_same):
@@ -236,6 +261,7 @@ LARGE = {
         {'stem': 'imagenet'},
         11_689_512,
     ),
+    'resnet18 for CIFAR': (lambda: networks.ResNet(networks.Basic, (2, 2, 2, 2), 1000), {}, None),
     'resnet50': (
         lambda: networks.ResNet(
             networks.Bottleneck, (3, 4, 6, 3), 1000, stem='imagenet', shortcut='downsample',

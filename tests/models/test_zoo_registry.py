@@ -213,6 +213,11 @@ def test_equal_models_share_a_compilation():
             {'depth': 4},
             'depth is 4, but it must be 6n + 4 for a positive integer n, such as 10 or 16.',
         ),
+        (
+            'wide_resnet',
+            {'padding': 'valid'},
+            "padding is 'valid', but it must be one of symmetric, same.",
+        ),
         ('wide_resnet', {'width': 0}, 'width is 0, but it must be an integer of at least 1.'),
         ('vgg16', {'classifier': 'x'}, "classifier is 'x', but it must be one of cifar, imagenet."),
         ('vgg16', {'norm': 'x'}, "norm is 'x', but it must be one of batch, none."),

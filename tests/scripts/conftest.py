@@ -1,4 +1,4 @@
-"""Runs the real scripts as a user would, in processes of their own."""
+"""Runs the real scripts as a user would, in processes of their own or in that of the tests."""
 
 import contextlib
 import importlib
@@ -60,7 +60,8 @@ class Scripts:
         """
         main = importlib.import_module(script.removesuffix('.py')).main
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with contextlib.chdir(REPOSITORY), printed[0], printed[1]:
             try:
                 code = main([*map(str, arguments)])
             except SystemExit as end:

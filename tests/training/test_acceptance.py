@@ -36,9 +36,11 @@ def penalty(experiment, variables, source):
 @pytest.fixture
 def fast_programs():
     """Thousands of steps are worth the optimizations that tests otherwise do without."""
-    jax.config.update('jax_disable_most_optimizations', False)
+    name = 'jax_disable_most_optimizations'
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
     yield
-    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update(name, before)
 
 
 @pytest.mark.usefixtures('fast_programs')
