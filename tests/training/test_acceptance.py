@@ -36,11 +36,10 @@ def penalty(experiment, variables, source):
 @pytest.fixture
 def fast_programs():
     """Thousands of steps are worth the optimizations that tests otherwise do without."""
-    name = 'jax_disable_most_optimizations'
-    before = getattr(jax.config, name)
-    jax.config.update(name, False)
+    jax.config.update('jax_disable_most_optimizations', False)
     yield
-    jax.config.update(name, before)
+    # As `tests/conftest.py` has it.
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.mark.usefixtures('fast_programs')
