@@ -103,15 +103,22 @@ def test_a_replayed_batch_is_augmented_alike():
     assert (seen[1] != seen[2]).any()
 
 
-def test_free_training_goes_on_bit_for_bit(tmp_path):
-    experiment = training.prepare(dataclasses.replace(FREE, checkpoint_every=4))
+def assert_goes_on_bit_for_bit(config, after, tmp_path):
+    """Interrupts a training before batch number `after`; returns what one that is not gives."""
+    experiment = training.prepare(config)
     whole = train(experiment, tmp_path / 'whole')
     with pytest.raises(Killed):
-        train(interrupted(experiment, 2), tmp_path / 'cut')
+        train(interrupted(experiment, after), tmp_path / 'cut')
     again = train(experiment, tmp_path / 'cut')
-    assert np.abs(whole.state.perturbation).max() > 0
     assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
     assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+    return whole
+
+
+def test_free_training_goes_on_bit_for_bit(tmp_path):
+    config = dataclasses.replace(FREE, checkpoint_every=4)
+    whole = assert_goes_on_bit_for_bit(config, 2, tmp_path)
+    assert np.abs(whole.state.perturbation).max() > 0
 
 
 def test_free_training_is_the_same_on_one_device_and_on_eight(tmp_path):
@@ -268,13 +275,7 @@ def test_training_against_attacks_goes_on_bit_for_bit(tmp_path, objective, optio
     config = dataclasses.replace(
         CONFIG, objective=objective, objective_options=options, steps=6, checkpoint_every=2
     )
-    experiment = training.prepare(config)
-    whole = train(experiment, tmp_path / 'whole')
-    with pytest.raises(Killed):
-        train(interrupted(experiment, 5), tmp_path / 'cut')
-    again = train(experiment, tmp_path / 'cut')
-    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
-    assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+    assert_goes_on_bit_for_bit(config, 5, tmp_path)
 
 
 def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
@@ -286,13 +287,7 @@ def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
         WATCHED, regularizers=regularizers, objective='trades', checkpoint_every=5,
         objective_options={'eps': 0.05, 'steps': 2},
     )  # fmt: skip
-    experiment = training.prepare(config)
-    whole = train(experiment, tmp_path / 'whole')
-    with pytest.raises(Killed):
-        train(interrupted(experiment, 9), tmp_path / 'cut')
-    again = train(experiment, tmp_path / 'cut')
-    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
-    assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
+    assert_goes_on_bit_for_bit(config, 9, tmp_path)
 
 
 CONTRIBUTION = {'neuron_contribution': {'weight': 0.01, 'top': 2}}
