@@ -22,23 +22,24 @@ from benchmarks import harness
 from neurosens import data, models, parallel
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import LinenForward
+from neurosens.models.common import BatchNorm
 
 MODEL, DATASET = 'cifar_resnet20', 'cifar10'
 FORWARD, GRADIENT = 'forward pass', 'input gradient'
 
 
-def _replaced(instead: Callable[[nn.BatchNorm, jax.Array], jax.Array]) -> Any:
+def _replaced(instead: Callable[[BatchNorm, jax.Array], jax.Array]) -> Any:
     """An interceptor that puts a function in the place of every batch normalisation."""
 
     def intercept(method: Any, arguments: Any, options: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == '__call__':
+        if isinstance(context.module, BatchNorm) and context.method_name == '__call__':
             return instead(context.module, arguments[0])
         return method(*arguments, **options)
 
     return intercept
 
 
-def _bias(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
+def _bias(module: BatchNorm, x: jax.Array) -> jax.Array:
     return x + module.get_variable('params', 'bias')
 
 

@@ -3,23 +3,27 @@
     python -m benchmarks.choices [--rounds N]
 
 A training step of a ResNet-20 that gives its old state away, convolves by oneDNN, also for the
-gradients of kernels, uses one XLA device per core and fetches metrics late; batches of several
-sizes; and one compiled program for all batches of a data set, the last one filled up.
+gradients of kernels, normalises by a factor and a shift, uses one XLA device per core and fetches
+metrics late; batches of several sizes; and one compiled program for all batches of a data set, the
+last one filled up.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from benchmarks import harness, training_step
 from neurosens import data, models, parallel
 from neurosens.forward import LinenForward
+from neurosens.models import common
 from neurosens.onednn import kernel_gradient
 
 BATCH_SIZE = 128
@@ -33,19 +37,25 @@ _WORKERS: Mapping[str, dict[str, Any]] = {
     '': {},
     'convolutions of XLA': {'by_onednn': False},
     'gradients of kernels as products of matrices': {'by_products': True},
+    'batch normalisation of Flax': {'by_flax': True},
     'one XLA device for all cores': {'devices': 1},
 }
 _SAME_PROCESS = ('without donation', 'loss fetched in every step')
 
 
 def prepare(
-    *, by_onednn: bool = True, by_products: bool = False, devices: int = 0
+    *,
+    by_onednn: bool = True,
+    by_products: bool = False,
+    by_flax: bool = False,
+    devices: int = 0,
 ) -> harness.Prepared:
     """Prepares the training step, and what can be done otherwise in the same process.
 
     Args:
         by_onednn: whether oneDNN convolves.
         by_products: whether gradients of kernels are products, as on processors without AVX-512.
+        by_flax: whether Flax normalises.
         devices: XLA devices; 0 for one per core.
 
     Returns:
@@ -53,12 +63,15 @@ def prepare(
     """
     if by_products:
         kernel_gradient.has_avx512 = lambda: False  # type: ignore[assignment]
+    if by_flax:
+        settings = {'momentum': 0.9, 'epsilon': 1e-5}
+        common.BatchNorm = functools.partial(nn.BatchNorm, **settings)  # type: ignore[misc]
     mesh = harness.start_jax(BATCH_SIZE, devices=devices, by_onednn=by_onednn)
     batch = parallel.shard(mesh, training_step.load_batches(BATCH_SIZE, '')[0])
     state, step, key = training_step.make_step(mesh, 'none')
     memory = step.lower(state, batch, key).compile().memory_analysis()
     units = {_TRAINING: _stepping(state, step, batch, key, lambda metrics: None)}
-    if by_onednn and not by_products and not devices:
+    if by_onednn and not (by_products or by_flax or devices):
         for name, function, look in (
             (_SAME_PROCESS[0], jax.jit(step.__wrapped__), lambda metrics: None),
             (_SAME_PROCESS[1], step, lambda metrics: float(metrics['loss'])),

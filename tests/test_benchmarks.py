@@ -13,7 +13,6 @@ import sys
 import time
 import types
 
-import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -29,6 +28,7 @@ from benchmarks import (
     scaling,
 )
 from benchmarks.attack_settings import Setting
+from neurosens.models.common import BatchNorm
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = REPOSITORY / 'docs'
@@ -504,7 +504,7 @@ def test_every_report_is_made(subject, tmp_path, monkeypatch):
 
 
 def test_every_kind_of_normalisation_is_a_program_of_its_own():
-    module = nn.BatchNorm(use_running_average=True, epsilon=0.0)
+    module = BatchNorm(use_running_average=True, epsilon=0.0)
     variables = {
         'params': {'scale': np.full(2, 2.0), 'bias': np.full(2, 3.0)},
         'batch_stats': {'mean': np.ones(2), 'var': np.full(2, 4.0)},

@@ -9,6 +9,7 @@ import pytest
 
 from neurosens import interop, models
 from neurosens.interop import naming
+from neurosens.models.common import BatchNorm
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 
@@ -414,7 +415,7 @@ def test_every_zoo_normalisation_has_the_epsilon_of_pytorch():
     found = []
 
     def visit(call, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm):
+        if isinstance(context.module, BatchNorm):
             found.append((context.module.epsilon, 1 - context.module.momentum))
         return call(*args, **kwargs)
 

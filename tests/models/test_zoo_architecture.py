@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from neurosens import models
+from neurosens.models.common import BatchNorm
 
 MNIST = (28, 28, 1)
 CIFAR = (32, 32, 3)
@@ -118,7 +119,7 @@ def test_layer_settings(trace, name, image, options):
         assert module.kernel_size == (width, width)
         assert module.padding == ((expected, expected), (expected, expected)), call.path
         assert module.strides in ((1, 1), (2, 2))
-    for call in traced.of(nn.BatchNorm):
+    for call in traced.of(BatchNorm):
         assert (call.module.momentum, call.module.epsilon) == (0.9, 1e-5)
         assert call.module.use_running_average is True
 
