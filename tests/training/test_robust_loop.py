@@ -661,6 +661,35 @@ def test_the_guard_stops_at_a_fall_and_keeps_what_was_good(tmp_path, monkeypatch
         train(experiment, tmp_path)
 
 
+def test_the_guard_stops_plain_training_that_loses_what_adversarial_training_gave(tmp_path):
+    robust = dataclasses.replace(
+        CONFIG,
+        model_options={'features': (16,), 'hidden': (32,)},
+        objective='pgd',
+        objective_options={'eps': 0.15, 'steps': 3},
+        steps=200,
+        evaluate_every=200 / 54,
+    )
+    train(training.prepare(robust), tmp_path / 'robust')
+    plain = dataclasses.replace(
+        robust,
+        objective='standard',
+        objective_options={},
+        initial_weights=str(tmp_path / 'robust'),
+        evaluate_every=10 / 54,
+        monitor=config_lib.Monitor(images=64, eps=0.15, steps=10, guard=0.2),
+    )
+    with pytest.raises(training.TrainingStopped) as stopped:
+        train(training.prepare(plain), tmp_path / 'plain')
+    watched = [line for line in lines(tmp_path / 'plain') if monitor.PGD_ACCURACY in line]
+    *before, last = [(line[monitor.PGD_ACCURACY], line['step']) for line in watched]
+    best = max(before)
+    assert last[0] < best[0] - 0.2 <= min(before)[0]
+    assert f'from {best[0]:.2%} at step' in str(stopped.value)
+    assert f'to {last[0]:.2%} at step {last[1]}' in str(stopped.value)
+    assert training.load(tmp_path / 'plain', 'latest').step == before[-1][1]
+
+
 def test_smaller_falls_go_on(tmp_path, monkeypatch):
     fallen(monkeypatch, [0.5, 0.31])
     assert train(watched_by(guard=0.2), tmp_path).step == 12
