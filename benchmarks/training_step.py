@@ -5,7 +5,8 @@
 
 Both train the same network from the same weights on the same uint8 batches with the same SGD, once
 with and once without random crops and flips. Before any timing, a guard checks that networks and
-training steps agree. `--memory` compares keeping freed memory with giving it back.
+training steps agree. `--memory` compares keeping freed memory with giving it back, also where the
+network is small and its first images large: that of configs/mnist.py.
 """
 
 from __future__ import annotations
@@ -37,38 +38,46 @@ _MEMORY = {
     'neurosens, giving freed memory back',
     'PyTorch eager, channels last, keeping memory',
 }
+# Its network, with its images and how many times as many steps in a turn, for `--memory`.
+_MNIST = 'The network of configs/mnist.py, with crops'
+_MORE_STEPS = 8
+_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    'cifar10': ('cifar_resnet20', {}),
+    'mnist': ('cnn', {'features': (32, 64), 'hidden': (128,)}),
+}
 _DISTINCT_BATCHES = 8
 _TORCH = 'benchmarks.torch_training:prepare'
 
 
-def make_module() -> nn.Module:
-    """Returns the network."""
-    info = data.info('cifar10')
+def make_module(data_set: str = 'cifar10') -> nn.Module:
+    """Returns the network for a data set."""
+    info = data.info(data_set)
+    name, options = _NETWORKS[data_set]
     return models.create(
-        'cifar_resnet20', num_classes=info.num_classes, mean=info.mean, std=info.std
+        name, num_classes=info.num_classes, mean=info.mean, std=info.std, **options
     )
 
 
-def initial_state(seed: int = 0) -> tuple[step.TrainState, Any, Any]:
+def initial_state(seed: int = 0, data_set: str = 'cifar10') -> tuple[step.TrainState, Any, Any]:
     """Returns the state before the first step, the optimizer and its schedule."""
     optimizer, schedule = optimizers.make_optimizer(
         config.Optimizer(), config.Schedule(warmup=0.0), UPDATES
     )
-    shape = data.info('cifar10').image_shape
-    state = jax.jit(lambda key: step.init_state(make_module(), optimizer, shape, key))(
+    shape, module = data.info(data_set).image_shape, make_module(data_set)
+    state = jax.jit(lambda key: step.init_state(module, optimizer, shape, key))(
         jax.random.key(seed)
     )
     return state, optimizer, schedule
 
 
-def load_batches(batch_size: int, data_dir: str) -> list[data.Batch]:
-    """Returns a few training batches: of CIFAR-10, or of noise where `data_dir` is empty."""
+def load_batches(batch_size: int, data_dir: str, data_set: str = 'cifar10') -> list[data.Batch]:
+    """Returns a few training batches: of the data set, or noise where `data_dir` is empty."""
     if data_dir:
-        source = data.load('cifar10', 'train', data_dir=data_dir)
+        source = data.load(data_set, 'train', data_dir=data_dir)
         stream = source.train_batches(batch_size=batch_size, seed=0)
         return list(itertools.islice(stream, _DISTINCT_BATCHES))
     random = np.random.default_rng(0)
-    shape = data.info('cifar10').image_shape
+    shape = data.info(data_set).image_shape
     return [
         data.Batch(
             image=random.integers(0, 256, (batch_size, *shape), np.uint8),
@@ -81,7 +90,13 @@ def load_batches(batch_size: int, data_dir: str) -> list[data.Batch]:
 
 
 def prepare(
-    *, devices: int, keep_memory: bool, batch_size: int, steps: int, data_dir: str
+    *,
+    devices: int,
+    keep_memory: bool,
+    batch_size: int,
+    steps: int,
+    data_dir: str,
+    mnist: bool = False,
 ) -> harness.Prepared:
     """Prepares our training step in a worker process.
 
@@ -90,10 +105,11 @@ def prepare(
         keep_memory: keep freed memory, as `train.py` does.
         batch_size: images per step.
         steps: training steps per unit of work.
-        data_dir: directory of the prepared CIFAR-10, or empty.
+        data_dir: directory of the prepared data, or empty.
+        mnist: prepare the network of MNIST too.
 
     Returns:
-        One unit per augmentation.
+        One unit per augmentation, and one for MNIST.
     """
     mesh = harness.start_jax(batch_size, devices=devices, keep_memory=keep_memory)
     batches = load_batches(batch_size, data_dir)
@@ -101,30 +117,36 @@ def prepare(
         title: _training_unit(mesh, augmentation, steps, batches)
         for title, augmentation in AUGMENTATIONS.items()
     }
+    if mnist:
+        batches = load_batches(batch_size, data_dir, 'mnist')
+        units[_MNIST] = _training_unit(mesh, 'pad_crop', steps * _MORE_STEPS, batches, 'mnist')
     return harness.Prepared(units, {'devices': mesh.size})
 
 
-def count(*, batch_size: int) -> harness.Prepared:
+def count(*, batch_size: int, data_set: str = 'cifar10') -> harness.Prepared:
     """Counts the operations of a training step, as it is before any compiler has changed it.
 
     Args:
         batch_size: images per step.
+        data_set: whose network is trained.
 
     Returns:
         No units; as details the `flops`.
     """
     # Operations of oneDNN are not counted.
     mesh = harness.start_jax(devices=1, by_onednn=False)
-    state, train_step, key = make_step(mesh, 'none')
-    batch = parallel.shard(mesh, load_batches(batch_size, '')[0])
+    state, train_step, key = make_step(mesh, 'none', data_set)
+    batch = parallel.shard(mesh, load_batches(batch_size, '', data_set)[0])
     return harness.Prepared({}, {'flops': harness.count_flops(train_step, state, batch, key)})
 
 
-def make_step(mesh: jax.sharding.Mesh, augmentation: str) -> tuple[step.TrainState, Any, Any]:
+def make_step(
+    mesh: jax.sharding.Mesh, augmentation: str, data_set: str = 'cifar10'
+) -> tuple[step.TrainState, Any, Any]:
     """Returns a state, the compiled training step, and a key."""
-    state, optimizer, schedule = initial_state()
+    state, optimizer, schedule = initial_state(data_set=data_set)
     train_step = step.make_train_step(
-        make_module(),
+        make_module(data_set),
         optimizer,
         schedule,
         objectives.standard(),
@@ -136,9 +158,13 @@ def make_step(mesh: jax.sharding.Mesh, augmentation: str) -> tuple[step.TrainSta
 
 
 def _training_unit(
-    mesh: jax.sharding.Mesh, augmentation: str, steps: int, batches: list[data.Batch]
+    mesh: jax.sharding.Mesh,
+    augmentation: str,
+    steps: int,
+    batches: list[data.Batch],
+    data_set: str = 'cifar10',
 ) -> harness.Unit:
-    state, train_step, key = make_step(mesh, augmentation)
+    state, train_step, key = make_step(mesh, augmentation, data_set)
     stream = itertools.cycle(batches)
 
     def unit() -> None:
@@ -171,7 +197,10 @@ def worker_specs(arguments: argparse.Namespace) -> dict[str, harness.WorkerSpec]
         'neurosens, giving freed memory back': (0, False),
     }
     specs = {
-        name: harness.WorkerSpec(ours, {'devices': devices, 'keep_memory': keep, **common})
+        name: harness.WorkerSpec(
+            ours,
+            {'devices': devices, 'keep_memory': keep, 'mnist': arguments.memory, **common},
+        )
         for name, (devices, keep) in our_options.items()
     }
     for name, (channels_last, compiled, keep) in torch_options.items():
@@ -248,7 +277,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--memory', action='store_true', help='keep freed memory, or give it back')
     parser.add_argument('--batch_size', type=int, default=128, help='images per step')
     parser.add_argument('--steps', type=int, default=3, help='training steps per turn')
-    parser.add_argument('--data_dir', default='', help='prepared CIFAR-10; noise without it')
+    parser.add_argument('--data_dir', default='', help='prepared data; noise without it')
     parser.add_argument(
         '--without', nargs='*', default=[], help='candidates to leave out, by their names'
     )
@@ -257,35 +286,51 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def _flops(arguments: argparse.Namespace, data_set: str) -> float:
+    options = {'batch_size': arguments.batch_size, 'data_set': data_set}
+    with harness.worker(harness.WorkerSpec('benchmarks.training_step:count', options)) as counted:
+        return counted.details['flops']
+
+
 def main() -> None:
     """Checks, measures and prints."""
     arguments = parse_arguments()
     harness.use_device(arguments.device)
     # On noise: with real images the first steps at this rate amplify rounding beyond comparison.
     guard = harness.WorkerSpec('benchmarks.torch_training:check_agreement', {'data_dir': ''})
-    counting = harness.WorkerSpec(
-        'benchmarks.training_step:count', {'batch_size': arguments.batch_size}
-    )
-    with harness.worker(guard) as checked, harness.worker(counting) as counted:
-        agreement, flops = dict(checked.details), counted.details['flops']
+    with harness.worker(guard) as checked:
+        agreement = dict(checked.details)
+    data_sets = dict.fromkeys(AUGMENTATIONS, 'cifar10')
+    if arguments.memory:
+        data_sets[_MNIST] = 'mnist'
+    flops = {name: _flops(arguments, name) for name in sorted({*data_sets.values()})}
     measurements, tables = {}, []
-    images = arguments.batch_size * arguments.steps
     with running_workers(worker_specs(arguments)) as (workers, failures):
-        for title in AUGMENTATIONS:
-            units = {name: worker.unit(title) for name, worker in workers.items()}
+        for title, data_set in data_sets.items():
+            steps = arguments.steps * (_MORE_STEPS if title == _MNIST else 1)
+            units = {
+                name: worker.unit(title)
+                for name, worker in workers.items()
+                if title != _MNIST or name.startswith('neurosens')
+            }
             measured, floors = harness.beside_floors(units, rounds=arguments.rounds)
-            floor = floors.convolution_seconds(flops * arguments.steps)
+            floor = floors.convolution_seconds(flops[data_set] * steps)
             measurements[title] = measured
+            images = arguments.batch_size * steps
             tables += [f'{title}:', table(measured, images=images, floor=floor)]
     if arguments.plot:
-        harness.draw_times(measurements, arguments.plot, 'ms per step', arguments.steps)
+        drawn = {title: measurements[title] for title in AUGMENTATIONS}
+        harness.draw_times(drawn, arguments.plot, 'ms per step', arguments.steps)
+    operations = f'{flops["cifar10"] / 1e9:.1f}'
+    if 'mnist' in flops:
+        operations += f' (MNIST: {flops["mnist"] / 1e9:.1f})'
     notes = [f'{name} did not run: {reason}' for name, reason in failures.items()]
     harness.report(
         arguments,
         harness.wrapped(
             f'{agreement["parameters"]} parameters in both; largest difference of logits '
             f'{agreement["logits"]:.1e}, of losses over {agreement["steps"]} steps '
-            f'{agreement["losses"]:.1e}. Floor: the {flops / 1e9:.1f} GFLOP of a step on '
+            f'{agreement["losses"]:.1e}. Floor: the {operations} GFLOP of a step on '
             f'{arguments.batch_size} images at the peak rate of convolutions. {floors}'
         ),
         *tables,
