@@ -46,9 +46,14 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError('The log of the training holds no loss; train for at least one line.')
     penalties = [name for name in names if name.endswith('/penalty')]
     shares = [name for name in names if name.endswith('/gradient_share')]
+    of_norms = {
+        name: f'training, attacked in {name.partition("/")[2]}'
+        for name in names
+        if name.startswith('attacked_accuracy/')
+    }
     panels: list[tuple[str, dict[str, str], str]] = [
         ('loss', {'loss': 'training', 'validation_loss': 'validation'}, 'log'),
-        ('accuracy (%)', _ACCURACIES, 'percent'),
+        ('accuracy (%)', {**_ACCURACIES, **of_norms}, 'percent'),
     ]
     terms = [name for name in names if name.startswith('objective/') and name not in shares]
     if terms:

@@ -490,7 +490,8 @@ def multi_norm(
       attack_mode: as of `pgd`.
 
     Returns:
-      The objective. Its logits are those of the attacked images, of `'average'` of the last norm.
+      The objective. Its logits are those of the attacked images, of `'average'` of the last norm;
+      that logs the accuracy under each norm too, and their mean.
 
     Raises:
       ValueError: a choice is unknown, a number out of range, or there are not as many radii as
@@ -550,7 +551,7 @@ def multi_norm(
             worst = jax.lax.map(loss, tried).argmax(0)
             rows = worst.reshape(1, -1, *[1] * (x.ndim - 1))
             found = [jnp.take_along_axis(tried, rows, axis=0)[0]]
-        terms = {}
+        terms, accuracies = {}, {}
         updates: Mapping[str, Any] = {}
         for number, x_adv in enumerate(found):
             attacked, updates = run_training_mode(
@@ -562,8 +563,12 @@ def multi_norm(
             # Radii of one norm may be several.
             name = norms[number] if norms.count(norms[number]) == 1 else f'{norms[number]}_{number}'
             terms[name] = cross_entropy(attacked, y).mean() / len(found)
-        metrics = _metrics(None, attacked, y)
+            accuracies[name] = (attacked.argmax(-1) == y).mean()
         several = terms if len(terms) > 1 else {}
+        total = sum(accuracies.values(), start=jnp.zeros(()))
+        metrics = {'attacked_accuracy': total / len(accuracies)}
+        if several:
+            metrics |= {f'attacked_accuracy/{name}': value for name, value in accuracies.items()}
         outcome = Outcome(attacked, updates, metrics, attacked=found[-1], terms=several)
         return sum(terms.values(), start=jnp.zeros(())), outcome
 

@@ -216,7 +216,7 @@ LOG = [
     },
     {'step': 10, 'loss': 1.0, 'accuracy': 0.6, 'a/penalty': 0.0, 'a/gradient_share': 0.5},
     {'step': 11, 'objective/cross_entropy': 0.5, 'objective/cross_entropy/gradient_share': 0.125},
-    {'step': 12, 'images_per_second': 800.0},
+    {'step': 12, 'images_per_second': 800.0, 'attacked_accuracy/l1': 0.125},
 ]
 
 
@@ -230,6 +230,7 @@ def test_curves_of_training_are_those_of_the_log():
     assert drawn['loss', 'training'] == [[5, 2.0], [10, 1.0]]
     assert drawn['loss', 'validation'] == [[6, 1.5]]
     assert drawn['accuracy (%)', 'watched images under PGD'] == [[6, 25.0]]
+    assert drawn['accuracy (%)', 'training, attacked in l1'] == [[12, 12.5]]
     assert drawn['penalty', 'a'] == [[5, 3.0], [10, 0.0]]
     assert drawn['share of gradient (%)', 'a'] == [[5, 25.0], [10, 50.0]]
     assert drawn['terms of the objective', 'cross entropy'] == [[11, 0.5]]

@@ -185,6 +185,24 @@ def test_several_norms_are_averaged_or_the_worst_taken(net):
     assert clean < loss['msd']
 
 
+def test_of_several_norms_each_and_the_mean_accuracy_are_logged(net):
+    module, variables, x, _ = net
+    logits, _ = module.apply(
+        variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': KEY}
+    )
+    net = module, variables, x, logits.argmax(-1)
+    threats = {'linf': 0.3, 'l2': 1e-6}
+    options = {'norms': tuple(threats), 'eps': tuple(threats.values()), 'steps': 3}
+    metrics = run(adversarial.multi_norm(strategy='average', **options), net)[1].metrics
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found.keys() == {'attacked_accuracy', *(f'attacked_accuracy/{name}' for name in threats)}
+    assert found['attacked_accuracy/linf'] < found['attacked_accuracy/l2']
+    mean = (found['attacked_accuracy/linf'] + found['attacked_accuracy/l2']) / 2
+    assert found['attacked_accuracy'] == pytest.approx(mean)
+    worst = run(adversarial.multi_norm(strategy='max', **options), net)[1].metrics
+    assert worst.keys() == {'attacked_accuracy'}
+
+
 # ------------------------------------------------------------------------------- statistics
 
 
