@@ -22,7 +22,7 @@ from benchmarks import harness
 from neurosens import data, models, parallel
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import LinenForward
-from neurosens.models.common import BatchNorm
+from neurosens.models import BatchNorm
 
 MODEL, DATASET = 'cifar_resnet20', 'cifar10'
 FORWARD, GRADIENT = 'forward pass', 'input gradient'

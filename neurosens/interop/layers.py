@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neurosens.interop.errors import WeightsError
-from neurosens.models import common
+from neurosens.models import BatchNorm
 
 CONVOLUTION, DENSE, NORMALIZATION = 'convolution', 'linear layer', 'normalisation'
 # The batches that PyTorch's running statistics are of; nothing is computed from it.
@@ -22,7 +22,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Conv: CONVOLUTION,
     nn.Dense: DENSE,
     nn.BatchNorm: NORMALIZATION,
-    common.BatchNorm: NORMALIZATION,
+    BatchNorm: NORMALIZATION,
 }
 _LEAVES = {
     ('params', 'kernel'): 'weight',

@@ -16,7 +16,7 @@ Layers are addressed by their '/'-joined module path. The names follow one schem
 """
 
 from neurosens.models.cnn import CNN
-from neurosens.models.common import Activation, Classifier, Normalize
+from neurosens.models.common import Activation, BatchNorm, Classifier, Normalize
 from neurosens.models.densenet import DenseNet
 from neurosens.models.lenet import LeNet5
 from neurosens.models.mlp import MLP
@@ -27,6 +27,7 @@ from neurosens.models.wide_resnet import WideResNet
 
 __all__ = [
     'Activation',
+    'BatchNorm',
     'CIFARResNet',
     'CNN',
     'Classifier',

@@ -9,7 +9,7 @@ import pytest
 
 from neurosens import interop, models
 from neurosens.interop import naming
-from neurosens.models.common import BatchNorm
+from neurosens.models import BatchNorm
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 

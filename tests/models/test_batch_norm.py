@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens.models.common import BatchNorm
+from neurosens.models import BatchNorm
 
 SHAPES = [(6, 4, 3, 5), (7, 2)]
 

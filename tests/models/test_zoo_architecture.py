@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from neurosens import models
-from neurosens.models.common import BatchNorm
+from neurosens.models import BatchNorm
 
 MNIST = (28, 28, 1)
 CIFAR = (32, 32, 3)
