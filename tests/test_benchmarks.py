@@ -28,7 +28,7 @@ from benchmarks import (
     scaling,
 )
 from benchmarks.attack_settings import Setting
-from neurosens.models.common import BatchNorm
+from neurosens.models import BatchNorm
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = REPOSITORY / 'docs'
@@ -82,6 +82,10 @@ def test_damaged_markers_are_refused(old, new, message):
         documents.replaced(TEXT.replace(old, new), {'two.part': 'new'})
 
 
+# Their page says so.
+OF_EARLIER_COMMANDS = {'defenses.defended', 'defenses.curves'}
+
+
 def script_of(subject):
     """What a subject runs; skips where a peer that it imports is not installed."""
     try:
@@ -99,6 +103,19 @@ def test_the_documentation_has_a_block_for_every_subject_and_no_other():
     assert {one.document for one in registry.SUBJECTS.values()} <= {
         page.name for page in DOCUMENTS.glob('*.md')
     }
+
+
+@pytest.mark.parametrize('subject', registry.SUBJECTS.values(), ids=lambda subject: subject.name)
+def test_documented_reports_are_of_the_registered_command_with_date_and_machine(subject):
+    text = (DOCUMENTS / subject.document).read_text(encoding='utf-8')
+    report = text[slice(*documents.blocks(text)[subject.name])]
+    shown = re.match(r'\s*```sh\n(.*?)\n```\n', report, re.DOTALL)
+    assert shown
+    registered = shown[1].replace(' \\\n  ', ' ') == subject.shown()
+    assert registered == (subject.name not in OF_EARLIER_COMMANDS)
+    if not registered:
+        return
+    assert re.match(r'\s*> 20\d\d-\d\d-\d\d: .*\d cores', report[shown.end() :])
 
 
 @pytest.mark.parametrize('subject', registry.SUBJECTS.values(), ids=lambda subject: subject.name)
