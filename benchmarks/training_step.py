@@ -317,21 +317,20 @@ def main() -> None:
             floor = floors.convolution_seconds(flops[data_set] * steps)
             measurements[title] = measured
             images = arguments.batch_size * steps
-            tables += [f'{title}:', table(measured, images=images, floor=floor)]
+            each = f'{flops[data_set] / 1e9:.1f} GFLOP of a step on {arguments.batch_size} images'
+            definition = f'{title}. Floor: the {each} at the peak rate of convolutions. {floors}'
+            rows = table(measured, images=images, floor=floor)
+            tables += [harness.wrapped(definition), rows]
     if arguments.plot:
         drawn = {title: measurements[title] for title in AUGMENTATIONS}
         harness.draw_times(drawn, arguments.plot, 'ms per step', arguments.steps)
-    operations = f'{flops["cifar10"] / 1e9:.1f}'
-    if 'mnist' in flops:
-        operations += f' (MNIST: {flops["mnist"] / 1e9:.1f})'
     notes = [f'{name} did not run: {reason}' for name, reason in failures.items()]
     harness.report(
         arguments,
         harness.wrapped(
             f'{agreement["parameters"]} parameters in both; largest difference of logits '
             f'{agreement["logits"]:.1e}, of losses over {agreement["steps"]} steps '
-            f'{agreement["losses"]:.1e}. Floor: the {operations} GFLOP of a step on '
-            f'{arguments.batch_size} images at the peak rate of convolutions. {floors}'
+            f'{agreement["losses"]:.1e}.'
         ),
         *tables,
         *notes,

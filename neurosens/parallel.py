@@ -125,8 +125,9 @@ def keep_freed_memory() -> bool:
     """Lets this process keep the memory that it frees, for its next step to use; glibc only.
 
     XLA:CPU allocates the temporaries of a program anew at every call. Blocks of their size are
-    mapped by the operating system and given back each time, and clearing the fresh pages takes up
-    to half of a training step. With this setting the process holds its peak memory until it ends.
+    mapped by the operating system and given back each time, and the fresh pages must be cleared: a
+    sixth of a training step of a small network, next to nothing of a ResNet-20's. With this setting
+    the process holds its peak memory until it ends.
 
     Call it before JAX has started its backend, whose threads otherwise have their own arenas
     already.

@@ -49,7 +49,7 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     of_norms = {
         name: f'training, attacked in {name.partition("/")[2]}'
         for name in names
-        if name.startswith('attacked_accuracy/')
+        if name.startswith('attacked_accuracy/') and name not in (*penalties, *shares)
     }
     panels: list[tuple[str, dict[str, str], str]] = [
         ('loss', {'loss': 'training', 'validation_loss': 'validation'}, 'log'),

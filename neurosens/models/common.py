@@ -247,13 +247,14 @@ class BatchNorm(nn.Module):
         use_running_average: normalise by the running averages, and leave them as they are.
         momentum: share of the old running averages in the new ones.
         epsilon: added to the variance.
-        dtype: type of the result; statistics are at least float32.
+        dtype: type of the result, that of x and the variables where None; statistics are in it, but
+            at least float32.
     """
 
     use_running_average: bool
     momentum: float = 0.9
     epsilon: float = 1e-5
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, '... channels']) -> Float[Array, '... channels']:
@@ -265,7 +266,7 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         else:
             axes = tuple(range(x.ndim - 1))
-            values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            values = x.astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))
             mean = values.mean(axes)
             # Rounding can take the difference below 0.
             var = jnp.maximum((values * values).mean(axes) - mean * mean, 0)
@@ -276,7 +277,8 @@ class BatchNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
         bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
         factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        return (x * factor + (bias - mean * factor)).astype(self.dtype)
+        y = x * factor + (bias - mean * factor)
+        return y.astype(self.dtype or jnp.result_type(x, scale))
 
 
 def batch_norm(*, name: str, train: bool, dtype: DTypeLike) -> BatchNorm:

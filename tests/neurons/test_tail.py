@@ -48,7 +48,8 @@ class Block(nn.Module):
         normalize = functools.partial(nn.BatchNorm, use_running_average=True)
         y = nn.Conv(3, (3, 3), use_bias=False, name='conv1')(x)
         y = models.Activation('relu', name='act1')(normalize(name='norm1')(y))
-        y = normalize(name='norm2')(nn.Conv(3, (3, 3), name='conv2')(y))
+        y = nn.Conv(3, (3, 3), name='conv2')(y)
+        y = models.BatchNorm(use_running_average=True, name='norm2')(y)
         return models.Activation('relu', name='act2')(nn.Conv(3, (1, 1), name='skip')(x) + y)
 
 

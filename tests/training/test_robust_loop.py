@@ -668,7 +668,7 @@ def test_the_guard_stops_plain_training_that_loses_what_adversarial_training_gav
         objective='pgd',
         objective_options={'eps': 0.15, 'steps': 3},
         steps=200,
-        evaluate_every=200 / 54,
+        evaluate_every=200 / 42,
     )
     train(training.prepare(robust), tmp_path / 'robust')
     plain = dataclasses.replace(
@@ -676,15 +676,17 @@ def test_the_guard_stops_plain_training_that_loses_what_adversarial_training_gav
         objective='standard',
         objective_options={},
         initial_weights=str(tmp_path / 'robust'),
-        evaluate_every=10 / 54,
+        evaluate_every=8 / 42,
         monitor=config_lib.Monitor(images=64, eps=0.15, steps=10, guard=0.2),
     )
     with pytest.raises(training.TrainingStopped) as stopped:
         train(training.prepare(plain), tmp_path / 'plain')
     watched = [line for line in lines(tmp_path / 'plain') if monitor.PGD_ACCURACY in line]
     *before, last = [(line[monitor.PGD_ACCURACY], line['step']) for line in watched]
+    for number, (accuracy, _) in enumerate(before):
+        assert accuracy >= max(before[: number + 1])[0] - 0.2
     best = max(before)
-    assert last[0] < best[0] - 0.2 <= min(before)[0]
+    assert last[0] < best[0] - 0.2
     assert f'from {best[0]:.2%} at step' in str(stopped.value)
     assert f'to {last[0]:.2%} at step {last[1]}' in str(stopped.value)
     assert training.load(tmp_path / 'plain', 'latest').step == before[-1][1]
