@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import sys
 import time
 import types
@@ -26,6 +27,7 @@ from benchmarks import (
     neurons,
     registry,
     scaling,
+    training_step,
 )
 from benchmarks.attack_settings import Setting
 from neurosens.models import BatchNorm
@@ -518,6 +520,12 @@ def test_every_report_is_made(subject, tmp_path, monkeypatch):
     assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)
     assert json.loads((tmp_path / 'a.json').read_text())['machine']
     print(text)
+
+
+def test_the_network_of_mnist_is_that_of_its_config():
+    settings = runpy.run_path(str(REPOSITORY / 'configs' / 'mnist.py'))['get_config']()
+    model, options = training_step._NETWORKS['mnist']
+    assert (model, options) == (settings.model, settings.model_options)
 
 
 def test_every_kind_of_normalisation_is_a_program_of_its_own():

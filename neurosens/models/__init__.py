@@ -16,10 +16,11 @@ Layers are addressed by their '/'-joined module path. The names follow one schem
 """
 
 from neurosens.models.cnn import CNN
-from neurosens.models.common import Activation, BatchNorm, Classifier, Normalize
+from neurosens.models.common import Activation, Classifier, Normalize
 from neurosens.models.densenet import DenseNet
 from neurosens.models.lenet import LeNet5
 from neurosens.models.mlp import MLP
+from neurosens.models.normalization import BatchNorm
 from neurosens.models.registry import create, names, options
 from neurosens.models.resnet import CIFARResNet, PreActResNet, ResNet
 from neurosens.models.vgg import VGG
