@@ -22,6 +22,8 @@ from neurosens import _validate, parallel
 from neurosens.attacks.adaptive import is_random
 from neurosens.attacks.apgd import apgd
 from neurosens.attacks.autoattack_notes import Notes
+from neurosens.attacks.autoattack_runs import LEAST_CLASSES, RANDOM_DRAWS, Run, runs
+from neurosens.attacks.autoattack_warnings import clean_warnings, square_warning
 from neurosens.attacks.batches import check_images, check_radius
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
@@ -31,14 +33,6 @@ from neurosens.attacks.square import square
 from neurosens.attacks.threat import Threat, require_ball
 from neurosens.forward import Forward, Variables
 
-VERSIONS = ('standard', 'plus', 'rand')
-ATTACKS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
-# Draws over which gradients are averaged in the version for random models.
-RANDOM_DRAWS = 20
-# Classes that targeted attacks aim at, one after the other.
-_TARGETS = {'apgd-t': 9, 'fab-t': 9}
-# The ratio of logits is not defined for fewer classes.
-_LEAST_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}
 # `broken_by` of images that are robust, and of those misclassified without an attack.
 ROBUST = -1
 CLEAN = -2
@@ -73,66 +67,6 @@ class AutoAttackResult(NamedTuple):
     runs: tuple[str, ...]
     accuracy: Float[np.ndarray, ' stages']
     warnings: tuple[str, ...]
-
-
-class Run(NamedTuple):
-    """One attack of the ensemble on the images that are still robust.
-
-    Attributes:
-      name: its name in logs.
-      attack: which of `ATTACKS`.
-      rank: for targeted attacks, the place of the target among the other classes' clean logits,
-        from 0.
-    """
-
-    name: str
-    attack: str
-    rank: int = 0
-
-
-def runs(
-    norm: str, version: str, classes: int, attacks: Sequence[str] | None = None
-) -> tuple[Run, ...]:
-    """The runs of a version of AutoAttack.
-
-    Args:
-      norm: norm of the threat.
-      version: `'standard'`, `'plus'` (more restarts and attacks) or `'rand'` (for random models).
-      classes: number of classes; limits the targets to one less.
-      attacks: names of `ATTACKS` to use in place of the version's.
-
-    Returns:
-      Runs in order: one for each restart and target class, so that later ones only see what
-      earlier ones left.
-
-    Raises:
-      ValueError: a name is unknown.
-    """
-    if version not in VERSIONS:
-        raise ValueError(_validate.unknown('version', version, VERSIONS))
-    chosen: Sequence[str] = {
-        'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'),
-        'plus': ('apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t'),
-        'rand': ('apgd-ce', 'apgd-dlr'),
-    }[version]
-    chosen = chosen if attacks is None else attacks
-    restarts = {'apgd-ce': 1, 'apgd-dlr': 1, 'fab': 1, 'square': 1}
-    targets = dict(_TARGETS)
-    if version == 'plus':
-        restarts.update({'apgd-ce': 5, 'apgd-dlr': 5, 'fab': 5})
-    elif norm == 'l1' and version == 'standard':
-        restarts['apgd-ce'] = 5
-        targets['apgd-t'] = 5
-    found = []
-    for attack in chosen:
-        if attack not in ATTACKS:
-            raise ValueError(_validate.unknown('attack', attack, ATTACKS))
-        count = min(targets[attack], classes - 1) if attack in targets else restarts[attack]
-        numbered = attack in targets or count > 1
-        for number in range(count):
-            name = f'{attack} {number + 1}' if numbered else attack
-            found.append(Run(name, attack, number))
-    return tuple(found)
 
 
 @jax.jit
@@ -200,7 +134,7 @@ def _attack(task: _Task, number: int, run: Run, rows: np.ndarray) -> AttackResul
         classes = task.order.shape[1] + 1
         loss = 'cross_entropy' if run.attack == 'apgd-ce' else 'dlr'
         # The numerator of the ratio is always defined.
-        few = classes < _LEAST_CLASSES.get(run.attack, 0)
+        few = classes < LEAST_CLASSES.get(run.attack, 0)
         return call(
             steps=task.steps,
             loss='margin' if few else loss,
@@ -279,7 +213,7 @@ def autoattack(
       y: labels `[N]`.
       key: randomness of all attacks.
       threat: the perturbations allowed, of finite eps.
-      version: `'standard'`, `'plus'` or `'rand'`, see `runs`.
+      version: `'standard'`, `'plus'` or `'rand'`, see `autoattack_runs.runs`.
       attacks: names of `ATTACKS` in place of the version's.
       steps: of APGD and FAB.
       queries: of Square.
@@ -331,7 +265,7 @@ def autoattack(
     clean, differ = _look(task)
     task = task._replace(order=clean['order'])
     plan = runs(threat.norm, version, clean['logits'].shape[1], attacks)
-    warnings = tuple(_warnings(task, version, plan, clean, differ))
+    warnings = tuple(clean_warnings(version, plan, clean, differ, differ or is_random(forward)))
     notes = Notes(directory, _identity(task, version, plan), clean['logits'])
     found = _Found(
         x.copy(),
@@ -358,7 +292,7 @@ def autoattack(
             found.add(number, rows[:count], stored)
         accuracy.append(found.accuracy())
     if any(run.attack == 'square' for run in plan):
-        warnings += _square_warning(plan, found)
+        warnings += square_warning(plan, found.broken_by)
     return AutoAttackResult(
         found.x_adv,
         found.broken_by != ROBUST,
@@ -414,61 +348,6 @@ def _look(task: _Task) -> tuple[dict[str, np.ndarray], bool]:
         parts.append({name: values[:count] for name, values in first.items()})
     clean = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return clean, differ
-
-
-def _warnings(
-    task: _Task,
-    version: str,
-    plan: Sequence[Run],
-    clean: Mapping[str, np.ndarray],
-    differ: bool,
-) -> Iterator[str]:
-    """What the reference warns of, too, before any attack."""
-    logits = clean['logits']
-    if (differ or is_random(task.forward)) and version != 'rand':
-        yield "The model is random: use version='rand', which averages gradients over draws."
-    if version == 'rand' and not differ:
-        yield "The model is not random: version='standard' is the stronger choice."
-    count, total = int(clean['zero_gradient'].sum()), len(clean['zero_gradient'])
-    if count:
-        yield (
-            f'{count:,} of {total:,} clean images have no gradient at all: gradient-based attacks '
-            'cannot see the model there; look at Square, at a smooth substitute for what hides the '
-            'gradient (straight_through), and at transfer attacks.'
-        )
-    count = int(clean['infinite_gradient'].sum())
-    if count:
-        yield (
-            f'{count:,} of {total:,} clean images have gradients that are not finite: attacks that '
-            'follow them go astray; mend what divides by zero in the model.'
-        )
-    sums = logits.sum(-1)
-    if logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3):
-        yield 'The model returns probabilities: attack its logits, before the softmax.'
-    classes = logits.shape[-1]
-    for name, wanted in _TARGETS.items():
-        # In l1 fewer are wanted of Auto-PGD, which as many classes may have.
-        if sum(run.attack == name for run in plan) == classes - 1 < wanted:
-            yield f'With {classes} classes {name} aims at {classes - 1} of them, not at {wanted}.'
-    replaced = [name for name, least in _LEAST_CLASSES.items() if classes < least]
-    replaced = [name for name in replaced if any(run.attack == name for run in plan)]
-    if replaced:
-        yield (
-            f'With {classes} classes the DLR loss of {" and ".join(replaced)} is not defined: the '
-            'margin took its place.'
-        )
-
-
-def _square_warning(plan: Sequence[Run], found: _Found) -> tuple[str, ...]:
-    """Random search should find nothing that gradients missed."""
-    place = next(number for number, run in enumerate(plan) if run.attack == 'square')
-    count = int((found.broken_by == place).sum())
-    if place == 0 or not count:
-        return ()
-    return (
-        f'Square broke {count} images that the gradient-based attacks before it left: '
-        'the gradients of this model may mislead.',
-    )
 
 
 def _identity(task: _Task, version: str, plan: Iterable[Run]) -> dict[str, Any]:

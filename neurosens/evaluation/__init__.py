@@ -9,13 +9,8 @@ from neurosens.evaluation.accuracy import (
     stream,
 )
 from neurosens.evaluation.calibration import calibrate_defense, check_defense, pruning_scores
-from neurosens.evaluation.defended import (
-    DefenseOutcome,
-    DefenseReport,
-    evaluate_defense,
-    relative_cost,
-    success_rate,
-)
+from neurosens.evaluation.defended import evaluate_defense, relative_cost
+from neurosens.evaluation.defense_outcomes import DefenseOutcome, DefenseReport, success_rate
 from neurosens.evaluation.defense_report import (
     defense_facts,
     defense_rows,

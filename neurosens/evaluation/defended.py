@@ -14,144 +14,27 @@ import hashlib
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import attacks, data, defenses, fingerprints, parallel
 from neurosens import config as config_lib
-from neurosens.attacks.result import predicted_classes
-from neurosens.defenses import inverse_perturbation, oracles
-from neurosens.evaluation import accuracy, masking, robustness
+from neurosens.defenses import inverse_perturbation
+from neurosens.evaluation import accuracy, robustness
+from neurosens.evaluation.defense_moves import classify, measure_moves, strongest_static
+from neurosens.evaluation.defense_outcomes import (
+    ADAPTIVE,
+    STATIC,
+    DefenseOutcome,
+    DefenseReport,
+)
 from neurosens.forward import Forward, Variables
-from neurosens.neurons import units
-from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
 
-STATIC, ADAPTIVE = 'static', 'adaptive'
-GROUPS = ('front', 'middle', 'tail')
 _TIMED = 7
-
-
-class DefenseOutcome(NamedTuple):
-    """One attack on a defended model.
-
-    Attributes:
-      kind: `'static'` (made on the undefended model) or `'adaptive'` (made with knowledge of the
-        defence).
-      attack: its name, with the surrogate whose gradients it followed.
-      norm: norm of the threat.
-      eps: radius in pixel units.
-      success: the defended model misclassifies the image found, bool `[M]`.
-      fooled: of a static attack, whether the undefended model classifies the clean image correctly
-        and the attacked one not, bool `[M]`; None for others.
-      warnings: why the result may overestimate robustness.
-    """
-
-    kind: str
-    attack: str
-    norm: str
-    eps: float
-    success: Bool[np.ndarray, ' images']
-    fooled: Bool[np.ndarray, ' images'] | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Such as `'static/pgd-linf-0.1'`, the key of this outcome in result files."""
-        return f'{self.kind}/{self.attack}-{self.norm}-{self.eps:.3g}'
-
-
-class Moves(NamedTuple):
-    """What moves of the input recover of a static attack, and what the attack does to neurons.
-
-    Attributes:
-      attack: name of its outcome, the strongest of its radius.
-      controls: for each move of `oracles.NAMES`, and each size rho, the share of the images fooled
-        that it recovers.
-      shifts: for each layer, how the attack changes front, middle and tail neurons of the images
-        fooled: by group, the mean change of a neuron in units of the layer's mean |activation|.
-    """
-
-    attack: str
-    controls: Mapping[str, Mapping[float, float]]
-    shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' fooled']]]
-
-
-@dataclasses.dataclass(frozen=True)
-class DefenseReport:
-    """What a defence did on M images.
-
-    Attributes:
-      defense: its name.
-      settings: of its calibration, as plain values.
-      undefended: what the model says of clean images.
-      defended: what it says of them through the defence.
-      outcomes: attacks by kind and radius.
-      moves: of inverse perturbation, controls at each radius.
-      passes: forward passes of the model for one image.
-      cost: time for one image relative to the undefended model, measured.
-      diagnosis: of gradient masking by the defence; None where it was not asked for.
-      uncontrolled: why there are no controls although they were asked for, or empty.
-    """
-
-    defense: str
-    settings: dict[str, Any]
-    undefended: accuracy.Predictions
-    defended: accuracy.Predictions
-    outcomes: tuple[DefenseOutcome, ...]
-    moves: tuple[Moves, ...]
-    passes: int
-    cost: float
-    diagnosis: masking.Diagnosis | None = None
-    uncontrolled: str = ''
-
-    @property
-    def warnings(self) -> dict[str, tuple[str, ...]]:
-        """Why robustness may be overestimated, by the names of outcomes."""
-        return {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}
-
-    def undefended_worst_case(self, eps: float) -> np.ndarray:
-        """Whether the undefended model withstands every static attack of a radius `[M]`."""
-        robust = self.undefended.correct
-        for outcome in self.outcomes:
-            if outcome.eps == eps and outcome.fooled is not None:
-                robust = robust & ~outcome.fooled
-        return robust
-
-    def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:
-        """Whether each image stays classified correctly under every attack of a radius `[M]`."""
-        robust = self.defended.correct
-        for outcome in self.outcomes:
-            if outcome.eps == eps and outcome.kind in kinds:
-                robust = robust & ~outcome.success
-        return robust
-
-
-def success_rate(
-    fooled: Bool[np.ndarray, ' images'],
-    recovered: Bool[np.ndarray, ' images'],
-    valid: Bool[np.ndarray, ' images'] | None = None,
-) -> float:
-    """Defence success rate: of the attacked images that fooled the model, the share recovered.
-
-    Args:
-      fooled: the undefended model was right about the clean image and is wrong about the attacked
-        one `[M]`.
-      recovered: the defended model is right about the attacked one `[M]`.
-      valid: whether an attacked image can be used, such as that it is finite; all by default.
-
-    Returns:
-      A share in [0, 1]; NaN where nothing fooled the model.
-    """
-    counted = np.asarray(fooled, bool) & (True if valid is None else np.asarray(valid, bool))
-    if not counted.any():
-        return float('nan')
-    return float((np.asarray(recovered, bool) & counted).sum() / counted.sum())
 
 
 def evaluate_defense(
@@ -281,12 +164,12 @@ def evaluate_defense(
     moves = []
     known = isinstance(parameters, inverse_perturbation.Parameters)
     if known and settings.controls:
-        for strongest in _strongest_static(outcomes):
+        for strongest in strongest_static(outcomes):
             run = robustness.make_attack(
                 strongest.attack, forward, variables, evaluation, strongest.eps, key
             )
             moves.append(
-                _moves(
+                measure_moves(
                     run,
                     forward,
                     variables,
@@ -352,11 +235,6 @@ def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[Def
     ]
 
 
-@jax.jit
-def _classes(forward: Forward, variables: Variables, x: Array) -> Array:
-    return predicted_classes(forward(variables, x)[0])
-
-
 def _static(
     run: Callable[..., Any],
     forward: Forward,
@@ -366,105 +244,12 @@ def _static(
 ) -> dict[str, Array]:
     """An attack on the undefended model, judged by both."""
     x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
-    seen = _classes(forward, variables, x_adv)
+    seen = classify(forward, variables, x_adv)
     return {
         # Logits that are NaN show nothing to recover.
         'fooled': (seen != batch.label) & (seen >= 0),
-        'broken': _classes(defended, variables, x_adv) != batch.label,
+        'broken': classify(defended, variables, x_adv) != batch.label,
     }
-
-
-def _strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
-    """Of each radius the static attack that fools the undefended model most often.
-
-    Ensembles are left out, whose images come of several attacks.
-    """
-    strongest: dict[float, tuple[int, DefenseOutcome]] = {}
-    for outcome in outcomes:
-        if outcome.fooled is not None and not outcome.attack.startswith('autoattack'):
-            count = int(outcome.fooled.sum())
-            if outcome.eps not in strongest or count > strongest[outcome.eps][0]:
-                strongest[outcome.eps] = count, outcome
-    return [outcome for _, outcome in strongest.values()]
-
-
-def _moves(
-    run: Callable[..., Any],
-    forward: Forward,
-    variables: Variables,
-    stream: Callable[..., dict[str, np.ndarray]],
-    parameters: inverse_perturbation.Parameters,
-    key: PRNGKeyArray,
-    mesh: Mesh,
-    outcome: DefenseOutcome,
-) -> Moves:
-    """What moves of each size recover, and what the attack does to front and tail."""
-    settings = parameters.settings
-    sizes = [parallel.replicate(mesh, jnp.float32(rho)) for rho in settings.rho]
-    key = parallel.replicate(mesh, key)
-
-    def step(batch: data.Batch) -> dict[str, Array]:
-        x = data.to_float(batch.image)
-        x_adv = run(x, batch.label, batch.index).x_adv
-        found = {}
-        for rho, size in zip(settings.rho, sizes):
-            moved = oracles.moved(
-                forward,
-                variables,
-                x,
-                x_adv,
-                batch.label,
-                key,
-                rho=size,
-                parameters=parameters,
-                index=batch.index,
-            )
-            for name, images in moved.items():
-                right = _classes(forward, variables, images) == batch.label
-                found[f'{rho}|{name}'] = right
-        return {**found, **_shift(forward, variables, x, x_adv, settings)}
-
-    arrays = stream(step)
-    fooled = outcome.fooled
-    assert fooled is not None
-    controls = {
-        name: {rho: success_rate(fooled, arrays[f'{rho}|{name}']) for rho in settings.rho}
-        for name in oracles.NAMES
-    }
-    shifts = {
-        layer: {group: arrays[f'{layer}|{group}'][fooled] for group in GROUPS}
-        for layer in settings.layers
-    }
-    return Moves(outcome.name, controls, shifts)
-
-
-@functools.partial(jax.jit, static_argnames='settings')
-def _shift(
-    forward: Forward,
-    variables: Variables,
-    x: Array,
-    x_adv: Array,
-    settings: inverse_perturbation.Settings,
-) -> dict[str, Array]:
-    """Mean change of the neurons of each group, of each image's own partition."""
-
-    def example(x: Array, x_adv: Array) -> dict[str, Array]:
-        clean = inverse_perturbation.direction_example(forward, variables, x, settings=settings)
-        attacked = forward(variables, x_adv[None], taps=settings.layers)[1]
-        found = {}
-        for layer in settings.layers:
-            before = clean.activation[layer]
-            change = units.pool(attacked[layer][0], settings.unit) - before
-            scale = jnp.maximum(jnp.abs(before).mean(), jnp.finfo(jnp.float32).tiny)
-            part = inverse_perturbation.partition(clean.influence[layer], settings)
-            label = labels(part, len(before))
-            for group, value in zip(GROUPS, (FRONT, MIDDLE, TAIL)):
-                members = label == value
-                total = jnp.where(members, change, 0).sum() / jnp.maximum(members.sum(), 1)
-                found[f'{layer}|{group}'] = total / scale
-        return found
-
-    return jax.vmap(example)(x, x_adv)
 
 
 def relative_cost(
@@ -504,7 +289,7 @@ def relative_cost(
         seconds = []
         for model in (forward, defended):
             start = time.perf_counter()
-            jax.block_until_ready(_classes(model, variables, x))
+            jax.block_until_ready(classify(model, variables, x))
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[1] / seconds[0])
     # The first round compiles.

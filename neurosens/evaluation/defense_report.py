@@ -12,12 +12,7 @@ from matplotlib.figure import Figure
 
 from neurosens import metrics
 from neurosens.evaluation import files, masking, plots
-from neurosens.evaluation.defended import (
-    ADAPTIVE,
-    GROUPS,
-    STATIC,
-    DefenseReport,
-)
+from neurosens.evaluation.defense_outcomes import ADAPTIVE, GROUPS, STATIC, DefenseReport
 from neurosens.evaluation.report import aligned
 
 

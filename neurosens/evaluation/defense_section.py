@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from neurosens.evaluation.defended import GROUPS, DefenseReport
+from neurosens.evaluation.defense_outcomes import GROUPS, DefenseReport
 from neurosens.evaluation.defense_report import defense_rows, rates
 from neurosens.evaluation.html_page import Block, Figure, Notes, Section, Table
 from neurosens.evaluation.report_page import masking_section, share_text

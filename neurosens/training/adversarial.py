@@ -2,7 +2,7 @@
 
 Madry et al. 2018 (PGD), Wong, Rice & Kolter 2020 (FGSM from a random start), Shafahi et al. 2019
 (free), Zhang et al. 2019 (TRADES), Wang et al. 2020 (MART), Wu, Xia & Wang 2020 (adversarial weight
-perturbation), Tramer & Boneh 2019 and Maini, Wong & Kolter 2020 (several norms).
+perturbation); against several norms see `multi_norm`.
 
 BatchNorm: losses are taken with the statistics of their batch, clean and attacked images apart;
 each forward pass updates the running statistics, the attacked images last. The attack sees running
@@ -11,13 +11,12 @@ statistics (`attack_mode='eval'`) or those of the batch, without updating any (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -36,15 +35,24 @@ from neurosens.training.objective import (
 )
 
 ATTACK_MODES = ('eval', 'train')
-STRATEGIES = ('max', 'average', 'msd')
 
-_Logits = Callable[[Array], Float[Array, 'batch classes']]
+Logits = Callable[[Array], Float[Array, 'batch classes']]
 # Guards of the released program of MART.
 _TINY, _ABOVE_ONE = 1e-12, 1.0001
 
 
-def _attacked_logits(module: nn.Module, variables: Variables, mode: str, key: Array) -> _Logits:
-    """The model as the attack sees it."""
+def attacked_logits(module: nn.Module, variables: Variables, mode: str, key: Array) -> Logits:
+    """The model as an attack of training sees it.
+
+    Args:
+      module: the model.
+      variables: its variables, without derivatives.
+      mode: one of `ATTACK_MODES`.
+      key: of dropout in training mode.
+
+    Returns:
+      From images `[B, ...]` to logits `[B, K]`.
+    """
     if mode == 'eval':
         forward = LinenForward(module, {'train': False})
         return lambda x: forward(variables, x)[0]
@@ -62,11 +70,17 @@ def divergence(clean: Array, attacked: Array) -> Float[Array, ' batch']:
     return (jnp.exp(clean) * (clean - attacked)).sum(-1)
 
 
-def _step_size(eps: float, steps: int, share: float) -> float:
+def absolute_step(eps: float, steps: int, share: float) -> float:
+    """Length of a step in the units of eps, from its share of eps; 0 stands for 2.5 / steps."""
     return eps * (share or 2.5 / steps)
 
 
-def _check(norm: str, eps: float, steps: int, step_size: float, mode: str) -> None:
+def check_attack(norm: str, eps: float, steps: int, step_size: float, mode: str) -> None:
+    """Checks the settings of an attack of training.
+
+    Raises:
+      ValueError: a choice is unknown or a number out of range.
+    """
     if norm not in DUAL:
         raise ValueError(_validate.unknown('norm', norm, DUAL))
     if mode not in ATTACK_MODES:
@@ -115,7 +129,7 @@ def _against_one_threat(
     attack_mode: str,
     weight_gamma: float,
     start: Callable[[Threat, Array, PRNGKeyArray], Array],
-    aim: Callable[[_Logits, Array, Array], inner.BatchLoss],
+    aim: Callable[[Logits, Array, Array], inner.BatchLoss],
     loss: Callable[[Array | None, Array, Array], dict[str, Array]],
     clean_pass: bool = True,
 ) -> Objective:
@@ -140,7 +154,7 @@ def _against_one_threat(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    _check(norm, eps, steps, step_size, attack_mode)
+    check_attack(norm, eps, steps, step_size, attack_mode)
     _validate.check_range('weight_gamma', weight_gamma, low=0)
     threat = Threat(norm, eps)
 
@@ -160,7 +174,7 @@ def _against_one_threat(
                 "'shared' or weight_gamma."
             )
         start_key, attack_key, clean_key, loss_key = jax.random.split(key, 4)
-        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
+        seen = attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
         # What is attacked has no derivatives: those of a shared pass are of the clean images alone.
         fixed = jax.lax.stop_gradient(x)
         x_adv = inner.maximize(
@@ -169,7 +183,7 @@ def _against_one_threat(
             start(threat, fixed, start_key),
             threat=threat,
             steps=steps,
-            step_size=_step_size(eps, steps, step_size),
+            step_size=absolute_step(eps, steps, step_size),
         )
 
         def total(
@@ -208,12 +222,12 @@ def _near(threat: Threat, x: Array, key: PRNGKeyArray) -> Array:
     return x + 1e-3 * jax.random.normal(key, x.shape, x.dtype)
 
 
-def _higher_cross_entropy(seen: _Logits, x: Array, y: Array) -> inner.BatchLoss:
+def _higher_cross_entropy(seen: Logits, x: Array, y: Array) -> inner.BatchLoss:
     del x
     return lambda images: cross_entropy(seen(images), y)
 
 
-def _farther_from_clean(seen: _Logits, x: Array, y: Array) -> inner.BatchLoss:
+def _farther_from_clean(seen: Logits, x: Array, y: Array) -> inner.BatchLoss:
     del y
     reference = seen(x)
     return lambda images: divergence(reference, seen(images))
@@ -325,7 +339,7 @@ def free(
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    _check(norm, eps, 1, step_size, 'train')
+    check_attack(norm, eps, 1, step_size, 'train')
     _validate.check_range('step_size', step_size, low=0, low_open=True)
     _validate.check_whole('replays', replays)
 
@@ -466,110 +480,3 @@ def mart(
         aim=_higher_cross_entropy,
         loss=loss,
     )
-
-
-def multi_norm(
-    *,
-    norms: Sequence[str] = ('linf', 'l2', 'l1'),
-    eps: Sequence[float] = (8 / 255, 0.5, 12.0),
-    steps: int = 10,
-    step_size: float = 0.0,
-    strategy: str = 'max',
-    attack_mode: str = 'eval',
-) -> Objective:
-    """Cross-entropy on images that attacks of several norms find.
-
-    Args:
-      norms: of the threats.
-      eps: their radii, in pixels of [0, 1].
-      steps: steps of each attack.
-      step_size: their length as a share of eps; 0 for 2.5 / steps.
-      strategy: `'max'`, for each image the attack of largest loss, `'average'`, all of them (Tramer
-        & Boneh 2019), or `'msd'`, one attack that takes, step by step, the norm of largest loss
-        (Maini, Wong & Kolter 2020).
-      attack_mode: as of `pgd`.
-
-    Returns:
-      The objective. Its logits are those of the attacked images, of `'average'` of the last norm;
-      that logs the accuracy under each norm too, and their mean.
-
-    Raises:
-      ValueError: a choice is unknown, a number out of range, or there are not as many radii as
-        norms.
-    """
-    if isinstance(norms, str) or np.ndim(eps) == 0:
-        raise ValueError(
-            f'norms are {norms!r} and eps {eps!r}; both must be lists, with a radius for each norm.'
-        )
-    if not norms or len(norms) != len(eps):
-        raise ValueError(
-            f'norms are {tuple(norms)} and eps {tuple(eps)}; give one radius for each norm.'
-        )
-    for name, radius in zip(norms, eps):
-        _check(name, radius, steps, step_size, attack_mode)
-    if strategy not in STRATEGIES:
-        raise ValueError(_validate.unknown('strategy', strategy, STRATEGIES))
-    norms = list(norms)
-    threats = [Threat(name, radius) for name, radius in zip(norms, eps)]
-    sizes = [_step_size(radius, steps, step_size) for radius in eps]
-
-    def objective(
-        module: nn.Module,
-        variables: Variables,
-        x: Array,
-        y: Array,
-        key: PRNGKeyArray,
-        taps: Collection[str] | None = None,
-    ) -> tuple[Array, Outcome]:
-        refuse_taps(taps)
-        start_key, attack_key, loss_key = jax.random.split(key, 3)
-        seen = _attacked_logits(module, jax.lax.stop_gradient(variables), attack_mode, attack_key)
-
-        def loss(images: Array) -> Array:
-            return cross_entropy(seen(images), y)
-
-        if strategy == 'msd':
-            found = [
-                inner.maximize_steepest(loss, x, threats=threats, steps=steps, step_sizes=sizes)
-            ]
-        else:
-            found = [
-                inner.maximize(
-                    loss,
-                    x,
-                    inner.start(threat, x, own),
-                    threat=threat,
-                    steps=steps,
-                    step_size=size,
-                )
-                for threat, size, own in zip(
-                    threats, sizes, jax.random.split(start_key, len(threats))
-                )
-            ]
-        if strategy == 'max':
-            tried = jnp.stack(found)
-            worst = jax.lax.map(loss, tried).argmax(0)
-            rows = worst.reshape(1, -1, *[1] * (x.ndim - 1))
-            found = [jnp.take_along_axis(tried, rows, axis=0)[0]]
-        terms, accuracies = {}, {}
-        updates: Mapping[str, Any] = {}
-        for number, x_adv in enumerate(found):
-            attacked, updates = run_training_mode(
-                module,
-                {**variables, **updates},
-                x_adv,
-                jax.random.fold_in(loss_key, number),
-            )
-            # Radii of one norm may be several.
-            name = norms[number] if norms.count(norms[number]) == 1 else f'{norms[number]}_{number}'
-            terms[name] = cross_entropy(attacked, y).mean() / len(found)
-            accuracies[name] = (attacked.argmax(-1) == y).mean()
-        several = terms if len(terms) > 1 else {}
-        total = sum(accuracies.values(), start=jnp.zeros(()))
-        metrics = {'attacked_accuracy': total / len(accuracies)}
-        if several:
-            metrics |= {f'attacked_accuracy/{name}': value for name, value in accuracies.items()}
-        outcome = Outcome(attacked, updates, metrics, attacked=found[-1], terms=several)
-        return sum(terms.values(), start=jnp.zeros(())), outcome
-
-    return objective

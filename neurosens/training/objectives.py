@@ -22,7 +22,7 @@ from jaxtyping import Array, PRNGKeyArray
 from neurosens import _validate, regularizers
 from neurosens.forward import Variables
 from neurosens.regularizers import Regularizer
-from neurosens.training import adversarial
+from neurosens.training import adversarial, multi_norm
 from neurosens.training.objective import (
     Objective,
     Outcome,
@@ -85,7 +85,7 @@ OBJECTIVES: Mapping[str, ObjectiveFactory] = {
     'free': adversarial.free,
     'trades': adversarial.trades,
     'mart': adversarial.mart,
-    'multi_norm': adversarial.multi_norm,
+    'multi_norm': multi_norm.multi_norm,
 }
 REGULARIZERS: Mapping[str, RegularizerFactory] = {
     'activation_norm': regularizers.activation_norm,

@@ -9,7 +9,8 @@ import pytest
 
 from neurosens import parallel
 from neurosens.attacks import Threat, autoattack, random_forward, straight_through
-from neurosens.attacks.autoattack import CLEAN, ROBUST, _batches, runs
+from neurosens.attacks.autoattack import CLEAN, ROBUST, _batches
+from neurosens.attacks.autoattack_runs import runs
 from neurosens.forward import with_input_transform
 
 EPS = {'linf': 0.05, 'l2': 0.35, 'l1': 2.0}

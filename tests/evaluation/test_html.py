@@ -16,7 +16,7 @@ from PIL import Image
 
 from neurosens import config, data, evaluation, neurons
 from neurosens.evaluation import html_page
-from neurosens.evaluation.defended import Moves
+from neurosens.evaluation.defense_outcomes import Moves
 from neurosens.evaluation.html_page import (
     Code,
     Figure,

@@ -11,10 +11,10 @@ from PIL import Image
 from neurosens import data, evaluation, neurons
 from neurosens.evaluation import (
     files,
+    layer_measures,
     measure_plots,
     neuron_distances,
     neuron_files,
-    neuron_measures,
     neuron_report,
     sensitivity_plots,
     top_neuron_plots,
@@ -58,7 +58,7 @@ def make_layer(name, count, seed, labels):
             norms=random.exponential(size=count),
             permutations=99,
         )
-        for score in neuron_measures.TARGET_SCORES
+        for score in layer_measures.TARGET_SCORES
     }
     alphas, present = np.linspace(-1, 1, 5), np.linspace(1, 0, 5)
     curves = {

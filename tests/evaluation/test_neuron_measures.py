@@ -185,7 +185,7 @@ def test_shift_and_targeting_follow_the_images_that_the_attack_moves(model, sour
     found = layer.targeting['l2']
     np.testing.assert_allclose(found.mean_score, scores.mean(0), rtol=1e-4)
     np.testing.assert_array_equal(found.histogram, np.bincount(scores.argmax(1), minlength=2))
-    assert set(layer.targeting) == set(evaluation.neuron_measures.TARGET_SCORES)
+    assert set(layer.targeting) == set(evaluation.layer_measures.TARGET_SCORES)
 
 
 def test_quantiles_are_off_by_at_most_a_bin_of_the_histogram(model, source):

@@ -12,7 +12,7 @@ from neurosens import models, parallel
 from neurosens.attacks import Threat
 from neurosens.forward import LinenForward
 from neurosens.regularizers import neuron_contribution, sensitivity_and_jacobian
-from neurosens.training import adversarial, inner, run_training_mode, standard
+from neurosens.training import adversarial, inner, multi_norm, run_training_mode, standard
 
 KEY = jax.random.key(0)
 ORDER = {'linf': np.inf, 'l2': 2, 'l1': 1}
@@ -22,7 +22,7 @@ MAKERS = {
     'fgsm_rs': adversarial.fgsm_rs,
     'trades': functools.partial(adversarial.trades, steps=2),
     'mart': functools.partial(adversarial.mart, steps=2),
-    'multi_norm': functools.partial(adversarial.multi_norm, norms=('linf', 'l2'), steps=2),
+    'multi_norm': functools.partial(multi_norm.multi_norm, norms=('linf', 'l2'), steps=2),
 }
 
 
@@ -177,8 +177,8 @@ def test_clean_images_have_their_share(net):
 def test_several_norms_are_averaged_or_the_worst_taken(net):
     options = {'norms': ('linf', 'l2'), 'eps': (0.02, 1.5), 'steps': 3}
     loss = {
-        strategy: float(run(adversarial.multi_norm(strategy=strategy, **options), net)[0])
-        for strategy in adversarial.STRATEGIES
+        strategy: float(run(multi_norm.multi_norm(strategy=strategy, **options), net)[0])
+        for strategy in multi_norm.STRATEGIES
     }
     clean = float(run(standard(), net)[0])
     assert clean < loss['average'] < loss['max']
@@ -193,13 +193,13 @@ def test_of_several_norms_each_and_the_mean_accuracy_are_logged(net):
     net = module, variables, x, logits.argmax(-1)
     threats = {'linf': 0.3, 'l2': 1e-6}
     options = {'norms': tuple(threats), 'eps': tuple(threats.values()), 'steps': 3}
-    metrics = run(adversarial.multi_norm(strategy='average', **options), net)[1].metrics
+    metrics = run(multi_norm.multi_norm(strategy='average', **options), net)[1].metrics
     found = {name: float(value) for name, value in metrics.items()}
     assert found.keys() == {'attacked_accuracy', *(f'attacked_accuracy/{name}' for name in threats)}
     assert found['attacked_accuracy/linf'] < found['attacked_accuracy/l2']
     mean = (found['attacked_accuracy/linf'] + found['attacked_accuracy/l2']) / 2
     assert found['attacked_accuracy'] == pytest.approx(mean)
-    worst = run(adversarial.multi_norm(strategy='max', **options), net)[1].metrics
+    worst = run(multi_norm.multi_norm(strategy='max', **options), net)[1].metrics
     assert worst.keys() == {'attacked_accuracy'}
 
 
@@ -370,7 +370,7 @@ def test_without_jit_the_loss_and_its_gradient_are_the_same(net, name):
 SPLIT = {
     **{name: functools.partial(make, **radius(name, 0.1)) for name, make in MAKERS.items()},
     'multi_norm, steepest': functools.partial(
-        adversarial.multi_norm,
+        multi_norm.multi_norm,
         norms=('linf', 'l2', 'l1'),
         eps=(0.05, 0.3, 1.0),
         strategy='msd',
@@ -429,8 +429,8 @@ def test_one_and_eight_devices_have_the_same_loss_and_gradient(net, name):
         (adversarial.fgsm_rs, {'step_size': 0.0}, 'step_size is 0.0'),
         (adversarial.trades, {'beta': -1.0}, 'beta is -1.0'),
         (adversarial.mart, {'attack_mode': 'both'}, "Unknown attack_mode 'both'; valid names are"),
-        (adversarial.multi_norm, {'norms': ('l2',)}, 'give one radius for each norm'),
-        (adversarial.multi_norm, {'strategy': 'min'}, "Unknown strategy 'min'"),
+        (multi_norm.multi_norm, {'norms': ('l2',)}, 'give one radius for each norm'),
+        (multi_norm.multi_norm, {'strategy': 'min'}, "Unknown strategy 'min'"),
     ],
 )
 def test_mistakes_are_named(make, options, message):

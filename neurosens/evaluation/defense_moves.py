@@ -1,0 +1,140 @@
+"""Moves of the input as controls of inverse perturbation, and what attacks do to its neurons."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, PRNGKeyArray
+
+from neurosens import data, parallel
+from neurosens.attacks.result import predicted_classes
+from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.evaluation.defense_outcomes import GROUPS, DefenseOutcome, Moves, success_rate
+from neurosens.forward import Forward, Variables
+from neurosens.neurons import units
+from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
+
+
+@jax.jit
+def classify(forward: Forward, variables: Variables, x: Array) -> Array:
+    """Classes `[B]` that a model gives images `[B, ...]`; -1 where its logits are NaN."""
+    return predicted_classes(forward(variables, x)[0])
+
+
+def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
+    """Of each radius the static attack that fools the undefended model most often.
+
+    Ensembles are left out, whose images come of several attacks.
+
+    Args:
+      outcomes: attacks on a defence.
+
+    Returns:
+      One outcome for each radius that a static attack had.
+    """
+    strongest: dict[float, tuple[int, DefenseOutcome]] = {}
+    for outcome in outcomes:
+        if outcome.fooled is not None and not outcome.attack.startswith('autoattack'):
+            count = int(outcome.fooled.sum())
+            if outcome.eps not in strongest or count > strongest[outcome.eps][0]:
+                strongest[outcome.eps] = count, outcome
+    return [outcome for _, outcome in strongest.values()]
+
+
+def measure_moves(
+    run: Callable[..., Any],
+    forward: Forward,
+    variables: Variables,
+    stream: Callable[..., dict[str, np.ndarray]],
+    parameters: inverse_perturbation.Parameters,
+    key: PRNGKeyArray,
+    mesh: Mesh,
+    outcome: DefenseOutcome,
+) -> Moves:
+    """What moves of each size recover, and what the attack does to front and tail.
+
+    Args:
+      run: the attack on the undefended model, from images, labels and their places in the data.
+      forward: the undefended model.
+      variables: its variables, replicated over the mesh.
+      stream: runs a function of batches over the data.
+      parameters: of inverse perturbation, replicated over the mesh.
+      key: of random directions.
+      mesh: devices to run on.
+      outcome: of that attack.
+
+    Returns:
+      Both, of the images that the attack fooled.
+    """
+    settings = parameters.settings
+    sizes = [parallel.replicate(mesh, jnp.float32(rho)) for rho in settings.rho]
+    key = parallel.replicate(mesh, key)
+
+    def step(batch: data.Batch) -> dict[str, Array]:
+        x = data.to_float(batch.image)
+        x_adv = run(x, batch.label, batch.index).x_adv
+        found = {}
+        for rho, size in zip(settings.rho, sizes):
+            moved = oracles.moved(
+                forward,
+                variables,
+                x,
+                x_adv,
+                batch.label,
+                key,
+                rho=size,
+                parameters=parameters,
+                index=batch.index,
+            )
+            for name, images in moved.items():
+                right = classify(forward, variables, images) == batch.label
+                found[f'{rho}|{name}'] = right
+        return {**found, **_shift(forward, variables, x, x_adv, settings)}
+
+    arrays = stream(step)
+    fooled = outcome.fooled
+    assert fooled is not None
+    controls = {
+        name: {rho: success_rate(fooled, arrays[f'{rho}|{name}']) for rho in settings.rho}
+        for name in oracles.NAMES
+    }
+    shifts = {
+        layer: {group: arrays[f'{layer}|{group}'][fooled] for group in GROUPS}
+        for layer in settings.layers
+    }
+    return Moves(outcome.name, controls, shifts)
+
+
+@functools.partial(jax.jit, static_argnames='settings')
+def _shift(
+    forward: Forward,
+    variables: Variables,
+    x: Array,
+    x_adv: Array,
+    settings: inverse_perturbation.Settings,
+) -> dict[str, Array]:
+    """Mean change of the neurons of each group, of each image's own partition."""
+
+    def example(x: Array, x_adv: Array) -> dict[str, Array]:
+        clean = inverse_perturbation.direction_example(forward, variables, x, settings=settings)
+        attacked = forward(variables, x_adv[None], taps=settings.layers)[1]
+        found = {}
+        for layer in settings.layers:
+            before = clean.activation[layer]
+            change = units.pool(attacked[layer][0], settings.unit) - before
+            scale = jnp.maximum(jnp.abs(before).mean(), jnp.finfo(jnp.float32).tiny)
+            part = inverse_perturbation.partition(clean.influence[layer], settings)
+            label = labels(part, len(before))
+            for group, value in zip(GROUPS, (FRONT, MIDDLE, TAIL)):
+                members = label == value
+                total = jnp.where(members, change, 0).sum() / jnp.maximum(members.sum(), 1)
+                found[f'{layer}|{group}'] = total / scale
+        return found
+
+    return jax.vmap(example)(x, x_adv)

@@ -1,0 +1,132 @@
+"""What a defence withstood: outcomes of attacks, and the report that gathers them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from neurosens.evaluation import accuracy, masking
+
+STATIC, ADAPTIVE = 'static', 'adaptive'
+GROUPS = ('front', 'middle', 'tail')
+
+
+class DefenseOutcome(NamedTuple):
+    """One attack on a defended model.
+
+    Attributes:
+      kind: `'static'` (made on the undefended model) or `'adaptive'` (made with knowledge of the
+        defence).
+      attack: its name, with the surrogate whose gradients it followed.
+      norm: norm of the threat.
+      eps: radius in pixel units.
+      success: the defended model misclassifies the image found, bool `[M]`.
+      fooled: of a static attack, whether the undefended model classifies the clean image correctly
+        and the attacked one not, bool `[M]`; None for others.
+      warnings: why the result may overestimate robustness.
+    """
+
+    kind: str
+    attack: str
+    norm: str
+    eps: float
+    success: Bool[np.ndarray, ' images']
+    fooled: Bool[np.ndarray, ' images'] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as `'static/pgd-linf-0.1'`, the key of this outcome in result files."""
+        return f'{self.kind}/{self.attack}-{self.norm}-{self.eps:.3g}'
+
+
+class Moves(NamedTuple):
+    """What moves of the input recover of a static attack, and what the attack does to neurons.
+
+    Attributes:
+      attack: name of its outcome, the strongest of its radius.
+      controls: for each move of `oracles.NAMES`, and each size rho, the share of the images fooled
+        that it recovers.
+      shifts: for each layer, how the attack changes front, middle and tail neurons of the images
+        fooled: by group, the mean change of a neuron in units of the layer's mean |activation|.
+    """
+
+    attack: str
+    controls: Mapping[str, Mapping[float, float]]
+    shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' fooled']]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DefenseReport:
+    """What a defence did on M images.
+
+    Attributes:
+      defense: its name.
+      settings: of its calibration, as plain values.
+      undefended: what the model says of clean images.
+      defended: what it says of them through the defence.
+      outcomes: attacks by kind and radius.
+      moves: of inverse perturbation, controls at each radius.
+      passes: forward passes of the model for one image.
+      cost: time for one image relative to the undefended model, measured.
+      diagnosis: of gradient masking by the defence; None where it was not asked for.
+      uncontrolled: why there are no controls although they were asked for, or empty.
+    """
+
+    defense: str
+    settings: dict[str, Any]
+    undefended: accuracy.Predictions
+    defended: accuracy.Predictions
+    outcomes: tuple[DefenseOutcome, ...]
+    moves: tuple[Moves, ...]
+    passes: int
+    cost: float
+    diagnosis: masking.Diagnosis | None = None
+    uncontrolled: str = ''
+
+    @property
+    def warnings(self) -> dict[str, tuple[str, ...]]:
+        """Why robustness may be overestimated, by the names of outcomes."""
+        return {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}
+
+    def undefended_worst_case(self, eps: float) -> np.ndarray:
+        """Whether the undefended model withstands every static attack of a radius `[M]`."""
+        robust = self.undefended.correct
+        for outcome in self.outcomes:
+            if outcome.eps == eps and outcome.fooled is not None:
+                robust = robust & ~outcome.fooled
+        return robust
+
+    def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:
+        """Whether each image stays classified correctly under every attack of a radius `[M]`."""
+        robust = self.defended.correct
+        for outcome in self.outcomes:
+            if outcome.eps == eps and outcome.kind in kinds:
+                robust = robust & ~outcome.success
+        return robust
+
+
+def success_rate(
+    fooled: Bool[np.ndarray, ' images'],
+    recovered: Bool[np.ndarray, ' images'],
+    valid: Bool[np.ndarray, ' images'] | None = None,
+) -> float:
+    """Defence success rate: of the attacked images that fooled the model, the share recovered.
+
+    Args:
+      fooled: the undefended model was right about the clean image and is wrong about the attacked
+        one `[M]`.
+      recovered: the defended model is right about the attacked one `[M]`.
+      valid: whether an attacked image can be used, such as that it is finite; all by default.
+
+    Returns:
+      A share in [0, 1]; NaN where nothing fooled the model.
+    """
+    counted = np.asarray(fooled, bool) & (True if valid is None else np.asarray(valid, bool))
+    if not counted.any():
+        return float('nan')
+    return float((np.asarray(recovered, bool) & counted).sum() / counted.sum())
