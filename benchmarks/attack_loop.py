@@ -90,7 +90,8 @@ def prepare(*, model: str, batch_size: int, steps: int, devices: int) -> harness
     for name, rewrite in rewrites.items():
         loop = jax.jit(functools.partial(_loops, loss, rewrite, threat, steps))
         units[name] = _blocking(functools.partial(loop, variables, x, y))
-    return harness.Prepared(units, {'devices': mesh.size, 'units': list(units)})
+    flops = steps * harness.count_flops(gradient, variables, x, y)
+    return harness.Prepared(units, {'devices': mesh.size, 'units': list(units), 'flops': flops})
 
 
 def _loops(
@@ -165,9 +166,11 @@ def main() -> None:
         spec = harness.WorkerSpec('benchmarks.attack_loop:prepare', options)
         with harness.worker(spec) as worker:
             units = {name: worker.unit(name) for name in worker.details['units']}
-            measurements[model] = harness.alternate(units, rounds=arguments.rounds, warmup=1)
+            measurements[model], floors = harness.beside_floors(units, rounds=arguments.rounds)
+            pace = floors.pace(measurements[model], {FLOOR: worker.details['flops']})
         shape = ' x '.join(map(str, data.info(dataset).image_shape))
-        tables += [f'`{model}` on images of {shape}:', table(measurements[model])]
+        title = f'`{model}` on images of {shape}. {pace}'
+        tables += [harness.wrapped(title), table(measurements[model])]
     definition = (
         f'Floor: {arguments.steps} calls of a compiled input gradient of the whole batch of '
         f'{arguments.batch_size}.'

@@ -202,7 +202,13 @@ def prepare(
         ),
     }
     blocking = {name: on(_run, unit) for name, unit in units.items()}
-    return harness.Prepared(blocking, {'devices': mesh.size, 'units': list(units)})
+    flops = {
+        GRADIENTS: _CALLS * harness.count_flops(gradient, variables, x, y),
+        FORWARDS: _CALLS * harness.count_flops(logits, variables, x),
+        JACOBIANS: _calls(JACOBIANS) * harness.count_flops(jacobian, variables, x),
+    }
+    details = {'devices': mesh.size, 'units': list(units), 'flops': flops}
+    return harness.Prepared(blocking, details)
 
 
 def _run(unit: Callable[[], Any]) -> None:
@@ -252,9 +258,23 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Timed(NamedTuple):
+    """What was measured of a subject on one network.
+
+    Attributes:
+        measurement: the timings.
+        pace: at what share of the peak of convolutions the floors run.
+        necessary: what `_necessary` says of AutoAttack, if it ran.
+    """
+
+    measurement: harness.Measurement
+    pace: str
+    necessary: dict[str, float]
+
+
 def measure(
     subject: str, name: str, arguments: argparse.Namespace, changes: Mapping[str, Any]
-) -> tuple[harness.Measurement, dict[str, float]]:
+) -> Timed:
     """Times all candidates of a subject on one network in turns.
 
     Args:
@@ -264,7 +284,7 @@ def measure(
         changes: fields of `Setting`.
 
     Returns:
-        The timings, and what `_necessary` says of AutoAttack, if it ran.
+        What was measured.
     """
     options = {
         'name': name,
@@ -292,10 +312,11 @@ def measure(
             if cold:
                 for floor in (GRADIENTS, FORWARDS):
                     ours.unit(floor)()
-            measured = harness.alternate(
+            measured, floors = harness.beside_floors(
                 units, rounds=arguments.rounds, warmup=0 if cold else 1, announce=_announce
             )
-        return measured, json.loads(file.read_text()) if file.exists() else {}
+            pace = floors.pace(measured, ours.details['flops'])
+        return Timed(measured, pace, json.loads(file.read_text()) if file.exists() else {})
 
 
 def _announce(name: str, seconds: float) -> None:
@@ -391,8 +412,9 @@ def _steps(arguments: argparse.Namespace) -> None:
     changes = {'queries': 100}
     for name in arguments.networks:
         chosen = setting(name, **changes)
-        measurements[name], _ = measure('steps', name, arguments, changes)
-        tables += [f'{NETWORKS[name]}:', steps_table(measurements[name], chosen)]
+        measurements[name], pace, _ = measure('steps', name, arguments, changes)
+        title = harness.wrapped(f'{NETWORKS[name]}. {pace}')
+        tables += [title, steps_table(measurements[name], chosen)]
         if not arguments.only:
             rows.append(overheads(name, measurements[name], chosen))
     if rows:
@@ -410,10 +432,11 @@ def _steps(arguments: argparse.Namespace) -> None:
 
 
 def _ensembles(arguments: argparse.Namespace) -> None:
-    measurements, details, rows = {}, {}, []
+    measurements, details, rows, paces = {}, {}, [], []
     for name in arguments.networks:
-        measured, necessary = measure('autoattack', name, arguments, {})
+        measured, pace, necessary = measure('autoattack', name, arguments, {})
         measurements[name], details[name] = measured, necessary
+        paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
         rows += ensemble_rows(f'{_SHORT[name]}, {_RADII[name]}', measured, necessary)
     header = (
         'Network, linf eps',
@@ -434,6 +457,7 @@ def _ensembles(arguments: argparse.Namespace) -> None:
         arguments,
         harness.wrapped(definition),
         harness.markdown_table(header, rows),
+        *paces,
         measurements=measurements,
         details={'necessary': details},
     )
@@ -473,10 +497,11 @@ def ensemble_rows(
 
 
 def _neurons(arguments: argparse.Namespace) -> None:
-    measurements, rows = {}, []
+    measurements, rows, paces = {}, [], []
     for name in arguments.networks:
-        measured, _ = measure('neurons', name, arguments, {})
+        measured, pace, _ = measure('neurons', name, arguments, {})
         measurements[name] = measured
+        paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
         ours, turns = 'neurosens neurons', 'PyTorch neurons in turn'
         floor = measured.scaled(GRADIENTS, Setting.neurons * Setting.neuron_steps / _CALLS)
         pairs = harness.Ratio(*(PAIR_SHARE * value for value in measured.ratio(PAIRS, ours)))
@@ -497,14 +522,15 @@ def _neurons(arguments: argparse.Namespace) -> None:
         'neuron and step.'
     )
     table = harness.markdown_table((*header, 'share of floor'), rows)
-    harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)
+    harness.report(arguments, harness.wrapped(definition), table, *paces, measurements=measurements)
 
 
 def _every_overhead(arguments: argparse.Namespace) -> None:
-    measurements, rows = {}, []
+    measurements, rows, paces = {}, [], []
     for name in arguments.networks:
-        measured, _ = measure('overhead', name, arguments, {})
+        measured, pace, _ = measure('overhead', name, arguments, {})
         measurements[name] = measured
+        paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
         for attack, one in _OVERHEADS.items():
             unit = _steps_of(attack)
             floors = [measured.scaled(part, one.steps / _calls(part)) for part in one.floor]
@@ -529,7 +555,7 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
         'gradients of all logits where steps need these.'
     )
     table = harness.markdown_table((*header, 'share of floor'), rows)
-    harness.report(arguments, harness.wrapped(definition), table, measurements=measurements)
+    harness.report(arguments, harness.wrapped(definition), table, *paces, measurements=measurements)
 
 
 def _compile(arguments: argparse.Namespace) -> None:

@@ -86,7 +86,8 @@ def prepare(*, batch_size: int) -> harness.Prepared:
             (GRADIENT, gradient, (variables, x, y)),
         ):
             units[f'{name}, {kind}'] = _unit(function, interceptor, arguments)
-    return harness.Prepared(units, {'devices': mesh.size, 'units': list(units)})
+    flops = harness.count_flops(jax.jit(logits), variables, x)
+    return harness.Prepared(units, {'devices': mesh.size, 'units': list(units), 'flops': flops})
 
 
 def _unit(
@@ -139,12 +140,16 @@ def main() -> None:
     spec = harness.WorkerSpec('benchmarks.batch_norm:prepare', {'batch_size': arguments.batch_size})
     with harness.worker(spec) as worker:
         units = {name: worker.unit(name) for name in worker.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
+        pace = floors.pace(measurement, {f'{FORWARD}, none': worker.details['flops']})
     definition = (
         f'ResNet-20 on {arguments.batch_size} images. Floor: the same network without '
-        'normalisations.'
+        f'normalisations. {pace}'
     )
-    harness.report(arguments, definition, table(measurement), measurements={MODEL: measurement})
+    measurements = {MODEL: measurement}
+    harness.report(
+        arguments, harness.wrapped(definition), table(measurement), measurements=measurements
+    )
 
 
 if __name__ == '__main__':

@@ -293,6 +293,24 @@ class Floors:
         """Returns how long so many operations take in each round at the peak of products."""
         return tuple(flops / rate for rate in self.matmul)
 
+    def pace(self, measurement: Measurement, flops: Mapping[str, float]) -> str:
+        """Says at what share of the peak of convolutions candidates run, and what the peaks are.
+
+        Args:
+            measurement: timings in the same rounds.
+            flops: operations of candidates, those that were not timed among them.
+
+        Returns:
+            Two sentences.
+        """
+        shares = [
+            f'{name}: {count / 1e9:.3g} GFLOP at '
+            f'{percent(measurement.share(name, self.convolution_seconds(count)))}'
+            for name, count in flops.items()
+            if name in measurement.seconds
+        ]
+        return f'Of the peak of convolutions, {"; ".join(shares)}. {self}' if shares else str(self)
+
     def __str__(self) -> str:
         matmul, convolution, memory = (
             statistics.median(rates) / 1e9 for rates in (self.matmul, self.convolution, self.memory)
@@ -350,9 +368,11 @@ def prepare_floors(*, size: int = 2048, megabytes: int = 64) -> Prepared:
 def count_flops(function: Any, *arguments: Any) -> float:
     """Counts the operations of a jitted function, as it is before any compiler has changed it.
 
-    The body of a loop counts once, and what oneDNN or another library is called for not at all.
+    The body of a loop counts once. Counted is what would run on a GPU, where no convolution is
+    handed over to a library that hides its operations.
     """
-    return function.lower(*arguments).cost_analysis()['flops']
+    lowered = function.trace(*arguments).lower(lowering_platforms=('cuda',))
+    return lowered.cost_analysis()['flops']
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -384,21 +404,34 @@ def _least_seconds(unit: Unit, repeats: int = 3) -> float:
 
 
 def beside_floors(
-    candidates: Mapping[str, Unit], *, rounds: int, repeats: int = 1
+    candidates: Mapping[str, Unit],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    repeats: int = 1,
+    announce: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> tuple[Measurement, Floors]:
     """Times candidates in turns, and in the same rounds what the device does at its best.
 
     Args:
-        candidates: as for `alternate`, like `rounds` and `repeats`.
+        candidates: as for `alternate`, like all that follows.
         rounds: measured rounds.
+        warmup: rounds before them.
         repeats: units per turn.
+        announce: called after each measured turn.
 
     Returns:
         The seconds of the candidates, and the rates of the device.
     """
     with worker(WorkerSpec('benchmarks.harness:prepare_floors')) as host:
         peaks = {f'floor: {name}': host.unit(name) for name in _FLOOR_UNITS}
-        whole = alternate({**candidates, **peaks}, rounds=rounds, repeats=repeats)
+        whole = alternate(
+            {**candidates, **peaks},
+            rounds=rounds,
+            warmup=warmup,
+            repeats=repeats,
+            announce=announce,
+        )
         rates = {
             name: tuple(work / value for value in whole.seconds[f'floor: {name}'])
             for name, work in host.details['work'].items()

@@ -234,7 +234,8 @@ def prepare_input_gradients(
         'neurosens': _blocking(run),
         'neurosens, forward pass': _blocking(lambda: plain(variables, x)),
     }
-    return _prepared(units, devices=mesh.size)
+    flops = harness.count_flops(plain, variables, x)
+    return _prepared(units, devices=mesh.size, flops={'neurosens, forward pass': flops})
 
 
 def _resnet(mesh: jax.sharding.Mesh, images: int, seed: int) -> tuple[LinenForward, Any, Any]:
@@ -292,7 +293,8 @@ def prepare_probes(
         '1 probe': run(1),
         f'{probes} probes': run(probes),
     }
-    return _prepared(units, devices=mesh.size)
+    flops = harness.count_flops(plain, variables, x)
+    return _prepared(units, devices=mesh.size, flops={'forward pass': flops})
 
 
 def probes(arguments: argparse.Namespace) -> None:
@@ -301,7 +303,8 @@ def probes(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         ours = _start(stack, 'neurons:prepare_probes', options)
         units = {name: ours.unit(name) for name in ours.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
+        pace = floors.pace(measurement, ours.details['flops'])
     rows = []
     for name in units:
         ratio = measurement.ratio(name, 'forward pass')
@@ -318,7 +321,7 @@ def probes(arguments: argparse.Namespace) -> None:
     header = ('All layers of ResNet-20', 'ms', 'forward passes per probe', 'share of floor')
     harness.report(
         arguments,
-        f'Batch {GRADIENT_IMAGES}. Floor: a forward pass per probe.',
+        harness.wrapped(f'Batch {GRADIENT_IMAGES}. Floor: a forward pass per probe. {pace}'),
         harness.markdown_table(header, rows),
         measurements={'probes': measurement},
     )
@@ -399,14 +402,17 @@ def _logit_units(
     def backward_passes() -> list[jax.Array]:
         return [backward(pull, cotangent) for cotangent in cotangents]
 
+    alone = f'{passes} backward passes, one call each'
     other = 'forward' if classes <= channels else 'reverse'
     units = {
         'neurosens': _blocking(run),
         f'neurosens, {other} mode': _blocking(functools.partial(run, direction=other)),
         f'forward pass and {passes} backward passes, one call each': _blocking(floor),
-        f'{passes} backward passes, one call each': _blocking(backward_passes),
+        alone: _blocking(backward_passes),
     }
-    return _prepared(units, devices=mesh.size, classes=classes, neurons=channels)
+    flops = passes * harness.count_flops(backward, pull, cotangents[0])
+    details = {'classes': classes, 'neurons': channels, 'flops': {alone: flops}}
+    return _prepared(units, devices=mesh.size, **details)
 
 
 def logit_gradients(arguments: argparse.Namespace) -> None:
@@ -429,13 +435,14 @@ def few_neurons(arguments: argparse.Namespace) -> None:
         options = {'images': GRADIENT_IMAGES, 'seed': 0, 'layer': FEW_LAYER}
         worker = _start(stack, 'neurons:prepare_few_neurons', options)
         units = {name: worker.unit(name) for name in worker.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
+        pace = floors.pace(measurement, worker.details['flops'])
         channels, classes = worker.details['neurons'], worker.details['classes']
     alone = f'{channels} backward passes, one call each'
     definition = (
         f'The {channels} channels of `{FEW_LAYER}` of a ResNet-20 of {classes} classes, batch '
         f'{GRADIENT_IMAGES}: a pass for each channel in forward mode, not for each class. Floor: '
-        f'{alone}.'
+        f'{alone}. {pace}'
     )
     harness.report(
         arguments,
@@ -790,15 +797,15 @@ def _against_torch(
         agreement = _compare(folder, names, rtol=rtol, atol=atol)
         peers = {f'PyTorch: {name}': theirs.unit(name) for name in theirs.details['units']}
         units = {name: ours.unit(name) for name in ours.details['units']} | peers
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
         if floor_seconds is None:
-            measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
-            seconds, peaks = floors.matmul_seconds(flops), f' {floors}'
+            seconds, peaks = floors.matmul_seconds(flops), str(floors)
         else:
-            measurement = harness.alternate(units, rounds=arguments.rounds)
-            seconds, peaks = floor_seconds(measurement), ''
+            seconds = floor_seconds(measurement)
+            peaks = floors.pace(measurement, ours.details['flops'])
     harness.report(
         arguments,
-        harness.wrapped(f'{title} {agreement} Floor: {floor}.{peaks}'),
+        harness.wrapped(f'{title} {agreement} Floor: {floor}. {peaks}'),
         _table(measurement, list(peers), seconds),
         measurements={subject: measurement},
     )

@@ -34,6 +34,8 @@ from neurosens.training import objectives, optimizers, step
 
 PGD_STEPS = 7
 STEPS = 2
+# Turns of which the median counts: the first step after another process has had the cores is slow.
+_REPEATS = 3
 _FIT = 'cross-entropy'
 _UPDATES = 100_000
 
@@ -176,7 +178,9 @@ def prepare(
     """
     mesh = harness.start_jax(batch_size)
     units = {term: _training_unit(name, TERMS[term], mesh, batch_size) for term in terms}
-    details = {}
+    state, train_step, key = _make_step(name, TERMS['plain'], mesh)
+    batch = parallel.shard(mesh, noise(NETWORKS[name], batch_size)[0])
+    details = {'flops': harness.count_flops(train_step, state, batch, key)}
     if peak:
         details['peak'] = harness.peak_memory(units[terms[0]])
         state, train_step, key = _make_step(name, TERMS[terms[0]], mesh)
@@ -197,18 +201,22 @@ def _steps(arguments: argparse.Namespace) -> None:
         ):
             units = {term: ours.unit(term) for term in TERMS}
             units |= {f'PyTorch: {term}': theirs.unit(term) for term in TERMS}
-            measured = harness.alternate(units, rounds=arguments.rounds)
+            measured, floors = harness.beside_floors(
+                units, rounds=arguments.rounds, repeats=_REPEATS
+            )
+            pace = floors.pace(measured, {'plain': STEPS * ours.details['flops']})
         measurements[name] = measured
         rows = [_row(measured, term, known) for term, known in TERMS.items()]
         header = ('Term', 'ms per step', 'in plain steps', 'limit', 'share of floor', 'PyTorch, ms')
         header = (*header, 'in its plain steps', 'PyTorch / neurosens')
-        tables += [f'{name}:', harness.markdown_table(header, rows)]
+        tables += [harness.wrapped(f'{name}. {pace}'), harness.markdown_table(header, rows)]
     definition = (
-        f'Batches of {arguments.batch_size}. Floor: the plain step of neurosens in the same round.'
+        f'Batches of {arguments.batch_size}; the median of {_REPEATS} turns of {STEPS} steps in '
+        'each round. Floor: the plain step of neurosens in the same round.'
     )
     if arguments.plot:
         harness.draw_times(measurements, arguments.plot, 'ms per step', STEPS)
-    harness.report(arguments, definition, *tables, measurements=measurements)
+    harness.report(arguments, harness.wrapped(definition), *tables, measurements=measurements)
 
 
 def _row(measured: harness.Measurement, term: str, known: Term) -> tuple[str, ...]:

@@ -345,6 +345,9 @@ def test_shares_of_floors_are_formed_inside_of_rounds():
     assert harness.percent(0.25) == '25 %' and harness.percent(0.00042) == '0.04 %'
     floors = harness.Floors((4e9,), (2e9, 1e9), (1e9,), 'a shape')
     assert floors.convolution_seconds(2e9) == (1.0, 2.0) and floors.matmul_seconds(2e9) == (0.5,)
+    assert floors.pace(harness.Measurement({'a': (2.0, 4.0)}), {'a': 1e9, 'b': 1e9}) == (
+        f'Of the peak of convolutions, a: 1 GFLOP at 25 %. {floors}'
+    )
     assert harness.fastest(measurement, ['one', 'two']) == 'two'
     assert harness.fastest(measurement, []) == ''
 
@@ -440,14 +443,18 @@ DETAILS = {
     'choices:prepare': {'donated': 2.0 * 2**20},
     'batch_norm:prepare': {
         'units': [f'{name}, {kind}' for name in (batch_norm.FORWARD, batch_norm.GRADIENT)
-                  for kind in batch_norm.KINDS]
+                  for kind in batch_norm.KINDS],
+        'flops': 1e9,
     },
-    'attack_loop:prepare': {'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd']},
+    'attack_loop:prepare': {
+        'units': [attack_loop.FLOOR, 'neurosens.attacks.pgd'], 'flops': 1e9
+    },
     'attacks:prepare': {
         'units': [name for names in attacks.SUBJECTS.values() for name in names
-                  if 'neurosens' in name or name[0].isdigit()]
+                  if 'neurosens' in name or name[0].isdigit()],
+        'flops': dict.fromkeys((attacks.GRADIENTS, attacks.FORWARDS, attacks.JACOBIANS), 1e9),
     },
-    'regularizers:prepare': {'temporary': 1.0, 'peak': 2.0},
+    'regularizers:prepare': {'temporary': 1.0, 'peak': 2.0, 'flops': 1e9},
     'torch_regularizers:prepare': {'peak': 3.0},
     'neurons:prepare_delta': {
         'units': ['neurosens', 'arithmetic', 'traffic'], 'multiply_compares': 100
@@ -455,15 +462,23 @@ DETAILS = {
     'torch_neurons:prepare_delta': {
         'units': ['slow', 'fast'], 'pairs': {'slow': 512, 'fast': 5_120_000}
     },
-    'neurons:prepare_input_gradients': {'units': ['neurosens', 'neurosens, forward pass']},
+    'neurons:prepare_input_gradients': {
+        'units': ['neurosens', 'neurosens, forward pass'], 'flops': {'neurosens, forward pass': 1e9}
+    },
     'torch_neurons:prepare_input_gradients': {'units': ['loop']},
-    'neurons:prepare_probes': {'units': ['forward pass', '1 probe', '8 probes']},
+    'neurons:prepare_probes': {
+        'units': ['forward pass', '1 probe', '8 probes'], 'flops': {'forward pass': 1e9}
+    },
     'neurons:prepare_logit_gradients': {
-        'units': ['neurosens', '10 backward passes, one call each']
+        'units': ['neurosens', '10 backward passes, one call each'],
+        'flops': {'10 backward passes, one call each': 1e9},
     },
     'torch_neurons:prepare_logit_gradients': {'units': ['loop']},
     'neurons:prepare_few_neurons': {
-        'units': ['neurosens', '16 backward passes, one call each'], 'neurons': 16, 'classes': 100
+        'units': ['neurosens', '16 backward passes, one call each'],
+        'neurons': 16,
+        'classes': 100,
+        'flops': {'16 backward passes, one call each': 1e9},
     },
     'neurons:prepare_ablation': {'units': ['neurosens']},
     'torch_neurons:prepare_ablation': {'units': ['loop']},
@@ -515,6 +530,8 @@ def test_every_report_is_made(subject, tmp_path, monkeypatch):
     assert tables, 'a report has a table'
     for table in tables:
         assert len({line.count(' | ') for line in table.strip().splitlines()}) == 1
+    if not subject.name.endswith(('memory', 'scaling', 'delta')):
+        assert re.search(r'Peaks\s+in\s+the\s+same\s+rounds', text)
     named = subject.name.rpartition('.')[2] in ('memory', 'scaling')
     assert named or ('Floor' in text and 'share of floor' in text)
     assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 
+from benchmarks import harness
 from neurosens import onednn, parallel
 from neurosens.onednn import calls, kernel_gradient, lowering
 
@@ -473,3 +474,12 @@ def test_wrong_results_of_the_probe_keep_what_xla_chooses(monkeypatch):
             wrong.setattr(kernel_gradient, name, lambda *args, f=right, **kw: -f(*args, **kw))
             wrong.setattr(lowering, '_available', lowering._available.__wrapped__)
             assert not onednn.use_onednn()
+
+
+def test_benchmarks_count_the_operations_that_calls_hide():
+    images, kernel = jnp.ones((4, 8, 8, 8)), jnp.ones((3, 3, 8, 16))
+    options = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+    convolve = jax.jit(lambda *both: lax.conv_general_dilated(*both, (1, 1), 'VALID', **options))
+    assert CALL in convolve.lower(images, kernel).compile().as_text()
+    expected = 2 * 4 * 6 * 6 * 16 * 3 * 3 * 8
+    assert harness.count_flops(convolve, images, kernel) == expected
