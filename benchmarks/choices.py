@@ -64,8 +64,7 @@ def prepare(
     if by_products:
         kernel_gradient.has_avx512 = lambda: False  # type: ignore[assignment]
     if by_flax:
-        settings = {'momentum': 0.9, 'epsilon': 1e-5}
-        common.BatchNorm = functools.partial(nn.BatchNorm, **settings)  # type: ignore[misc]
+        normalise_by_flax()
     mesh = harness.start_jax(BATCH_SIZE, devices=devices, by_onednn=by_onednn)
     batch = parallel.shard(mesh, training_step.load_batches(BATCH_SIZE, '')[0])
     state, step, key = training_step.make_step(mesh, 'none')
@@ -79,6 +78,12 @@ def prepare(
             fresh, *_ = training_step.make_step(mesh, 'none')
             units[name] = _stepping(fresh, function, batch, key, look)
     return harness.Prepared(units, {'donated': memory.alias_size_in_bytes})
+
+
+def normalise_by_flax() -> None:
+    """Builds the networks of this process with Flax's batch normalisation from now on."""
+    settings = {'momentum': 0.9, 'epsilon': 1e-5}
+    common.BatchNorm = functools.partial(nn.BatchNorm, **settings)  # type: ignore[misc]
 
 
 def _stepping(

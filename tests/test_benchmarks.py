@@ -14,6 +14,8 @@ import sys
 import time
 import types
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +24,7 @@ from benchmarks import (
     attack_loop,
     attacks,
     batch_norm,
+    choices,
     documents,
     harness,
     neurons,
@@ -30,7 +33,8 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.attack_settings import Setting
-from neurosens.models import BatchNorm
+from neurosens import models
+from neurosens.models import BatchNorm, common
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = REPOSITORY / 'docs'
@@ -350,6 +354,28 @@ def test_shares_of_floors_are_formed_inside_of_rounds():
     )
     assert harness.fastest(measurement, ['one', 'two']) == 'two'
     assert harness.fastest(measurement, []) == ''
+
+
+def test_the_choice_of_normalisation_is_the_one_that_runs(monkeypatch):
+    module = models.create('cifar_resnet20', num_classes=10)
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), 'f4')
+
+    def normalisations():
+        seen = []
+
+        def note(run, arguments, options, context):
+            if 'BatchNorm' in type(context.module).__name__:
+                seen.append((type(context.module), context.module.momentum, context.module.epsilon))
+            return run(*arguments, **options)
+
+        with nn.intercept_methods(note):
+            jax.eval_shape(functools.partial(module.init, train=True), jax.random.key(0), image)
+        return set(seen)
+
+    assert normalisations() == {(BatchNorm, 0.9, 1e-5)}
+    monkeypatch.setattr(common, 'BatchNorm', common.BatchNorm)
+    choices.normalise_by_flax()
+    assert normalisations() == {(nn.BatchNorm, 0.9, 1e-5)}
 
 
 def test_a_device_is_chosen_for_this_process_and_its_workers(monkeypatch):

@@ -16,28 +16,35 @@ TENSORBOARD_DIRECTORY = 'tensorboard'
 
 
 class Window:
-    """Means of training metrics since the last line in the log; saved with a checkpoint."""
+    """Means of training metrics since the last line in the log; saved with a checkpoint.
+
+    A metric is averaged over the steps that had it.
+    """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         """Starts empty, or where `state()` of another window stood."""
-        self._count: int = state['count'] if state else 0
         self._sums: dict[str, float] = dict(state['sums']) if state else {}
+        self._counts: dict[str, int] = {}
+        if state:
+            # Older checkpoints hold one count, that of all metrics.
+            one = dict.fromkeys(self._sums, state.get('count', 0))
+            self._counts = dict(state.get('counts', one))
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Takes in the metrics of one step."""
-        self._count += 1
         for name, value in metrics.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
         """Returns the means of the steps taken in and starts again."""
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._count, self._sums = 0, {}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._counts, self._sums = {}, {}
         return means
 
     def state(self) -> dict[str, Any]:
         """What a new window needs to go on from here, as JSON values."""
-        return {'count': self._count, 'sums': self._sums}
+        return {'counts': self._counts, 'sums': self._sums}
 
 
 class Log:

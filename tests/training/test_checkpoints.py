@@ -18,7 +18,7 @@ from neurosens.training import CheckpointError, checkpoints
 CONFIG = config_lib.Config(
     model_options={'features': (4,), 'hidden': (8,)}, objective_options={'label_smoothing': 0.1}
 )
-LOOP = {'window': {'count': 2, 'sums': {'loss': 0.1 + 0.2}}, 'validation_accuracy': None}
+LOOP = {'window': {'counts': {'loss': 2}, 'sums': {'loss': 0.1 + 0.2}}, 'validation_accuracy': None}
 
 
 def items_of(seed):

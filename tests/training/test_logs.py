@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from neurosens.training import logs
 
 values = st.floats(-1e6, 1e6, allow_nan=False)
-steps = st.lists(st.fixed_dictionaries({'loss': values, 'accuracy': values}), min_size=1)
+step = st.fixed_dictionaries({'loss': values}, optional={'accuracy': values})
+steps = st.lists(step, min_size=1)
 
 
 @hypothesis.given(steps, st.data())
@@ -34,6 +35,19 @@ def test_a_window_starts_again_after_its_means():
     assert window.state() == logs.Window().state()
     window.add({'loss': 4.0})
     assert window.means() == {'loss': 4.0}
+
+
+def test_a_metric_is_averaged_over_the_steps_that_had_it():
+    window = logs.Window()
+    window.add({'loss': 1.0})
+    window.add({'loss': 2.0, 'accuracy': 0.5})
+    assert window.means() == {'loss': 1.5, 'accuracy': 0.5}
+
+
+def test_a_window_with_one_count_of_all_metrics_is_read():
+    window = logs.Window({'count': 2, 'sums': {'loss': 3.0}})
+    window.add({'loss': 6.0, 'accuracy': 0.5})
+    assert window.means() == {'loss': 3.0, 'accuracy': 0.5}
 
 
 def open_log(workdir, first_step=0, active=True):
