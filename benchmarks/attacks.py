@@ -424,6 +424,9 @@ def _steps(arguments: argparse.Namespace) -> None:
             'makes two forward passes more than it has steps):'
         )
         tables += [harness.wrapped(title), harness.markdown_table(header, rows)]
+    if arguments.plot:
+        named = {_SHORT[name]: measured for name, measured in measurements.items()}
+        harness.draw_times(named, arguments.plot, 'seconds', 1.0)
     definition = (
         f'{Setting.batch_size} images in one batch. Floor: one call of the '
         'compiled input gradient per step, of the compiled forward pass per query of Square.'
@@ -583,6 +586,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--data_dir', required=True, help='directory of TFDS')
     parser.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument('--only', nargs='+', default=(), help='parts of names, of `steps`')
+    parser.add_argument('--plot', default='', help='PNG file of steps')
     harness.add_arguments(parser, rounds=3)
     return parser.parse_args(arguments)
 

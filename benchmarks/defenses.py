@@ -569,7 +569,7 @@ def main() -> None:
         if arguments.subject == 'curves' and arguments.plot:
             drawn[name] = found_curves(problem, folder)
     if drawn:
-        plots.save(curve_figure(drawn), pathlib.Path(arguments.plot))
+        harness.save_figure(curve_figure(drawn), arguments.plot)
     harness.report(arguments, *merged(tables))
 
 

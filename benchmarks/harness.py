@@ -61,6 +61,9 @@ _GPU_ENVIRONMENT = {
     'NVIDIA_TF32_OVERRIDE': '0',
     'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
 }
+# How the names of peers begin, and their colour in plots.
+_PEERS = ('PyTorch', 'torchattacks', 'foolbox', 'ART')
+_PEER = plots.COLORS[1]
 # Options of command lines that hold paths, and what stands for them in a report.
 _PATHS = {'--weights': 'DIR', '--data_dir': 'DIR', '--output': 'DIR', '--plot': 'FILE'}
 _FILES = ('--json', '--markdown')
@@ -722,7 +725,7 @@ def report(
 
 
 def draw_times(
-    measurements: Mapping[str, Measurement], path: str | os.PathLike[str], label: str, units: int
+    measurements: Mapping[str, Measurement], path: str | os.PathLike[str], label: str, scale: float
 ) -> None:
     """Draws a bar for each candidate of each measurement: its median, and quartiles.
 
@@ -730,24 +733,30 @@ def draw_times(
         measurements: by title, one panel each.
         path: PNG file.
         label: what a bar is, such as `'ms per step'`.
-        units: of these in a measured unit of work.
+        scale: what a second of a measured unit of work is in these.
     """
     most = max(len(one.seconds) for one in measurements.values())
     figure = Figure(figsize=(9, 0.6 + 0.28 * most), layout='constrained')
     panels = figure.subplots(1, len(measurements), squeeze=False)[0]
     for axes, (title, measured) in zip(panels, measurements.items(), strict=True):
         names = list(measured.seconds)
-        times = np.array([measured.summary(name)[:3] for name in names]) * 1e3 / units
+        times = np.array([measured.summary(name)[:3] for name in names]) * scale
         middle, low, high = times.T
-        colors = [plots.COLORS['PyTorch' in name] for name in names]
+        colors = [_PEER if name.startswith(_PEERS) else plots.COLORS[0] for name in names]
         axes.barh(names, middle, xerr=(middle - low, high - middle), color=colors, ecolor='0.2')
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(label)
         axes.tick_params(axis='y', labelsize=8)
         axes.spines[['top', 'right']].set_visible(False)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    plots.save(figure, pathlib.Path(path))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG file; its directory is made if it is missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(figure, path)
 
 
 def wrapped(text: str) -> str:

@@ -594,17 +594,12 @@ def memory(arguments: argparse.Namespace) -> None:
         axes.set_ylabel('temporaries of the program (MiB)')
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        _save_figure(figure, arguments.plot)
+        harness.save_figure(figure, arguments.plot)
     harness.report(
         arguments,
         'Ablation of 64 filters, batches of 250, each chunk in a process of its own.',
         harness.markdown_table(header, rows),
     )
-
-
-def _save_figure(figure: Figure, path: str) -> None:
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 def prepare_scaling(*, output: str = '') -> harness.Prepared:
@@ -710,7 +705,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent', 'of the last step')
         tables.append(harness.markdown_table(header, rows))
     if arguments.plot:
-        _save_figure(scaling_figure(measurement, measures), arguments.plot)
+        harness.save_figure(scaling_figure(measurement, measures), arguments.plot)
     definition = (
         '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, of '
         'all sizes and of the last two, '

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -215,7 +214,7 @@ def _steps(arguments: argparse.Namespace) -> None:
         'each round. Floor: the plain step of neurosens in the same round.'
     )
     if arguments.plot:
-        harness.draw_times(measurements, arguments.plot, 'ms per step', STEPS)
+        harness.draw_times(measurements, arguments.plot, 'ms per step', 1e3 / STEPS)
     harness.report(arguments, harness.wrapped(definition), *tables, measurements=measurements)
 
 
@@ -353,7 +352,7 @@ def _variance(arguments: argparse.Namespace) -> None:
         'Floor: the value and gradient of the cross-entropy of the same batch.'
     )
     if arguments.plot:
-        plots.save(_scatter(points), pathlib.Path(arguments.plot))
+        harness.save_figure(_scatter(points), arguments.plot)
     harness.report(
         arguments,
         harness.wrapped(definition),

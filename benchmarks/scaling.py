@@ -1,6 +1,6 @@
 """Work per device, collectives and time on 1, 2, 4 and 8 simulated devices.
 
-    python -m benchmarks.scaling [--rounds N] [--batch_size B]
+    python -m benchmarks.scaling [--rounds N] [--batch_size B] [--plot FILE]
 
 The CPU is split into so many XLA devices, each number in processes of its own, and the same
 global batch is split over them. What every device computes, and what it exchanges with the others,
@@ -15,13 +15,16 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks import harness, neuron_problems, training_step
 from neurosens import attacks, neurons, parallel
+from neurosens.evaluation import plots
 from neurosens.forward import LinenForward
 
 DEVICES = (1, 2, 4, 8)
@@ -143,11 +146,51 @@ def _rows(
     return rows
 
 
+def figure(
+    counted: Mapping[int, Mapping[str, Mapping[str, Any]]], measured: harness.Measurement
+) -> Figure:
+    """Operations of a device and time of all, relative to one device.
+
+    Args:
+        counted: by number of devices and program, its `flops` on each device.
+        measured: timings, by program and number of devices.
+
+    Returns:
+        Two panels.
+    """
+    drawn = Figure(figsize=(2 * plots.PANEL, 3.4), layout='constrained')
+    work, time = drawn.subplots(1, 2)
+    numbers = list(counted)
+    first = numbers[0]
+    for place, title in enumerate(counted[first]):
+        look = {'color': plots.COLORS[place], 'marker': 'os^'[place % 3], 'label': title}
+        flops = [counted[devices][title]['flops'] for devices in numbers]
+        work.loglog(numbers, np.array(flops) / flops[0], **look)
+        ratios = [measured.ratio(f'{title}, {devices}', f'{title}, {first}') for devices in numbers]
+        middle, low, high = np.array(ratios).T
+        time.errorbar(numbers, middle, (middle - low, high - middle), capsize=2, **look)
+    ideal = np.array(numbers) / first
+    work.loglog(numbers, 1 / ideal, color='0.6', linestyle=':', label='an equal share')
+    work.set_ylabel(f'operations of a device / those of {first}')
+    work.set_yticks(1 / ideal, [f'1/{count:g}' if count > 1 else '1' for count in ideal])
+    time.set_ylabel(f'time / that of {first}')
+    time.set_xscale('log')
+    time.set_ylim(bottom=0)
+    for axes in (work, time):
+        axes.set_xlabel('XLA devices')
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.minorticks_off()
+        plots.style(axes)
+    work.legend(frameon=False, fontsize=8)
+    return drawn
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--batch_size', type=int, default=128, help='images over all devices')
     parser.add_argument('--devices', type=int, nargs='+', default=DEVICES, help='numbers of them')
+    parser.add_argument('--plot', default='', help='PNG file')
     harness.add_arguments(parser, rounds=5, devices=('cpu',))
     return parser.parse_args(arguments)
 
@@ -178,6 +221,8 @@ def main() -> None:
             f'{title[0].upper()}{title[1:]}:',
             harness.markdown_table(header, _rows(title, counted, measured)),
         ]
+    if arguments.plot:
+        harness.save_figure(figure(counted, measured), arguments.plot)
     definition = (
         f'ResNet-20, {arguments.batch_size} images over all devices, on {harness.cores()} cores: '
         'time beyond as many devices as cores is only what more devices cost. Operations and '

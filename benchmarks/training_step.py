@@ -323,7 +323,7 @@ def main() -> None:
             tables += [harness.wrapped(definition), rows]
     if arguments.plot:
         drawn = {title: measurements[title] for title in AUGMENTATIONS}
-        harness.draw_times(drawn, arguments.plot, 'ms per step', arguments.steps)
+        harness.draw_times(drawn, arguments.plot, 'ms per step', 1e3 / arguments.steps)
     notes = [f'{name} did not run: {reason}' for name, reason in failures.items()]
     harness.report(
         arguments,
