@@ -234,8 +234,13 @@ def test_results_do_not_depend_on_how_much_a_cache_holds(windows, whole, monkeyp
 
 
 @pytest.mark.parametrize('case', ['strided', 'uneven', 'dilated kernel', 'cropped images'])
-@pytest.mark.parametrize(('channels', 'rows'), [(16, 1), (3, 9), (3, 2), (16, 4), (1, 1), (16, 2)])
-def test_results_do_not_depend_on_what_is_convolved_at_once(case, channels, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ('channels', 'count', 'rows'),
+    [(4, 16, 1), (1, 3, 9), (3, 3, 2), (2, 16, 4), (4, 1, 1), (8, 8, 2), (2, 3, 9)],
+)
+def test_results_do_not_depend_on_what_is_convolved_at_once(
+    case, channels, count, rows, monkeypatch
+):
     run, x, kernel = convolution(case)
     cotangents = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, kernel).shape)
     params = dict(jax.make_jaxpr(lambda w: jax.vjp(lambda w: run(x, w), w)[1](cotangents)[0])(
@@ -244,22 +249,24 @@ def test_results_do_not_depend_on_what_is_convolved_at_once(case, channels, rows
     names = ('window_strides', 'rhs_dilation', 'padding')
     form = kernel_gradient.Windows(*lowering._integers(params, *names))
     expected = jax.jit(functools.partial(kernel_gradient.products, windows=form))(x, cotangents)
-    size = (x.nbytes + cotangents.nbytes) // len(x) * min(channels, len(x))
+    size = (x.nbytes + cotangents.nbytes) // len(x) * min(count, len(x))
     monkeypatch.setattr(kernel_gradient, '_CHANNELS', channels)
+    monkeypatch.setattr(kernel_gradient, '_IMAGES', count)
     # As many bands as leave so many rows of cotangents in each.
     monkeypatch.setattr(kernel_gradient, '_BAND_BYTES', size // -(-cotangents.shape[1] // rows))
     found = jax.jit(functools.partial(kernel_gradient.convolutions, windows=form))
     program = found.lower(x, cotangents).compile()
     # One for what is left over after all rounds.
-    whole, rest = divmod(len(x), channels)
+    whole, rest = divmod(len(x), count)
     assert program.as_text().count(CALL) == (whole > 0) + (rest > 0)
-    assert (' while(' in program.as_text()) == (channels < len(x) or rows < cotangents.shape[1])
+    assert (' while(' in program.as_text()) == (count < len(x) or rows < cotangents.shape[1])
     np.testing.assert_allclose(program(x, cotangents), expected, rtol=1e-4, atol=1e-5)
 
 
 # Images, their size, channels, outputs, size of the kernel, stride, and padding before and behind.
 SHAPES = {
-    'as many as are taken at once and one': (17, 6, 3, 20, 3, 1, 1, 1),
+    'as many as are taken at once and one': (33, 6, 3, 20, 3, 1, 1, 1),
+    'several times as many as channels': (48, 5, 4, 9, 3, 1, 1, 1),
     'one image': (1, 6, 16, 17, 3, 1, 1, 1),
     'one channel': (20, 7, 1, 33, 5, 2, 2, 2),
     'one output': (5, 7, 40, 1, 3, 2, 1, 1),
@@ -303,7 +310,7 @@ def test_gradients_of_kernels_of_many_shapes_are_those_of_the_definition(shape, 
 @pytest.mark.parametrize('checked', [False, True])
 def test_loops_over_images_are_maps_too(checked, avx512, monkeypatch):
     """A loop begins with what varies over the mesh as what it adds."""
-    monkeypatch.setattr(kernel_gradient, '_CHANNELS', 1)
+    monkeypatch.setattr(kernel_gradient, '_IMAGES', 1)
     monkeypatch.setattr(kernel_gradient, '_CACHE_BYTES', 1)
     run, images, kernel = convolution('same')
     mesh = parallel.data_mesh(4)

@@ -16,6 +16,8 @@ from jaxlib.mlir.dialects import stablehlo
 
 Pair: TypeAlias = tuple[int, int]
 Padding: TypeAlias = tuple[Pair, Pair]
+Numbers: TypeAlias = tuple[int, ...]
+Edges: TypeAlias = tuple[Pair, ...]
 
 _convolution_p = jex.Primitive('onednn_convolution')
 _product_p = jex.Primitive('onednn_product')
@@ -25,23 +27,23 @@ def convolve(
     images: jax.Array,
     kernel: jax.Array,
     *,
-    strides: Pair,
-    padding: Padding,
-    steps: Pair = (1, 1),
+    strides: Numbers,
+    padding: Edges,
+    steps: Numbers = (1, 1),
     order: str = 'HWIO',
 ) -> jax.Array:
     """Convolves, in one call.
 
     Args:
-      images: `[N, H, W, C]`.
+      images: `[N, H, W, C]`, or with another axis `[N, D, H, W, C]`.
       kernel: `[I, J, C, D]`, or in another order.
-      strides: of rows and columns.
+      strides: of rows and columns, like all that follows of that axis too, which is the first.
       padding: of the images, at least 0.
       steps: between positions of the kernel, its dilation.
-      order: of the kernel's axes, of which the last is the contiguous one.
+      order: of the kernel's axes by JAX's letters, of which the last is the contiguous one.
 
     Returns:
-      `[N, Y, X, D]`.
+      `[N, Y, X, D]`, with the other axis behind the first.
     """
     options = {'strides': strides, 'padding': padding, 'steps': steps, 'order': order}
     return _convolution_p.bind(images, kernel, **options)
@@ -51,13 +53,14 @@ def convolve_by_xla(
     images: Any,
     kernel: Any,
     *,
-    strides: Pair,
-    padding: Padding,
-    steps: Pair = (1, 1),
+    strides: Numbers,
+    padding: Edges,
+    steps: Numbers = (1, 1),
     order: str = 'HWIO',
 ) -> jax.Array:
     """What `convolve` computes, by XLA."""
-    numbers = ('NHWC', order, 'NHWC')
+    axes = f'N{_spatial(order)}C'
+    numbers = (axes, order, axes)
     return lax.conv_general_dilated(
         images, kernel, strides, padding, rhs_dilation=steps, dimension_numbers=numbers
     )
@@ -82,24 +85,34 @@ def _multiplied(left: Any, right: Any) -> Any:
     return left.update(shape=(left.shape[1], right.shape[1]), dtype=left.dtype)
 
 
-def convolution_config(strides: Pair, padding: Padding, steps: Pair, order: str) -> dict[str, Any]:
+def _spatial(order: str) -> str:
+    """Letters of the axes that a kernel slides along."""
+    return 'DHW' if 'D' in order else 'HW'
+
+
+def convolution_config(
+    strides: Numbers, padding: Edges, steps: Numbers, order: str
+) -> dict[str, Any]:
     """What a convolution is to do, as XLA's message has it; numbers are strings there."""
-    images = {'batch_dim': '0', 'spatial_dims': ['1', '2'], 'feature_dim': '3'}
-    rows, columns, inputs, outputs = (str(order.index(axis)) for axis in 'HWIO')
-    kernel = {
-        'spatial_dims': [rows, columns],
-        'input_feature_dim': inputs,
-        'output_feature_dim': outputs,
+    axes = _spatial(order)
+    images = {
+        'batch_dim': '0',
+        'spatial_dims': [str(axis) for axis in range(1, len(axes) + 1)],
+        'feature_dim': str(len(axes) + 1),
     }
-    (top, bottom), (left, right) = padding
+    kernel = {
+        'spatial_dims': [str(order.index(axis)) for axis in axes],
+        'input_feature_dim': str(order.index('I')),
+        'output_feature_dim': str(order.index('O')),
+    }
     window = {
         'strides': [str(stride) for stride in strides],
-        'pad_left': [str(top), str(left)],
-        'pad_right': [str(bottom), str(right)],
+        'pad_left': [str(low) for low, _ in padding],
+        'pad_right': [str(high) for _, high in padding],
         'window_dilations': [str(step) for step in steps],
     }
     return {
-        'dims': '4',
+        'dims': str(len(order)),
         'input': {'data': images},
         'kernel': {'filter': kernel},
         'output': {'data': images},

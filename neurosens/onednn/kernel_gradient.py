@@ -2,13 +2,15 @@
 
 A kernel's gradient is the sum over all pixels of the outer products of a window of the images and
 the cotangent of its pixel: the windows, written out as one matrix, times the cotangents. Or it is
-the convolution of all images by the cotangents, with images for input channels and one pixel for
-each channel: no window is written out, only the images once with these axes the other way round.
+the convolution of all images by the cotangents, with images for input channels and for positions of
+an axis of their own, and one pixel for each channel: no window is written out, only the images once
+with these axes the other way round.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -21,10 +23,10 @@ from neurosens.onednn.calls import Padding, Pair
 
 # Windows that stay in a core's cache until they are multiplied.
 _CACHE_BYTES = 3 * 2**19
-# Of convolutions: images at once, a block of input channels to oneDNN, and what these and their
-# cotangents hold. Larger ones are taken in bands of rows.
-_CHANNELS = 16
-_BAND_BYTES = 2**24
+# Of convolutions: images that are input channels to oneDNN, images at once, and what those hold
+# with their cotangents. Larger ones are taken in bands of rows.
+_CHANNELS, _IMAGES = 16, 32
+_BAND_BYTES = 2**25
 
 
 class Windows(NamedTuple):
@@ -114,11 +116,11 @@ def has_avx512() -> bool:
 def convolutions(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
     """`kernel_gradient` on one device, of some images and rows at once."""
     rows, columns = windows.positions(images, cotangents)
-    whole, rest = divmod(len(images), _CHANNELS)
+    whole, rest = divmod(len(images), _IMAGES)
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         one, other = (
-            lax.dynamic_slice_in_dim(array, number * _CHANNELS, _CHANNELS)
+            lax.dynamic_slice_in_dim(array, number * _IMAGES, _IMAGES)
             for array in (images, cotangents)
         )
         return total + _in_bands(one, other, windows)
@@ -168,22 +170,28 @@ def _pad_rows(images: jax.Array, low: int, high: int) -> jax.Array:
 
 
 def _convolve(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
-    """The gradient `[I, J, C, D]`, in one call."""
+    """The gradient `[I, J, C, D]`, in one call.
+
+    Blocks of images are an axis that is summed over like rows and columns, the images of a block
+    are input channels.
+    """
     # Rows and columns that no window meets.
     cut = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in windows.padding), (0, 0, 0)]
     images = lax.pad(images, jnp.zeros((), images.dtype), cut)
     count, height, width, channels = images.shape
     rows, columns = ((max(low, 0), max(high, 0)) for low, high in windows.padding)
+    several = math.gcd(count, _CHANNELS)
+    blocks = images.reshape(-1, several, height * width * channels).swapaxes(1, 2)
     # Of two columns of the result pixels are `channels` apart.
     found = calls.convolve(
-        images.reshape(count, -1).T.reshape(1, height, width * channels, count),
-        cotangents,
-        strides=(windows.steps[0], 1),
-        padding=(rows, (columns[0] * channels, columns[1] * channels)),
-        steps=(windows.spacing[0], windows.spacing[1] * channels),
-        order='IHWO',
+        blocks.reshape(1, -1, height, width * channels, several),
+        cotangents.reshape(-1, several, *cotangents.shape[1:]),
+        strides=(1, windows.steps[0], 1),
+        padding=((0, 0), rows, (columns[0] * channels, columns[1] * channels)),
+        steps=(1, windows.spacing[0], windows.spacing[1] * channels),
+        order='DIHWO',
     )
-    return found.reshape(found.shape[1], -1, channels, found.shape[-1])
+    return found.reshape(found.shape[2], -1, channels, found.shape[-1])
 
 
 def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
