@@ -212,7 +212,6 @@ def main() -> None:
             spec = harness.WorkerSpec(f'benchmarks.{factory}', dict(options))
             return stack.enter_context(harness.worker(spec))
 
-        counted = start('training_step:count', {'batch_size': BATCH_SIZE})
         workers = {name: start('choices:prepare', options) for name, options in _WORKERS.items()}
         units = {name or _TRAINING: worker.unit(_TRAINING) for name, worker in workers.items()}
         units |= {name: workers[''].unit(name) for name in _SAME_PROCESS}
@@ -227,7 +226,7 @@ def main() -> None:
             {name: of_programs.unit(name) for name in (_WHOLE, 'a program for the last batch')},
             rounds=max(arguments.rounds // 2, 2),
         )
-    flops = counted.details['flops']
+    flops = training_step.step_flops(BATCH_SIZE)
     floor = floors.convolution_seconds(_STEPS * flops)
     floor_of_sizes = beside_sizes.convolution_seconds(max(SIZES) // BATCH_SIZE * flops)
     definition = (

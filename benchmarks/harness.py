@@ -296,21 +296,22 @@ class Floors:
         """Returns how long so many operations take in each round at the peak of products."""
         return tuple(flops / rate for rate in self.matmul)
 
-    def pace(self, measurement: Measurement, flops: Mapping[str, float]) -> str:
+    def pace(self, measurement: Measurement, flops: Mapping[str, float | None]) -> str:
         """Says at what share of the peak of convolutions candidates run, and what the peaks are.
 
         Args:
             measurement: timings in the same rounds.
-            flops: operations of candidates, those that were not timed among them.
+            flops: operations of candidates, or None where they are not known; those of candidates
+                that were not timed are left out.
 
         Returns:
-            Two sentences.
+            A sentence on the candidates, where any are left, and one on the peaks.
         """
         shares = [
             f'{name}: {count / 1e9:.3g} GFLOP at '
             f'{percent(measurement.share(name, self.convolution_seconds(count)))}'
             for name, count in flops.items()
-            if name in measurement.seconds
+            if name in measurement.seconds and count is not None
         ]
         return f'Of the peak of convolutions, {"; ".join(shares)}. {self}' if shares else str(self)
 
@@ -368,14 +369,18 @@ def prepare_floors(*, size: int = 2048, megabytes: int = 64) -> Prepared:
     return Prepared(units, {'work': work, 'fastest': best})
 
 
-def count_flops(function: Any, *arguments: Any) -> float:
+def count_flops(function: Any, *arguments: Any) -> float | None:
     """Counts the operations of a jitted function, as it is before any compiler has changed it.
 
-    The body of a loop counts once. Counted is what would run on a GPU, where no convolution is
-    handed over to a library that hides its operations.
+    The body of a loop counts once. Lowered for a GPU, no convolution is handed over to a library
+    that hides its operations.
+
+    Returns:
+        The number, or None where JAX has no analysis for the device of the arguments.
     """
     lowered = function.trace(*arguments).lower(lowering_platforms=('cuda',))
-    return lowered.cost_analysis()['flops']
+    analysis = lowered.cost_analysis()
+    return None if analysis is None else analysis['flops']
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -470,12 +475,18 @@ def use_device(name: str | None) -> None:
         name: one of `DEVICES`; None for a GPU where JAX finds one, else the CPU.
     """
     chosen = name or found_device()
-    environment = _GPU_ENVIRONMENT if chosen == 'gpu' else {'JAX_PLATFORMS': 'cpu'}
-    os.environ.update(environment, **{_DEVICE_VARIABLE: chosen})
+    variables = environment(chosen)
+    os.environ.update(variables)
     # JAX read its variables when it was imported.
-    jax.config.update('jax_platforms', environment['JAX_PLATFORMS'])
+    jax.config.update('jax_platforms', variables['JAX_PLATFORMS'])
     if chosen == 'gpu':
         jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+def environment(device: str) -> dict[str, str]:
+    """Returns the environment variables of processes that run on one of `DEVICES`."""
+    variables = _GPU_ENVIRONMENT if device == 'gpu' else {'JAX_PLATFORMS': 'cpu'}
+    return {**variables, _DEVICE_VARIABLE: device}
 
 
 def found_device() -> str:

@@ -33,7 +33,8 @@ from neurosens.training import objectives, optimizers, step
 
 PGD_STEPS = 7
 STEPS = 2
-# Turns of which the median counts: the first step after another process has had the cores is slow.
+# Units of a turn, of which the median counts: the first step after another process has had the
+# cores is slow.
 _REPEATS = 3
 _FIT = 'cross-entropy'
 _UPDATES = 100_000
@@ -173,19 +174,21 @@ def prepare(
             compiler says that the step has on all devices, in MiB.
 
     Returns:
-        A unit of a few training steps per term.
+        A unit of a few training steps per term; as details also the `flops` of a step with the
+        first one, without `peak`.
     """
     mesh = harness.start_jax(batch_size)
     units = {term: _training_unit(name, TERMS[term], mesh, batch_size) for term in terms}
-    state, train_step, key = _make_step(name, TERMS['plain'], mesh)
-    batch = parallel.shard(mesh, noise(NETWORKS[name], batch_size)[0])
-    details = {'flops': harness.count_flops(train_step, state, batch, key)}
+    details: dict[str, Any] = {'devices': mesh.size}
     if peak:
         details['peak'] = harness.peak_memory(units[terms[0]])
-        state, train_step, key = _make_step(name, TERMS[terms[0]], mesh)
-        batch = parallel.shard(mesh, noise(NETWORKS[name], batch_size)[0])
+    state, train_step, key = _make_step(name, TERMS[terms[0]], mesh)
+    batch = parallel.shard(mesh, noise(NETWORKS[name], batch_size)[0])
+    if peak:
         details['temporary'] = harness.temporary_memory(mesh, train_step, state, batch, key)
-    return harness.Prepared(units, {**details, 'devices': mesh.size})
+    else:
+        details['flops'] = harness.count_flops(train_step, state, batch, key)
+    return harness.Prepared(units, details)
 
 
 def _steps(arguments: argparse.Namespace) -> None:
@@ -210,8 +213,8 @@ def _steps(arguments: argparse.Namespace) -> None:
         header = (*header, 'in its plain steps', 'PyTorch / neurosens')
         tables += [harness.wrapped(f'{name}. {pace}'), harness.markdown_table(header, rows)]
     definition = (
-        f'Batches of {arguments.batch_size}; the median of {_REPEATS} turns of {STEPS} steps in '
-        'each round. Floor: the plain step of neurosens in the same round.'
+        f'Batches of {arguments.batch_size}; of each turn the median of {_REPEATS} times {STEPS} '
+        'steps. Floor: the plain step of neurosens in the same round.'
     )
     if arguments.plot:
         harness.draw_times(measurements, arguments.plot, 'ms per step', 1e3 / STEPS)

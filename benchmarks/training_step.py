@@ -133,8 +133,7 @@ def count(*, batch_size: int, data_set: str = 'cifar10') -> harness.Prepared:
     Returns:
         No units; as details the `flops`.
     """
-    # Operations of oneDNN are not counted.
-    mesh = harness.start_jax(devices=1, by_onednn=False)
+    mesh = harness.start_jax(devices=1)
     state, train_step, key = make_step(mesh, 'none', data_set)
     batch = parallel.shard(mesh, load_batches(batch_size, '', data_set)[0])
     return harness.Prepared({}, {'flops': harness.count_flops(train_step, state, batch, key)})
@@ -286,9 +285,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def _flops(arguments: argparse.Namespace, data_set: str) -> float:
-    options = {'batch_size': arguments.batch_size, 'data_set': data_set}
-    with harness.worker(harness.WorkerSpec('benchmarks.training_step:count', options)) as counted:
+def step_flops(batch_size: int, data_set: str = 'cifar10') -> float:
+    """Returns the operations of a training step, see `count`."""
+    options = {'batch_size': batch_size, 'data_set': data_set}
+    # JAX analyses the programs of a CPU, not those of every GPU.
+    on_cpu = harness.environment('cpu')
+    spec = harness.WorkerSpec('benchmarks.training_step:count', options, on_cpu)
+    with harness.worker(spec) as counted:
         return counted.details['flops']
 
 
@@ -303,7 +306,7 @@ def main() -> None:
     data_sets = dict.fromkeys(AUGMENTATIONS, 'cifar10')
     if arguments.memory:
         data_sets[_MNIST] = 'mnist'
-    flops = {name: _flops(arguments, name) for name in sorted({*data_sets.values()})}
+    flops = {name: step_flops(arguments.batch_size, name) for name in sorted({*data_sets.values()})}
     measurements, tables = {}, []
     with running_workers(worker_specs(arguments)) as (workers, failures):
         for title, data_set in data_sets.items():

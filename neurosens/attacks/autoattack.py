@@ -214,7 +214,7 @@ def autoattack(
       key: randomness of all attacks.
       threat: the perturbations allowed, of finite eps.
       version: `'standard'`, `'plus'` or `'rand'`, see `autoattack_runs.runs`.
-      attacks: names of `ATTACKS` in place of the version's.
+      attacks: names of `autoattack_runs.ATTACKS` in place of the version's.
       steps: of APGD and FAB.
       queries: of Square.
       batch_size: images per batch, over all devices.
@@ -265,7 +265,7 @@ def autoattack(
     clean, differ = _look(task)
     task = task._replace(order=clean['order'])
     plan = runs(threat.norm, version, clean['logits'].shape[1], attacks)
-    warnings = tuple(clean_warnings(version, plan, clean, differ, differ or is_random(forward)))
+    warnings = tuple(clean_warnings(version, plan, clean, differ, is_random(forward)))
     notes = Notes(directory, _identity(task, version, plan), clean['logits'])
     found = _Found(
         x.copy(),

@@ -25,13 +25,13 @@ def clean_warnings(
       clean: of N images their `logits` `[N, K]`, and whether gradients of the loss with respect to
         the image are all zero (`zero_gradient`) or not all finite (`infinite_gradient`) `[N]`.
       differ: whether two passes over the same images gave different logits.
-      random: whether the model is known to be random.
+      random: whether the model is known to be random, see `is_random`.
 
     Yields:
       Sentences.
     """
     logits = clean['logits']
-    if random and version != 'rand':
+    if (differ or random) and version != 'rand':
         yield "The model is random: use version='rand', which averages gradients over draws."
     if version == 'rand' and not differ:
         yield "The model is not random: version='standard' is the stronger choice."

@@ -158,6 +158,23 @@ def predict(
     return Predictions(**found)
 
 
+@jax.jit
+def classify(
+    forward: Forward, variables: Variables, x: Float[Array, 'batch ...']
+) -> Int[Array, ' batch']:
+    """Classifies images.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: images `[B, ...]` in [0, 1].
+
+    Returns:
+      Classes `[B]`, -1 where logits are NaN.
+    """
+    return predicted_classes(forward(variables, x)[0])
+
+
 def predict_images(
     forward: Forward,
     variables: Variables,

@@ -25,7 +25,7 @@ from neurosens import attacks, data, defenses, fingerprints, parallel
 from neurosens import config as config_lib
 from neurosens.defenses import inverse_perturbation
 from neurosens.evaluation import accuracy, robustness
-from neurosens.evaluation.defense_moves import classify, measure_moves, strongest_static
+from neurosens.evaluation.defense_moves import measure_moves, strongest_static
 from neurosens.evaluation.defense_outcomes import (
     ADAPTIVE,
     STATIC,
@@ -244,11 +244,11 @@ def _static(
 ) -> dict[str, Array]:
     """An attack on the undefended model, judged by both."""
     x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
-    seen = classify(forward, variables, x_adv)
+    seen = accuracy.classify(forward, variables, x_adv)
     return {
         # Logits that are NaN show nothing to recover.
         'fooled': (seen != batch.label) & (seen >= 0),
-        'broken': classify(defended, variables, x_adv) != batch.label,
+        'broken': accuracy.classify(defended, variables, x_adv) != batch.label,
     }
 
 
@@ -289,7 +289,7 @@ def relative_cost(
         seconds = []
         for model in (forward, defended):
             start = time.perf_counter()
-            jax.block_until_ready(classify(model, variables, x))
+            jax.block_until_ready(accuracy.classify(model, variables, x))
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[1] / seconds[0])
     # The first round compiles.

@@ -13,18 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import data, parallel
-from neurosens.attacks.result import predicted_classes
 from neurosens.defenses import inverse_perturbation, oracles
+from neurosens.evaluation import accuracy
 from neurosens.evaluation.defense_outcomes import GROUPS, DefenseOutcome, Moves, success_rate
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
 from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
-
-
-@jax.jit
-def classify(forward: Forward, variables: Variables, x: Array) -> Array:
-    """Classes `[B]` that a model gives images `[B, ...]`; -1 where its logits are NaN."""
-    return predicted_classes(forward(variables, x)[0])
 
 
 def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
@@ -93,7 +87,7 @@ def measure_moves(
                 index=batch.index,
             )
             for name, images in moved.items():
-                right = classify(forward, variables, images) == batch.label
+                right = accuracy.classify(forward, variables, images) == batch.label
                 found[f'{rho}|{name}'] = right
         return {**found, **_shift(forward, variables, x, x_adv, settings)}
 

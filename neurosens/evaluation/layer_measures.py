@@ -21,19 +21,39 @@ from neurosens.forward import Forward, Variables
 from neurosens.neurons import filtering
 from neurosens.neurons.statistics import activation_summary, from_summary
 
-# Both, since the sign of the correlation with fragility can differ between them.
+# Several, since the sign of the correlation with fragility can differ between them.
 TARGET_SCORES = ('l2', 'relative_l2', 'mean_log')
 
 
 @jax.jit
 def predict_batch(forward: Forward, variables: Variables, batch: data.Batch) -> dict[str, Array]:
-    """Labels and predicted classes of a batch `[B]`."""
+    """Classifies a batch.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      batch: uint8 images and labels.
+
+    Returns:
+      `labels` and `predictions` `[B]`, -1 where logits are NaN.
+    """
     logits = forward(variables, data.to_float(batch.image))[0]
     return {'labels': batch.label, 'predictions': predicted_classes(logits)}
 
 
 def fgsm_images(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
-    """Images `[B, ...]` that FGSM makes in linf, of a traced radius in pixel units."""
+    """Attacks by FGSM in linf.
+
+    Args:
+      eps: radius in pixel units, traced.
+      forward: the model.
+      variables: its variables.
+      x: images `[B, ...]` in [0, 1].
+      y: labels `[B]`.
+
+    Returns:
+      Attacked images `[B, ...]`.
+    """
     threat = attacks.Threat('linf', eps)
     return attacks.fgsm(forward, variables, x, y, jax.random.key(0), threat=threat).x_adv
 
@@ -238,7 +258,7 @@ def targeting_reports(
     """How far the attack targets the fragile neurons of a layer, by score.
 
     Args:
-      measured: what `MEASURES` found of targeting and ablation.
+      measured: what `LAYER_MEASURES` found of targeting and ablation.
       labels: of all images `[N]`.
       num_classes: classes of the data set.
       variables: of the model, for the norms of filters.
@@ -293,7 +313,20 @@ def probe_estimates(
     wrap: accuracy.Progress,
     key: PRNGKeyArray,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Estimates of squared gradient norms: a probe serves all layers at once."""
+    """Estimates squared norms of gradients of neurons: a probe serves all layers at once.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      layers: the layers.
+      settings: number of probes, and unit.
+      run: streams a function of batches over N images.
+      wrap: of its iterator of batches.
+      key: randomness of the probes.
+
+    Returns:
+      For each layer `gradient` and its standard error `gradient_error`, both `[N, neurons]`.
+    """
     names = tuple(layer.name for layer in layers)
 
     def step(batch: data.Batch) -> dict[str, Array]:
@@ -338,7 +371,20 @@ def filtering_curves(
     layer: str | None,
     alphas: np.ndarray,
 ) -> dict[str, filtering.Curve]:
-    """A sweep of one layer's kernel, or of all, by each kind of filter."""
+    """Sweeps one layer's kernel, or all, by each kind of filter.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      run: streams a function of batches over the data.
+      wrap: of its iterator of batches.
+      attack: makes the attacked images, see `fgsm_images`.
+      layer: whose kernel; None for all at once.
+      alphas: thresholds `[T]`.
+
+    Returns:
+      A curve for each of `filtering.KINDS`.
+    """
 
     def step(batch: data.Batch) -> dict[str, Array]:
         x, found = data.to_float(batch.image), {}
@@ -434,7 +480,7 @@ def _attack_through(task: Task) -> dict[str, Any]:
     return {'through': ThroughNeurons(words, np.asarray(chosen), **arrays)}
 
 
-MEASURES: Mapping[str, Callable[[Task], dict[str, Any]]] = {
+LAYER_MEASURES: Mapping[str, Callable[[Task], dict[str, Any]]] = {
     'statistics': _statistics,
     'sensitivity': _sensitivity,
     'influence': _influence,

@@ -17,7 +17,7 @@ from neurosens import data, neurons
 from neurosens.attacks.representation import activation_and_logits
 from neurosens.evaluation import accuracy
 from neurosens.evaluation.layer_measures import (
-    MEASURES,
+    LAYER_MEASURES,
     Task,
     fgsm_images,
     filtering_curves,
@@ -152,7 +152,7 @@ def measure(
             task = Task(
                 forward, variables, layer, settings, run, wrap, attack, key, mesh, measured, spread
             )
-            measured.update(MEASURES[measure_name](task))
+            measured.update(LAYER_MEASURES[measure_name](task))
         if 'targeting' in settings.measures:
             measured['targeting'] = targeting_reports(
                 measured, predicted['labels'], source.info.num_classes, variables, layer
@@ -191,7 +191,7 @@ def _with_prerequisites(measures: Iterable[str]) -> list[str]:
         wanted.add('statistics')
     if 'targeting' in wanted:
         wanted.add('ablation')
-    return [name for name in MEASURES if name in wanted]
+    return [name for name in LAYER_MEASURES if name in wanted]
 
 
 def fetch_images(

@@ -35,15 +35,16 @@ def convolve(
     """Convolves, in one call.
 
     Args:
-      images: `[N, H, W, C]`, or with another axis `[N, D, H, W, C]`.
-      kernel: `[I, J, C, D]`, or in another order.
-      strides: of rows and columns, like all that follows of that axis too, which is the first.
+      images: `[N, H, W, C]`, or `[N, D, H, W, C]` with an axis more along which the kernel slides.
+      kernel: `[I, J, C, O]`, or in another order.
+      strides: along rows and columns, before them along that axis if there is one, like all that
+        follows.
       padding: of the images, at least 0.
       steps: between positions of the kernel, its dilation.
       order: of the kernel's axes by JAX's letters, of which the last is the contiguous one.
 
     Returns:
-      `[N, Y, X, D]`, with the other axis behind the first.
+      `[N, Y, X, O]`, or `[N, Z, Y, X, O]`.
     """
     options = {'strides': strides, 'padding': padding, 'steps': steps, 'order': order}
     return _convolution_p.bind(images, kernel, **options)

@@ -10,7 +10,6 @@ with these axes the other way round.
 from __future__ import annotations
 
 import functools
-import math
 import pathlib
 from typing import NamedTuple
 
@@ -180,12 +179,14 @@ def _convolve(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax
     images = lax.pad(images, jnp.zeros((), images.dtype), cut)
     count, height, width, channels = images.shape
     rows, columns = ((max(low, 0), max(high, 0)) for low, high in windows.padding)
-    several = math.gcd(count, _CHANNELS)
-    blocks = images.reshape(-1, several, height * width * channels).swapaxes(1, 2)
+    blocks = -(-count // _CHANNELS)
+    several = -(-count // blocks)
+    images, cotangents = (_fill(array, blocks * several) for array in (images, cotangents))
+    turned = images.reshape(blocks, several, height * width * channels).swapaxes(1, 2)
     # Of two columns of the result pixels are `channels` apart.
     found = calls.convolve(
-        blocks.reshape(1, -1, height, width * channels, several),
-        cotangents.reshape(-1, several, *cotangents.shape[1:]),
+        turned.reshape(1, blocks, height, width * channels, several),
+        cotangents.reshape(blocks, several, *cotangents.shape[1:]),
         strides=(1, windows.steps[0], 1),
         padding=((0, 0), rows, (columns[0] * channels, columns[1] * channels)),
         steps=(1, windows.spacing[0], windows.spacing[1] * channels),
@@ -203,11 +204,7 @@ def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.
     if parts == 1:
         return _multiply(images, cotangents, windows)
     count = -(-len(images) // parts)
-    # Images of zeros add nothing.
-    images, cotangents = (
-        jnp.pad(array, ((0, parts * count - len(array)), (0, 0), (0, 0), (0, 0)))
-        for array in (images, cotangents)
-    )
+    images, cotangents = (_fill(array, parts * count) for array in (images, cotangents))
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         one, other = (
@@ -217,6 +214,11 @@ def products(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.
 
     shape = (len(rows), len(columns), images.shape[-1], cotangents.shape[-1])
     return lax.fori_loop(0, parts, add, _zeros(images, shape))
+
+
+def _fill(images: jax.Array, count: int) -> jax.Array:
+    """So many images: those of zeros behind the others add nothing to a gradient."""
+    return jnp.pad(images, ((0, count - len(images)), (0, 0), (0, 0), (0, 0)))
 
 
 def _multiply(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:

@@ -102,7 +102,7 @@ def _available() -> bool:
 
 def _agrees_with_xla(strides: Pair, padding: Padding) -> bool:
     draw = np.random.default_rng(0).normal
-    images, kernel = np.float32(draw(size=(8, 7, 6, 3))), np.float32(draw(size=(3, 2, 3, 5)))
+    images, kernel = np.float32(draw(size=(24, 7, 6, 3))), np.float32(draw(size=(3, 2, 3, 5)))
     by_xla = functools.partial(calls.convolve_by_xla, strides=strides, padding=padding)
     windows = kernel_gradient.Windows((1, 1), strides, padding)
     with jax.default_device(jax.local_devices(backend='cpu')[0]):

@@ -71,12 +71,28 @@ def divergence(clean: Array, attacked: Array) -> Float[Array, ' batch']:
 
 
 def absolute_step(eps: float, steps: int, share: float) -> float:
-    """Length of a step in the units of eps, from its share of eps; 0 stands for 2.5 / steps."""
+    """Length of a step of an attack.
+
+    Args:
+      eps: radius.
+      steps: number of steps.
+      share: length as a share of eps; 0 stands for 2.5 / steps.
+
+    Returns:
+      The length in the units of eps.
+    """
     return eps * (share or 2.5 / steps)
 
 
 def check_attack(norm: str, eps: float, steps: int, step_size: float, mode: str) -> None:
     """Checks the settings of an attack of training.
+
+    Args:
+      norm: of the threat.
+      eps: its radius.
+      steps: number of steps.
+      step_size: their length as a share of eps.
+      mode: what BatchNorm and dropout do in the attack.
 
     Raises:
       ValueError: a choice is unknown or a number out of range.

@@ -44,7 +44,7 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """What a new window needs to go on from here, as JSON values."""
-        return {'counts': self._counts, 'sums': self._sums}
+        return {'counts': dict(self._counts), 'sums': dict(self._sums)}
 
 
 class Log:
