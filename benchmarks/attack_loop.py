@@ -90,7 +90,7 @@ def prepare(*, model: str, batch_size: int, steps: int, devices: int) -> harness
     for name, rewrite in rewrites.items():
         loop = jax.jit(functools.partial(_loops, loss, rewrite, threat, steps))
         units[name] = _blocking(functools.partial(loop, variables, x, y))
-    flops = steps * harness.count_flops(gradient, variables, x, y)
+    flops = harness.count_flops(gradient, variables, x, y, calls=steps)
     return harness.Prepared(units, {'devices': mesh.size, 'units': list(units), 'flops': flops})
 
 

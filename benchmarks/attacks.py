@@ -203,9 +203,9 @@ def prepare(
     }
     blocking = {name: on(_run, unit) for name, unit in units.items()}
     flops = {
-        GRADIENTS: _CALLS * harness.count_flops(gradient, variables, x, y),
-        FORWARDS: _CALLS * harness.count_flops(logits, variables, x),
-        JACOBIANS: _calls(JACOBIANS) * harness.count_flops(jacobian, variables, x),
+        GRADIENTS: harness.count_flops(gradient, variables, x, y, calls=_CALLS),
+        FORWARDS: harness.count_flops(logits, variables, x, calls=_CALLS),
+        JACOBIANS: harness.count_flops(jacobian, variables, x, calls=_calls(JACOBIANS)),
     }
     details = {'devices': mesh.size, 'units': list(units), 'flops': flops}
     return harness.Prepared(blocking, details)

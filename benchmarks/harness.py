@@ -369,18 +369,23 @@ def prepare_floors(*, size: int = 2048, megabytes: int = 64) -> Prepared:
     return Prepared(units, {'work': work, 'fastest': best})
 
 
-def count_flops(function: Any, *arguments: Any) -> float | None:
+def count_flops(function: Any, *arguments: Any, calls: int = 1) -> float | None:
     """Counts the operations of a jitted function, as it is before any compiler has changed it.
 
     The body of a loop counts once. Lowered for a GPU, no convolution is handed over to a library
     that hides its operations.
+
+    Args:
+        function: what is counted.
+        *arguments: of it.
+        calls: how often it is called.
 
     Returns:
         The number, or None where JAX has no analysis for the device of the arguments.
     """
     lowered = function.trace(*arguments).lower(lowering_platforms=('cuda',))
     analysis = lowered.cost_analysis()
-    return None if analysis is None else analysis['flops']
+    return None if analysis is None else calls * analysis['flops']
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

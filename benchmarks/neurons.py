@@ -410,7 +410,7 @@ def _logit_units(
         f'forward pass and {passes} backward passes, one call each': _blocking(floor),
         alone: _blocking(backward_passes),
     }
-    flops = passes * harness.count_flops(backward, pull, cotangents[0])
+    flops = harness.count_flops(backward, pull, cotangents[0], calls=passes)
     details = {'classes': classes, 'neurons': channels, 'flops': {alone: flops}}
     return _prepared(units, devices=mesh.size, **details)
 

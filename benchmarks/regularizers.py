@@ -174,8 +174,8 @@ def prepare(
             compiler says that the step has on all devices, in MiB.
 
     Returns:
-        A unit of a few training steps per term; as details also the `flops` of a step with the
-        first one, without `peak`.
+        A unit of a few training steps per term; as details also the `flops` of one with
+        the first term, without `peak`.
     """
     mesh = harness.start_jax(batch_size)
     units = {term: _training_unit(name, TERMS[term], mesh, batch_size) for term in terms}
@@ -187,7 +187,7 @@ def prepare(
     if peak:
         details['temporary'] = harness.temporary_memory(mesh, train_step, state, batch, key)
     else:
-        details['flops'] = harness.count_flops(train_step, state, batch, key)
+        details['flops'] = harness.count_flops(train_step, state, batch, key, calls=STEPS)
     return harness.Prepared(units, details)
 
 
@@ -206,7 +206,7 @@ def _steps(arguments: argparse.Namespace) -> None:
             measured, floors = harness.beside_floors(
                 units, rounds=arguments.rounds, repeats=_REPEATS
             )
-            pace = floors.pace(measured, {'plain': STEPS * ours.details['flops']})
+            pace = floors.pace(measured, {'plain': ours.details['flops']})
         measurements[name] = measured
         rows = [_row(measured, term, known) for term, known in TERMS.items()]
         header = ('Term', 'ms per step', 'in plain steps', 'limit', 'share of floor', 'PyTorch, ms')

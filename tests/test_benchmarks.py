@@ -359,10 +359,35 @@ def test_shares_of_floors_are_formed_inside_of_rounds():
 def test_operations_of_a_device_that_jax_does_not_analyse_are_not_known():
     unknown = types.SimpleNamespace(cost_analysis=lambda: None)
     lowered = types.SimpleNamespace(lower=lambda lowering_platforms: unknown)
-    count = harness.count_flops(types.SimpleNamespace(trace=lambda *_: lowered), 1.0)
+    function = types.SimpleNamespace(trace=lambda *_: lowered)
+    count = harness.count_flops(function, 1.0, calls=20)
     floors = harness.Floors((4e9,), (2e9,), (1e9,), 'a shape')
     assert count is None
     assert floors.pace(harness.Measurement({'a': (2.0,)}), {'a': count}) == str(floors)
+
+
+def test_operations_of_several_calls_are_counted():
+    square = jax.jit(lambda x: x @ x)
+    assert harness.count_flops(square, np.ones((3, 3), 'f4'), calls=5) == 5 * 2 * 3**3
+
+
+def test_bars_are_as_long_as_the_medians(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(harness.plots, 'save', lambda figure, path: drawn.append(figure))
+    measured = harness.Measurement({'neurosens a': (1.0, 2.0, 9.0), 'ART a': (4.0, 4.0, 4.0)})
+    harness.draw_times({'N': measured}, tmp_path / 'a.png', 'ms', 1e3)
+    (axes,) = drawn[0].axes
+    ours, theirs = axes.patches
+    assert (ours.get_width(), theirs.get_width()) == (2000, 4000)
+    assert ours.get_facecolor() != theirs.get_facecolor()
+
+
+def test_a_plot_of_devices_shows_shares_of_work_and_ratios_of_time():
+    counted = {n: {'step': {'flops': 8e9 / n, 'collectives': {}}} for n in (1, 2, 4)}
+    seconds = {'step, 1': (2.0, 4.0), 'step, 2': (1.0, 2.0), 'step, 4': (3.0, 6.0)}
+    work, time = scaling.figure(counted, harness.Measurement(seconds)).axes
+    np.testing.assert_allclose(work.lines[0].get_ydata(), [1, 0.5, 0.25])
+    np.testing.assert_allclose(time.lines[0].get_ydata(), [1, 0.5, 1.5])
 
 
 def test_the_choice_of_normalisation_is_the_one_that_runs(monkeypatch):
