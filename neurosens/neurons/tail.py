@@ -8,6 +8,7 @@ the layer included), and only the rest is run again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,13 +160,13 @@ def layer_facts(
       LayerError: the layer cannot be tapped, or is not floating-point.
     """
     tapped = jax.make_jaxpr(lambda v, x: tap(forward, v, x, layer))(variables, x)
-    (nonnegative,) = _nonnegative(tapped.jaxpr, [False] * len(tapped.in_avals))
+    (value,) = _signs(tapped.jaxpr, [_Sign(False) for _ in tapped.in_avals])
     activation = tapped.out_avals[0]
     argument = jax.ShapeDtypeStruct(activation.shape, activation.dtype)
     rest = jax.make_jaxpr(lambda v, x, h: _logits(forward, v, x, layer, h))(variables, x, argument)
     roles = [_FIXED] * (len(rest.in_avals) - 2) + [_INPUT, _LINEAR]
     (role,) = _roles(rest.jaxpr, roles)
-    return LayerFacts(activation.shape, nonnegative, role != _OTHER)
+    return LayerFacts(activation.shape, value.nonnegative, role != _OTHER)
 
 
 _SAME_SIGN = frozenset(
@@ -215,40 +216,79 @@ _NEVER_NEGATIVE = frozenset(
 )
 
 
-def _nonnegative(jaxpr: jex.Jaxpr, arguments: Sequence[bool]) -> list[bool]:
-    """For each output whether it is provably at least 0, given the same of the inputs."""
-    known: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
+# Comparisons with 0, and the case of them in which what is compared is at least 0.
+_COMPARISONS = {'gt': True, 'ge': True, 'lt': False, 'le': False}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sign:
+    """What is known of the sign of a value, which is compared by identity.
+
+    Attributes:
+      nonnegative: whether it is provably at least 0.
+      compared: of a comparison with 0, what is compared, and the case in which that is at least 0.
+    """
+
+    nonnegative: bool
+    compared: tuple[_Sign, bool] | None = None
+
+
+def _signs(jaxpr: jex.Jaxpr, arguments: Sequence[_Sign]) -> list[_Sign]:
+    """What is known of the sign of each output, given the same of the inputs."""
+    known: dict[Any, _Sign] = {constant: _Sign(False) for constant in jaxpr.constvars}
     known.update(zip(jaxpr.invars, arguments))
 
-    def read(atom: Any) -> bool:
+    def read(atom: Any) -> _Sign:
         if isinstance(atom, jex.Literal):
-            return bool(np.all(np.asarray(atom.val) >= 0))
+            return _Sign(bool(np.all(np.asarray(atom.val) >= 0)))
         return known[atom]
 
     for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        name = equation.primitive.name
+        values = [read(atom) for atom in equation.invars]
         inner = inner_jaxpr(equation)
         if inner is not None:
-            outputs = _nonnegative(inner[0], inputs)
-        elif name == 'max':
-            outputs = [any(inputs)]
-        elif name == 'clamp':
-            outputs = [inputs[0]]
-        elif name == 'select_n':
-            outputs = [all(inputs[1:])]
-        elif name in ('scatter', 'scatter-add'):
-            outputs = [inputs[0] and inputs[2]]
-        elif name == 'integer_pow':
-            outputs = [equation.params['y'] % 2 == 0 or inputs[0]]
-        elif name in _NEVER_NEGATIVE:
-            outputs = [True]
-        elif name in _SAME_SIGN:
-            outputs = [inputs[0]]
+            outputs = _signs(inner[0], values)
+        elif equation.primitive.name in _COMPARISONS and _is_zero(equation.invars[1]):
+            outputs = [_Sign(True, (values[0], _COMPARISONS[equation.primitive.name]))]
         else:
-            outputs = [name in _ALL_NONNEGATIVE and all(inputs)] * len(equation.outvars)
+            outputs = [_Sign(sign) for sign in _nonnegative(equation, values)]
         known.update(zip(equation.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_zero(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal) and not np.any(np.asarray(atom.val))
+
+
+def _nonnegative(equation: Any, values: Sequence[_Sign]) -> list[bool]:
+    """For each output of an operation whether it is provably at least 0."""
+    inputs = [value.nonnegative for value in values]
+    name = equation.primitive.name
+    if name == 'max':
+        return [any(inputs)]
+    if name == 'clamp':
+        # The upper limit wins over the lower one.
+        return [inputs[0] and inputs[2]]
+    if name == 'gather' and np.any(np.asarray(equation.params['fill_value'] or 0) < 0):
+        return [False]
+    if name == 'select_n':
+        # Where what a comparison chooses is what it compares, in the case that is at least 0.
+        source, case = values[0].compared or (None, False)
+        return [
+            all(
+                value.nonnegative or (value is source and bool(number) == case)
+                for number, value in enumerate(values[1:])
+            )
+        ]
+    if name in ('scatter', 'scatter-add'):
+        return [inputs[0] and inputs[2]]
+    if name == 'integer_pow':
+        return [equation.params['y'] % 2 == 0 or inputs[0]]
+    if name in _NEVER_NEGATIVE:
+        return [True]
+    if name in _SAME_SIGN:
+        return [inputs[0]]
+    return [name in _ALL_NONNEGATIVE and all(inputs)] * len(equation.outvars)
 
 
 # What a value is to the tail: independent of input and activation, dependent on the input, affine

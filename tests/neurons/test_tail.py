@@ -19,6 +19,7 @@ from neurosens.forward import (
     with_edits,
     with_input_transform,
 )
+from neurosens.models.common import relu
 from neurosens.neurons.ablation import without_neurons
 from neurosens.neurons.tail import cut, layer_facts
 
@@ -300,6 +301,15 @@ NONNEGATIVE = {
     'softmax': nn.softmax,
     'clip': lambda x: jnp.clip(x, 0, 1),
     'clamp': lambda x: jax.lax.clamp(0.0, x, 1.0),
+    'relu of the bundled networks': relu,
+    'chosen above 0': lambda x: jnp.where(x > 0, x, 0),
+    'chosen from 0 on': lambda x: jnp.where(x >= 0, x, jnp.exp(x)),
+    'the others below 0': lambda x: jnp.where(x < 0, 1.0, x),
+    'gathered or filled with 1': lambda x: (
+        nn.relu(x).at[..., jnp.asarray([0, 9])].get(mode='fill', fill_value=1.0)
+    ),
+    'the same through a jitted function': lambda x: jnp.where(x > 0, jax.jit(lambda x: x)(x), 0),
+    'a choice in a jitted function': lambda x: jax.jit(jnp.where)(x <= 0, 0.0, x),
 }
 NOT_NONNEGATIVE = {
     'input': lambda x: x,
@@ -326,6 +336,26 @@ NOT_NONNEGATIVE = {
     ),
     'relu times a negative constant': lambda x: nn.relu(x) * -2,
     'relu or -1': lambda x: jnp.where(x > 1, nn.relu(x), -1),
+    'clamp below its lower limit': lambda x: jax.lax.clamp(0.0, x, -1.0),
+    'gathered or filled': lambda x: (
+        nn.relu(x).at[..., jnp.asarray([0, 9])].get(mode='fill', fill_value=-1.0)
+    ),
+    'a comparison the other way round': lambda x: jnp.where(
+        jax.lax.lt(jnp.zeros_like(x), x), -x, 1.0
+    ),
+    'where it is not above 0': lambda x: jnp.where(~(x > 0), x, 1.0),
+    'of another in a jitted function': lambda x: jax.jit(lambda a, b: jnp.where(a > 0, b, 0.0))(
+        x, x - 1
+    ),
+    'of the same in the branch of a condition': lambda x: jax.lax.cond(
+        x.sum() > 0, lambda x: x, lambda x: x - 1, x
+    ),
+    'chosen below 0': lambda x: jnp.where(x < 0, x, 0),
+    'the others above 0': lambda x: jnp.where(x > 0, 0.0, x),
+    'chosen above -1': lambda x: jnp.where(x > -1, x, 0),
+    'chosen where another is above 0': lambda x: jnp.where(x + 1 > 0, x, 0),
+    'chosen above 0, or below': lambda x: jnp.where(x > 0, x, -x - 5),
+    'chosen above some numbers': lambda x: jnp.where(x > -jnp.arange(3.0), x, 0),
 }
 
 
