@@ -3,9 +3,9 @@
     python -m benchmarks.choices [--rounds N]
 
 A training step of a ResNet-20 that gives its old state away, convolves by oneDNN, also for the
-gradients of kernels, normalises by a factor and a shift, uses one XLA device per core and fetches
-metrics late; batches of several sizes; and one compiled program for all batches of a data set, the
-last one filled up.
+gradients of kernels, normalises by a factor and a shift with sums in one pass, keeps the results of
+ReLUs, uses one XLA device per core and fetches metrics late; batches of several sizes; and one
+compiled program for all batches of a data set, the last one filled up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.interpreters import mlir
 
 from benchmarks import harness, training_step
 from neurosens import data, models, parallel
 from neurosens.forward import LinenForward
-from neurosens.models import common
+from neurosens.models import channel_sums, common
 from neurosens.onednn import kernel_gradient
 
 BATCH_SIZE = 128
@@ -35,9 +36,11 @@ _TRAINING, _WHOLE = 'training step', 'all images of a test set'
 # Workers: what they do otherwise, and their process-wide options.
 _WORKERS: Mapping[str, dict[str, Any]] = {
     '': {},
-    'convolutions of XLA': {'by_onednn': False},
+    'convolutions and sums of XLA': {'by_onednn': False},
+    'sums of batch normalisation of XLA': {'one_pass': False},
     'gradients of kernels as products of matrices': {'by_products': True},
-    'batch normalisation of Flax': {'by_flax': True},
+    'batch normalisation of Flax': {'of_flax': 'normalisation'},
+    'ReLU of Flax': {'of_flax': 'relu'},
     'one XLA device for all cores': {'devices': 1},
 }
 _SAME_PROCESS = ('without donation', 'loss fetched in every step')
@@ -47,15 +50,17 @@ def prepare(
     *,
     by_onednn: bool = True,
     by_products: bool = False,
-    by_flax: bool = False,
+    one_pass: bool = True,
+    of_flax: str = '',
     devices: int = 0,
 ) -> harness.Prepared:
     """Prepares the training step, and what can be done otherwise in the same process.
 
     Args:
-        by_onednn: whether oneDNN convolves.
+        by_onednn: whether oneDNN convolves, and sums are taken in one pass.
         by_products: whether gradients of kernels are products, as on processors without AVX-512.
-        by_flax: whether Flax normalises.
+        one_pass: whether sums are.
+        of_flax: what is Flax's in place of ours: `'normalisation'`, `'relu'` or nothing.
         devices: XLA devices; 0 for one per core.
 
     Returns:
@@ -63,14 +68,16 @@ def prepare(
     """
     if by_products:
         kernel_gradient.has_avx512 = lambda: False  # type: ignore[assignment]
-    if by_flax:
-        normalise_by_flax()
+    if of_flax:
+        {'normalisation': normalise_by_flax, 'relu': rectify_by_flax}[of_flax]()
     mesh = harness.start_jax(BATCH_SIZE, devices=devices, by_onednn=by_onednn)
+    if not one_pass:
+        sum_by_formula()
     batch = parallel.shard(mesh, training_step.load_batches(BATCH_SIZE, '')[0])
     state, step, key = training_step.make_step(mesh, 'none')
     memory = step.lower(state, batch, key).compile().memory_analysis()
     units = {_TRAINING: _stepping(state, step, batch, key, lambda metrics: None)}
-    if by_onednn and not (by_products or by_flax or devices):
+    if by_onednn and one_pass and not (by_products or of_flax or devices):
         for name, function, look in (
             (_SAME_PROCESS[0], jax.jit(step.__wrapped__), lambda metrics: None),
             (_SAME_PROCESS[1], step, lambda metrics: float(metrics['loss'])),
@@ -84,6 +91,21 @@ def normalise_by_flax() -> None:
     """Builds the networks of this process with Flax's batch normalisation from now on."""
     settings = {'momentum': 0.9, 'epsilon': 1e-5}
     common.BatchNorm = functools.partial(nn.BatchNorm, **settings)  # type: ignore[misc]
+
+
+def sum_by_formula() -> None:
+    """Takes the sums of batch normalisation as XLA does, from now on."""
+    for primitive, formula in (
+        (channel_sums.squares_p, channel_sums.squares_by_formula),
+        (channel_sums.products_p, channel_sums.products_by_formula),
+    ):
+        lowering = mlir.lower_fun(formula, multiple_results=True)
+        mlir.register_lowering(primitive, lowering, platform='cpu')
+
+
+def rectify_by_flax() -> None:
+    """Builds the networks of this process with Flax's ReLU from now on."""
+    common.ACTIVATIONS = {**common.ACTIVATIONS, 'relu': nn.relu}
 
 
 def _stepping(

@@ -412,6 +412,19 @@ def test_the_choice_of_normalisation_is_the_one_that_runs(monkeypatch):
     assert normalisations() == {(nn.BatchNorm, 0.9, 1e-5)}
 
 
+def test_flax_s_relu_takes_the_place_of_ours(monkeypatch):
+    monkeypatch.setattr(common, 'ACTIVATIONS', common.ACTIVATIONS)
+    assert common.ACTIVATIONS['relu'] is common.relu
+    module = models.create('mlp', num_classes=3, hidden=(4,))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 1))
+    variables = module.init(jax.random.key(1), x)
+    program = lambda: str(jax.make_jaxpr(module.apply)(variables, x))  # noqa: E731
+    ours = program()
+    choices.rectify_by_flax()
+    assert common.ACTIVATIONS['relu'] is nn.relu
+    assert ' max ' in program() and ' max ' not in ours
+
+
 def test_a_device_is_chosen_for_this_process_and_its_workers(monkeypatch):
     updates = {}
     monkeypatch.setattr(harness.jax.config, 'update', updates.__setitem__)

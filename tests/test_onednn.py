@@ -12,8 +12,9 @@ from jax import lax
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 
-from benchmarks import harness
-from neurosens import onednn, parallel
+from benchmarks import choices, harness
+from neurosens import models, onednn, parallel
+from neurosens.models import channel_sums as sums
 from neurosens.onednn import calls, kernel_gradient, lowering
 
 CALL = 'custom_call_target="__onednn$convolution"'
@@ -45,6 +46,7 @@ def with_onednn():
     # What the other tests run with.
     rule = lowering._XLA_RULE
     mlir.register_lowering(primitives.conv_general_dilated_p, rule, platform='cpu')
+    choices.sum_by_formula()
     lowering._use_cache(True)
 
 
@@ -490,3 +492,115 @@ def test_benchmarks_count_the_operations_that_calls_hide():
     assert CALL in convolve.lower(images, kernel).compile().as_text()
     expected = 2 * 4 * 6 * 6 * 16 * 3 * 3 * 8
     assert harness.count_flops(convolve, images, kernel) == expected
+
+
+# Images, their height and channels, and in how many whole pieces of 2048 numbers they are added.
+SUMMED = {
+    'whole pieces': ((4, 16, 32), 16),
+    'one piece': ((3, 5, 7), 1),
+    'one number': ((1, 1, 1), 1),
+    'a piece and a rest': ((5, 5, 32), 1),
+    'pieces and a rest': ((3, 16, 24), 9),
+    'wide pieces and a rest': ((2, 8, 160), 10),
+    'a pixel at a time': ((2, 3, 2049), 18),
+}
+
+
+@pytest.mark.parametrize('case', SUMMED)
+def test_sums_over_channels_are_those_of_numpy(case):
+    (count, size, channels), pieces = SUMMED[case]
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (count, size, size, channels)) for key in keys)
+    squares = jax.jit(sums.square_sums).lower(a).compile()
+    assert (' while(' in squares.as_text()) == (pieces > 1)
+    products = jax.jit(lambda a, b: jax.vjp(sums.scale_shift, b, a[0, 0, 0], a[0, 0, 0])[1](a))
+    of_factor, of_shift = products(a, b)[1:]
+    wide_a, wide_b = np.float64(a), np.float64(b)
+    axes = (0, 1, 2)
+    expected = wide_a.sum(axes), (wide_a**2).sum(axes), (wide_a * wide_b).sum(axes)
+    for found, one in zip((*squares(a), of_factor), expected, strict=True):
+        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(of_shift, expected[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [32, 24])
+def test_sums_of_split_batches_are_sums_over_devices(channels):
+    x = jax.random.normal(jax.random.key(0), (16, 16, 16, channels))
+    split = jax.device_put(x, jax.NamedSharding(parallel.data_mesh(8), jax.P('data')))
+    program = jax.jit(sums.square_sums).lower(split).compile()
+    text = program.as_text()
+    assert ' while(' in text and 'all-reduce' in text and 'all-gather' not in text
+    # The loop is over what a device has.
+    assert f'f32[2,16,16,{channels}]' in text or f'f32[512,{channels}]' in text
+    assert f'f32[16,16,16,{channels}]' not in text and f'f32[4096,{channels}]' not in text
+    np.testing.assert_allclose(program(split)[0], x.sum((0, 1, 2)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(program(split)[1], (x * x).sum((0, 1, 2)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype'), [((64, 64), jnp.float32), ((4, 16, 16, 32), jnp.bfloat16)]
+)
+def test_other_sums_are_left_to_xla(shape, dtype):
+    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    assert ' while(' not in jax.jit(sums.square_sums).lower(x).compile().as_text()
+
+
+@pytest.mark.parametrize('channels', [32, 24])
+def test_normalisation_of_images_takes_two_loops(channels):
+    """One for the statistics, one for the gradients."""
+    module = models.BatchNorm(use_running_average=False)
+    x = jax.random.normal(jax.random.key(0), (8, 16, 16, channels))
+    variables = module.init(jax.random.key(1), x)
+
+    def loss(params, x):
+        seen = module.apply({**variables, 'params': params}, x, mutable=['batch_stats'])[0]
+        return jnp.sin(seen).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    program = gradient.lower(variables['params'], x).compile()
+    assert program.as_text().count(' while(') == 2
+    found = program(variables['params'], x)
+    with jax.disable_jit():  # By formulas.
+        expected = jax.grad(loss, (0, 1))(variables['params'], x)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('axes', 'checked'), [({'data', 'model'}, False), ({'data', 'model'}, True), ({'data'}, False)]
+)
+def test_sums_in_maps_over_devices(axes, checked):
+    """In one pass where all axes of the mesh are the map's."""
+    mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jax.random.normal(jax.random.key(0), (16, 16, 16, 24))
+
+    def gradient(f):
+        def loss(x):
+            total, squares = f(x)
+            return (jnp.sin(total / 30) * squares / 1000).sum()
+
+        return jax.jit(
+            jax.shard_map(
+                jax.grad(loss),
+                mesh=mesh,
+                in_specs=jax.P('data'),
+                out_specs=jax.P('data'),
+                axis_names=axes,
+                check_vma=checked,
+            )
+        )
+
+    program = gradient(sums.square_sums).lower(x).compile()
+    assert (' while(' in program.as_text()) == (len(axes) == 2)
+    plain = gradient(lambda x: (x.sum((0, 1, 2)), (x * x).sum((0, 1, 2))))
+    np.testing.assert_allclose(program(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_are_taken_as_formulas_again():
+    """As the benchmark of single choices does for one of its candidates."""
+    x = jax.random.normal(jax.random.key(0), (4, 16, 16, 32))
+    program = lambda: jax.jit(lambda x: sums.square_sums(x)).lower(x).compile().as_text()  # noqa: E731
+    assert ' while(' in program()
+    choices.sum_by_formula()
+    assert ' while(' not in program()
+    assert onednn.use_onednn()
+    assert ' while(' in program()

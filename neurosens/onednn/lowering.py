@@ -1,4 +1,4 @@
-"""How JAX lowers convolutions for a CPU."""
+"""How JAX lowers convolutions, and sums over channels, for a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 
-from neurosens.onednn import calls, convolution, kernel_gradient
+from neurosens.models import channel_sums as sums
+from neurosens.onednn import calls, convolution, kernel_gradient, one_pass
 from neurosens.onednn.calls import Padding, Pair
 
 _DEVICES_NEEDED: set[Any] | None
@@ -42,13 +43,17 @@ _LEAST_CHANNELS = 32
 def use_onednn() -> bool:
     """Convolves with oneDNN wherever JAX compiles for a CPU from now on, if it can.
 
-    It changes how this process lowers `lax.conv_general_dilated`, for all of its code: call it
-    once, before anything is compiled. Results are the same to rounding. Some convolutions stay as
-    they are: of other types than float32, in other than two spatial dimensions, of single pixels,
-    grouped, of dilated kernels, the gradients of kernels larger than 11 x 11 or of fewer than 32
-    pairs of channels, and where `shard_map` leaves some mesh axes automatic. XLA cannot serialise
-    what is lowered so, and may crash where it tries: JAX's persistent compilation cache is turned
-    off, and `jax.export` must not be used.
+    It changes how this process lowers `lax.conv_general_dilated`, for all of its code, and the sums
+    of `neurosens.models.BatchNorm` while it trains, which then read images once: call it once,
+    before anything is compiled. Results are the same to rounding.
+
+    Some convolutions stay as they are: of other types than float32, in other than two spatial
+    dimensions, of single pixels, grouped, of dilated kernels, and the gradients of kernels larger
+    than 11 x 11 or of fewer than 32 pairs of channels. So do sums of other types, and of what is no
+    batch of images, and all of these where `shard_map` leaves some mesh axes automatic.
+
+    XLA cannot serialise what is lowered so, and may crash where it tries: JAX's persistent
+    compilation cache is turned off, and `jax.export` must not be used.
 
     Returns:
       Whether it does: not on other processors than x86-64, with versions of jaxlib that this was
@@ -66,21 +71,48 @@ def use_onednn() -> bool:
     by_gradient = mlir.lower_fun(_kernel_gradient, multiple_results=False)
 
     def lower(ctx: Any, *arrays: Any, **params: Any) -> Any:
-        manual: Any = getattr(ctx.module_context.axis_context, 'manual_axes', frozenset())
-        # The partitioning of `custom_partitioning` knows all axes manual or none.
-        mixed = manual and manual != set(ctx.module_context.axis_context.mesh.axis_names)
         rule = _XLA_RULE
-        if not mixed and _is_plain(*ctx.avals_in, *ctx.avals_out, **params):
+        if not _is_mixed(ctx) and _is_plain(*ctx.avals_in, *ctx.avals_out, **params):
             if _is_convolution(*ctx.avals_in, **params):
                 rule = by_convolution
             elif _is_kernel_gradient(*ctx.avals_in, **params):
                 rule = by_gradient
         return rule(ctx, *arrays, **params)
 
-    # Lowering for batches that are split over devices needs to know these.
-    _DEVICES_NEEDED.add(primitives.conv_general_dilated_p)
-    mlir.register_lowering(primitives.conv_general_dilated_p, lower, platform='cpu')
+    rules = {
+        primitives.conv_general_dilated_p: lower,
+        sums.squares_p: _sums_rule(one_pass.square_sums, sums.squares_by_formula),
+        sums.products_p: _sums_rule(one_pass.product_sums, sums.products_by_formula),
+    }
+    for primitive, rule in rules.items():
+        # Lowering for batches that are split over devices needs to know these.
+        _DEVICES_NEEDED.add(primitive)
+        mlir.register_lowering(primitive, rule, platform='cpu')
     return True
+
+
+def _sums_rule(in_one_pass: Any, formula: Any) -> Any:
+    """How sums are lowered: in one pass where they are of images in float32."""
+    by_pass, by_formula = (
+        mlir.lower_fun(function, multiple_results=True) for function in (in_one_pass, formula)
+    )
+
+    def lower(ctx: Any, *arrays: Any) -> Any:
+        values = ctx.avals_in[0]
+        plain = values.ndim == 4 and values.size and values.dtype == jnp.float32
+        return (by_pass if plain and not _is_mixed(ctx) else by_formula)(ctx, *arrays)
+
+    return lower
+
+
+def _is_mixed(ctx: Any) -> bool:
+    """Whether `shard_map` leaves some axes automatic.
+
+    The partitioning of `custom_partitioning` knows all axes manual or none.
+    """
+    axes = ctx.module_context.axis_context
+    manual: Any = getattr(axes, 'manual_axes', frozenset())
+    return bool(manual) and manual != set(axes.mesh.axis_names)
 
 
 def _use_cache(used: bool) -> None:

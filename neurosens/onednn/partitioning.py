@@ -48,7 +48,8 @@ def summed_over_images(name: str, local: Local) -> Local:
 
     Args:
       name: as of `split_over_images`.
-      local: from images `[N, H, W, C]` and cotangents `[N, Y, X, D]` to `[I, J, C, D]`.
+      local: from images `[N, H, W, C]` and cotangents `[N, Y, X, D]` to `[I, J, C, D]`, or of other
+        arrays of four axes to one whose third is C; no axis but the first is split.
 
     Returns:
       `local`, on as many devices as the images are split over, and the sum on all of them.
