@@ -19,14 +19,9 @@ from neurosens.evaluation.defense_report import (
 )
 from neurosens.evaluation.defense_section import defense_section
 from neurosens.evaluation.html_page import Section, check_table
-from neurosens.evaluation.masking import (
-    Diagnosis,
-    diagnose,
-    masking_facts,
-    masking_table,
-    write_masking,
-)
+from neurosens.evaluation.masking import Diagnosis, diagnose
 from neurosens.evaluation.masking_checks import Check
+from neurosens.evaluation.masking_report import masking_facts, masking_table, write_masking
 from neurosens.evaluation.neuron_distances import images_wanted
 from neurosens.evaluation.neuron_files import neuron_table, write_neurons
 from neurosens.evaluation.neuron_measures import chosen_layers as neuron_layers

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from neurosens import metrics
-from neurosens.evaluation import files, masking, plots
+from neurosens.evaluation import files, masking_report, plots
 from neurosens.evaluation.defense_outcomes import ADAPTIVE, GROUPS, STATIC, DefenseReport
 from neurosens.evaluation.report import aligned
 
@@ -128,7 +128,7 @@ def defense_table(report: DefenseReport) -> str:
     for name, warnings in report.warnings.items():
         lines += [f'{name}: {warning}' for warning in warnings]
     if report.diagnosis is not None:
-        lines += ['', 'the defended model:', masking.masking_table(report.diagnosis)]
+        lines += ['', 'the defended model:', masking_report.masking_table(report.diagnosis)]
     return '\n'.join(lines)
 
 
@@ -171,7 +171,7 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
                 mean = float(np.mean(values)) if len(values) else None
                 flat[f'defense/shift/{key}/{layer}/{group}'] = mean
     if report.diagnosis is not None:
-        found = masking.masking_facts(report.diagnosis)
+        found = masking_report.masking_facts(report.diagnosis)
         flat.update({f'defense/{key}': value for key, value in found.items()})
     return flat
 
@@ -196,7 +196,7 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
                 cells = ('', '', '') if rate.interval is None else rate.interval
                 writer.writerow([f'success_rate/{name}', *cells, rate.fooled])
         if report.diagnosis is not None:
-            masking.write_masking(report.diagnosis, output.path('defense_masking.csv'))
+            masking_report.write_masking(report.diagnosis, output.path('defense_masking.csv'))
         plots.save(accuracy_figure(report), output.path('defense.png'))
         if report.moves:
             plots.save(control_figure(report), output.path('defense_controls.png'))

@@ -17,7 +17,7 @@ from neurosens import metrics
 from neurosens.evaluation import (
     files,
     html_page,
-    masking,
+    masking_report,
     plots,
     report_page,
     training_plots,
@@ -91,7 +91,7 @@ def table(report: RobustnessReport) -> str:
     for outcome in report.outcomes:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
     if report.diagnosis is not None:
-        lines += ['', masking.masking_table(report.diagnosis)]
+        lines += ['', masking_report.masking_table(report.diagnosis)]
     return '\n'.join(lines)
 
 
@@ -138,7 +138,7 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
       `median_distance/<attack>-<norm>`, with its interval, of attacks that look for the smallest
       perturbation, and `relative_distance/<attack>-<norm>`, their mean share of the image's norm,
       None where infinite; then what was found of masking, as of
-      `masking.masking_facts`.
+      `masking_report.masking_facts`.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
@@ -159,7 +159,7 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
     for name, mean in report.relative_distances().items():
         flat[f'relative_distance/{name}'] = mean if math.isfinite(mean) else None
     if report.diagnosis is not None:
-        flat.update(masking.masking_facts(report.diagnosis))
+        flat.update(masking_report.masking_facts(report.diagnosis))
     return flat
 
 
@@ -217,7 +217,7 @@ def write(
                 labels = report.predictions.labels.tolist()
                 writer.writerows(zip(range(len(labels)), labels, *columns))
         if report.diagnosis is not None:
-            masking.write_masking(report.diagnosis, output.path('masking.csv'))
+            masking_report.write_masking(report.diagnosis, output.path('masking.csv'))
         pictures = {}
         for name, figure in _figures(report, training_log):
             path = output.path(name)

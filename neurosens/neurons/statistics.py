@@ -31,8 +31,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +41,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from neurosens import _validate, parallel
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
-
-# Bin indices stay below 2**24 in magnitude, so that they are exact in float32.
-_INDEX_BITS = 24
-_MIN_EXPONENT = -126
+from neurosens.neurons.exact_sums import centred_sums
+from neurosens.neurons.histogram_grid import bin_index, exponent_above, grid
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +129,7 @@ class Statistics:
           ValueError: there is no histogram.
         """
         bins = self._bins()
-        exponent, first = _grid(self.minimum, self.maximum, bins, np)
+        exponent, first = grid(self.minimum, self.maximum, bins, np)
         return np.ldexp(first[:, None] + np.arange(bins + 1.0), exponent[:, None])
 
     def quantile(self, q: float | Sequence[float]) -> Float[np.ndarray, '... neurons']:
@@ -161,7 +157,7 @@ class Statistics:
             return np.full((*probabilities.shape, *self.mean.shape), np.nan)
         known = self.nonfinite == 0
         minimum, maximum = np.where(known, self.minimum, 0), np.where(known, self.maximum, 0)
-        exponent, first = _grid(minimum, maximum, bins, np)
+        exponent, first = grid(minimum, maximum, bins, np)
         cumulative = self.histogram.cumsum(1)
 
         def ranked(rank: int) -> np.ndarray:
@@ -253,8 +249,8 @@ def summarize(
     values = jnp.where(valid & (jnp.abs(values) >= tiny), values, 0)
 
     minimum, maximum, zeros, nonfinite = _extremes_and_counts(values, valid, counted & ~finite)
-    scale = _magnitude(minimum, maximum, jnp)[1]
-    shift, deviations, squares = _moments(values, valid, minimum, maximum, scale)
+    scale = exponent_above(minimum, maximum, jnp)
+    shift, deviations, squares = centred_sums(values, valid, minimum, maximum, scale)
     return Summary(
         count=counted.sum(dtype=jnp.int32) * values.shape[1],
         nonfinite=nonfinite,
@@ -337,79 +333,6 @@ def _extremes_and_counts(
     return lax.reduce(operands, (infinity, -infinity, zero, zero), combine, dimensions=(0, 1))
 
 
-def _moments(
-    values: Float[Array, 'batch positions neurons'],
-    valid: Bool[Array, 'batch positions neurons'],
-    minimum: Float[Array, ' neurons'],
-    maximum: Float[Array, ' neurons'],
-    scale: Int[Array, ' neurons'],
-) -> tuple[Array, Array, Array]:
-    """Sums deviations and their squares in twice the working precision.
-
-    Error-free transformations make every term a pair of numbers. The products whose rounding would
-    matter are exact, so compilers that contract `a * b + c` do no harm.
-    """
-    # The middle of the range is exactly the same on any number of devices.
-    some = minimum <= maximum
-    middle = (_times_power(minimum, -scale) + _times_power(maximum, -scale)) * 0.5
-    shift = jnp.where(some, middle, 0)
-    deviation, rest = _two_sum(_times_power(values, -scale), -shift)
-    deviation, rest = jnp.where(valid, deviation, 0), jnp.where(valid, rest, 0)
-    high = _leading_half(deviation)
-    low = deviation - high
-    square, square_rest = _two_sum(high * high, 2 * high * low)
-    square_rest += low * low + 2 * deviation * rest
-    zero = jnp.zeros((), values.dtype)
-    sums = lax.reduce(
-        (deviation, rest, square, square_rest), (zero,) * 4, _add_two_pairs, dimensions=(0, 1)
-    )
-    return shift, jnp.stack(sums[:2]), jnp.stack(sums[2:])
-
-
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum and its exact error (Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    total, error = _two_sum(a[0], b[0])
-    error += a[1] + b[1]
-    # Renormalized, or the remainders of a long sum would themselves be summed with rounding.
-    normal = total + error
-    return normal, error - (normal - total)
-
-
-def _add_two_pairs(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    return (*_add_pairs(a[:2], b[:2]), *_add_pairs(a[2:], b[2:]))  # type: ignore[arg-type]
-
-
-def _leading_half(x: Array) -> Array:
-    """The leading half of the significand: its square, and its product with the rest, are exact."""
-    kind = jnp.finfo(x.dtype)
-    integer = jnp.dtype(f'int{kind.bits}')
-    bits = lax.bitcast_convert_type(x, integer)
-    kept = jnp.array(-(1 << (kind.nmant // 2 + 1)), integer)
-    return lax.bitcast_convert_type(bits & kept, x.dtype)
-
-
-def _times_power(x: Array, exponent: Array) -> Array:
-    """`x * 2**exponent`; exact unless it leaves the range of normal numbers."""
-    kind = jnp.finfo(x.dtype)
-    integer = jnp.dtype(f'int{kind.bits}')
-
-    def power(exponent: Array) -> Array:
-        # Built from bits, as exponential functions round.
-        return lax.bitcast_convert_type(
-            (exponent.astype(integer) + (kind.maxexp - 1)) << kind.nmant, x.dtype
-        )
-
-    # Each half is a normal number even where the whole power is none.
-    half = exponent >> 1
-    return x * power(half) * power(exponent - half)
-
-
 def _histogram(
     values: Float[Array, 'batch positions neurons'],
     valid: Bool[Array, 'batch positions neurons'],
@@ -420,62 +343,14 @@ def _histogram(
     neurons = values.shape[-1]
     if bins == 0:
         return jnp.zeros((neurons, 0), jnp.int32)
-    exponent, first = _grid(minimum, maximum, bins, jnp)
-    index = _index(values, exponent, jnp) - first + jnp.arange(neurons) * bins
+    exponent, first = grid(minimum, maximum, bins, jnp)
+    index = bin_index(values, exponent, jnp) - first + jnp.arange(neurons) * bins
     outside = neurons * bins
     # On CPU, scattering is at least 6 times as fast as sorting, one-hot products or comparing with
     # every bin; on several devices, each scatters what it holds.
     counts = jnp.zeros(neurons * bins, jnp.int32)
     counts = counts.at[jnp.where(valid, index, outside)].add(1, mode='drop')
     return counts.reshape(neurons, bins)
-
-
-# -------------------------------------------------------------------------- devices and host
-
-# The functions below take `numpy` or `jax.numpy` as their last argument: the grid that a device
-# fills must be the one that the host derives from the extremes.
-
-
-def _magnitude(minimum: Any, maximum: Any, xp: ModuleType) -> tuple[Any, Any]:
-    """The largest magnitude, and an exponent with `magnitude < 2**exponent`, bounded below."""
-    magnitude = xp.maximum(xp.abs(minimum), xp.abs(maximum))
-    magnitude = xp.where(minimum <= maximum, magnitude, xp.zeros_like(magnitude))
-    lowest = _MIN_EXPONENT + _INDEX_BITS
-    exponent = xp.where(magnitude > 0, xp.frexp(magnitude)[1], lowest)
-    return magnitude, xp.maximum(exponent, lowest).astype(xp.int32)
-
-
-def _grid(minimum: Any, maximum: Any, bins: int, xp: ModuleType) -> tuple[Any, Any]:
-    """The grid of each neuron: exponent of the bin width and index of the first bin.
-
-    Args:
-      minimum: least values `[N]`; larger than the largest where there are no values.
-      maximum: largest values `[N]`.
-      bins: bins of the histogram, at least 2.
-      xp: `numpy` or `jax.numpy`.
-
-    Returns:
-      `(exponent [N], first [N])`: bin j holds `[(first + j) * 2**exponent, ... + 2**exponent)`.
-    """
-    some = minimum <= maximum
-    low, high = xp.where(some, minimum, 0), xp.where(some, maximum, 0)
-    # At the coarsest of these widths, all values lie in the two bins beside 0. Ever wider bins
-    # never need more of them, so the number of widths that are too fine is the index of the finest
-    # that is not.
-    finest = _magnitude(minimum, maximum, xp)[1] - _INDEX_BITS
-    widths = finest + xp.arange(_INDEX_BITS, dtype=xp.int32)[:, None]
-    span = _index(high, widths, xp) - _index(low, widths, xp)
-    exponent = (finest + (span >= bins).sum(0)).astype(xp.int32)
-    return exponent, _index(low, exponent, xp)
-
-
-def _index(x: Any, exponent: Any, xp: ModuleType) -> Any:
-    """`floor(x / 2**exponent)`, exactly."""
-    scaled = np.ldexp(x, -exponent) if xp is np else _times_power(x, -exponent)
-    floor = xp.floor(scaled)
-    # A small negative number can underflow to zero, but lies below it.
-    floor = xp.where(x < 0, xp.minimum(floor, -1), floor)
-    return floor.astype(xp.int64 if xp is np else xp.int32)
 
 
 # -------------------------------------------------------------------------------------- host
@@ -546,7 +421,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     maximum = np.maximum(a.maximum, b.maximum)
     histogram = a.histogram + b.histogram
     if histogram.shape[1]:
-        exponent, first = _grid(minimum, maximum, histogram.shape[1], np)
+        exponent, first = grid(minimum, maximum, histogram.shape[1], np)
         for part in (a, b):
             _move(histogram, part, exponent, first)
     return Statistics(
@@ -577,7 +452,7 @@ def _move(
       exponent: exponents of the grid of a range that contains the part's.
       first: first bins of that grid.
     """
-    fine, start = _grid(part.minimum, part.maximum, part.histogram.shape[1], np)
+    fine, start = grid(part.minimum, part.maximum, part.histogram.shape[1], np)
     # A right shift rounds down, as bins of negative numbers need; beyond 62 it only keeps the sign.
     coarser = np.minimum(exponent - fine, 62)
     moved = np.flatnonzero((coarser > 0) | (start != first))
