@@ -59,7 +59,7 @@ def prepare(
     Args:
         by_onednn: whether oneDNN convolves, and sums are taken in one pass.
         by_products: whether gradients of kernels are products, as on processors without AVX-512.
-        one_pass: whether sums are.
+        one_pass: whether sums are taken in one pass where oneDNN convolves.
         of_flax: what is Flax's in place of ours: `'normalisation'`, `'relu'` or nothing.
         devices: XLA devices; 0 for one per core.
 

@@ -13,12 +13,21 @@ from neurosens.models.channel_sums import scale_shift, square_sums
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def inverse_deviation(variance: Float[Array, ' channels'], epsilon: float) -> Array:
+def inverse_deviation(
+    variance: Float[Array, ' channels'], epsilon: float
+) -> Float[Array, ' channels']:
     """1 / sqrt(variance + epsilon), of variances that rounding may have taken below 0.
 
     The derivative is that without the limit, also where it holds: variances that should be 0 are
     told apart by nothing but rounding. It is written as a product, which XLA fuses with what it is
     used for; that of `lax.rsqrt` is a quotient, which takes a loop of its own.
+
+    Args:
+        variance: of each channel, of shape [channels].
+        epsilon: added to the variance.
+
+    Returns:
+        Inverse deviations of shape [channels].
     """
     return jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
 

@@ -18,6 +18,17 @@ def centred_sums(
 
     Error-free transformations make every term a pair of numbers. The products whose rounding would
     matter are exact, so compilers that contract `a * b + c` do no harm.
+
+    Args:
+      values: finite values, 0 where not valid `[B, P, N]`.
+      valid: which of them count `[B, P, N]`.
+      minimum: least valid value `[N]`; above the maximum where there is none.
+      maximum: largest valid value `[N]`.
+      scale: exponent of a power of two above every magnitude, int32 `[N]`.
+
+    Returns:
+      All divided by `2**scale`: the middle of the range, from which deviations are taken, `[N]`;
+      the sum of the deviations and that of their squares, as rounded sums and remainders `[2, N]`.
     """
     # The middle of the range is exactly the same on any number of devices.
     some = minimum <= maximum

@@ -19,7 +19,7 @@ _MIN_EXPONENT = -126
 
 
 def exponent_above(minimum: Any, maximum: Any, xp: ModuleType) -> Any:
-    """An exponent e with `|value| < 2**e` for all values in a range, bounded below."""
+    """An exponent `[N]` with `|value| < 2**exponent` for all values of a range, bounded below."""
     largest = xp.maximum(xp.abs(minimum), xp.abs(maximum))
     largest = xp.where(minimum <= maximum, largest, xp.zeros_like(largest))
     lowest = _MIN_EXPONENT + _INDEX_BITS
@@ -52,7 +52,7 @@ def grid(minimum: Any, maximum: Any, bins: int, xp: ModuleType) -> tuple[Any, An
 
 
 def bin_index(x: Any, exponent: Any, xp: ModuleType) -> Any:
-    """`floor(x / 2**exponent)`, exactly."""
+    """`floor(x / 2**exponent)`, exactly, as integers of the shape of both together."""
     scaled = np.ldexp(x, -exponent) if xp is np else times_power(x, -exponent)
     floor = xp.floor(scaled)
     # A small negative number can underflow to zero, but lies below it.
