@@ -64,11 +64,13 @@ def moved(
 
       - `identity`: unmoved;
       - `random`: along a normal direction;
-      - `random, oracle sign`: the same, or against it where that does not give the true class;
+      - `random, oracle sign`: the same, or against it where that does not give the true class, so
+        that it recovers whatever `random` does;
       - `class direction`: along the first calibrated direction of the class that the attacked image
         is taken for, as the defence moves it;
       - `influence, oracle`: the direction of the *clean* image's predicted class, with the sign
-        that gives that class; by default settings the first released program of Chen et al. 2021;
+        that gives that class; with settings of `layers` behind the last convolution the first
+        released program of Chen et al. 2021;
       - `true logit, oracle`: along the gradient of the true class's logit at the attacked image;
       - `true margin, oracle`: along the gradient of that logit minus the largest other: about what
         any move of this size can do, to first order.
@@ -87,14 +89,15 @@ def moved(
         def step(direction: Array) -> Array:
             return jnp.clip(x_adv + rho * direction, 0, 1)
 
-        def either(direction: Array, wanted: Array) -> Array:
-            # The program judges before it clips.
-            right = predict(x_adv + rho * direction) == wanted
+        def either(direction: Array, right: Array) -> Array:
             return step(jnp.where(right, 1, -1) * direction)
 
         own = parameters.directions[predict(x_adv), 0]
         noise = normalize(jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype))
         clean = direction_example(forward, variables, x, settings=parameters.settings)
+        influence = clean.direction.astype(x.dtype)
+        # The program judges before it clips.
+        flips = predict(x_adv + rho * influence) == clean.logits.argmax()
 
         def logit(image: Array) -> Array:
             return forward(variables, image[None])[0][0][y]
@@ -105,9 +108,9 @@ def moved(
         images = (
             x_adv,
             step(noise),
-            either(noise, y),
+            either(noise, predict(step(noise)) == y),
             step(own.astype(x.dtype)),
-            either(clean.direction.astype(x.dtype), clean.logits.argmax()),
+            either(influence, flips),
             step(normalize(jax.grad(logit)(x_adv))),
             step(normalize(jax.grad(margin)(x_adv))),
         )

@@ -343,6 +343,53 @@ def test_the_exact_gradient_is_the_derivative(model, parameters):
     np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-2)
 
 
+@pytest.mark.parametrize('rule', inverse_perturbation.RULES)
+def test_the_soft_gradient_is_the_derivative_of_soft_choices(model, parameters, rule):
+    # So short that nothing is clipped, through which these gradients pass.
+    settings = dataclasses.replace(
+        parameters.settings, rule=rule, rho=(0.02, 0.05), temperature=0.5
+    )
+    soft = apply(dataclasses.replace(parameters, settings=settings), model[0], gradient='soft')
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model[1])
+        z = np.float64(0.4 + 0.2 * model[2][:1])
+
+        def value(z):
+            return soft(variables, z)[0][0, 1]
+
+        gradient = jax.grad(value)(z)
+        direction = np.random.default_rng(0).normal(size=z.shape)
+        slope = (value(z + 1e-7 * direction) - value(z - 1e-7 * direction)) / 2e-7
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-5)
+
+
+def test_the_straight_through_gradient_is_that_of_fixed_choices_unclipped(model, parameters):
+    # So warm that soft choices, whose derivative stands in for that of hard ones, hardly change.
+    settings = dataclasses.replace(parameters.settings, rule='average', temperature=1e6)
+    warm = dataclasses.replace(parameters, settings=settings)
+    forward, variables, x, _ = model
+    defended = apply(warm, forward, gradient='straight_through')
+    z = np.float32(np.round(x[:1]))
+
+    def logit(z):
+        return forward(variables, z)[0][0, 0]
+
+    likeliest = int(np.asarray(forward(variables, z)[0]).argmax())
+    moved = [z] + [
+        np.clip(z + rho * np.asarray(parameters.directions[likeliest, 0]), 0, 1)
+        for rho in settings.rho
+    ]
+    second = np.asarray(forward(variables, z)[0])[0].argsort()[-2]
+    moved += [
+        np.clip(z + rho * np.asarray(parameters.directions[second, 0]), 0, 1)
+        for rho in settings.rho
+    ]
+    assert settings.top == 2 and any((image == z).any() for image in moved[1:])
+    expected = np.mean([jax.grad(logit)(image) for image in moved], axis=0)
+    found = jax.grad(lambda z: defended(variables, z)[0][0, 0])(z)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_straight_through_gradients_pass_clipping(model, parameters):
     # At the border every candidate that moves outwards is clipped: its exact gradient is 0.
     z = np.zeros((1, 4, 2), np.float32)
@@ -476,6 +523,29 @@ def test_the_oracle_clips_after_it_has_judged():
     # The front unit is the first input, of gradient (1, 0) and root mean square 1 / sqrt(2).
     np.testing.assert_allclose(moved, [1, 0.9], atol=1e-6)
     assert forward(variables, moved[None])[0].argmax() == 0
+
+
+def test_the_oracle_of_random_moves_recovers_whatever_they_do():
+    # In most of a corner's directions clipping undoes a part of the move.
+    forward = LinenForward(Sum())
+    variables = {'params': {'kernel': np.ones((2, 1), np.float32)}}
+    settings = Settings(layers=('act',), front=1, tail=0)
+    known = dataclasses.replace(
+        inverse_perturbation.skeleton(settings), directions=jnp.ones((2, 1, 2))
+    )
+    x_adv = np.tile(np.float32([[0.999, 0.945]]), (200, 1))
+    found = oracles.moved(
+        forward, variables, np.ones_like(x_adv), x_adv, np.ones(200, np.int32), jax.random.key(0),
+        rho=0.1, parameters=known,
+    )  # fmt: skip
+    plain, chosen = (
+        np.asarray(forward(variables, found[name])[0]).argmax(-1) == 1
+        for name in ('random', 'random, oracle sign')
+    )
+    assert 0 < plain.sum() < chosen.sum() < 200
+    assert not (plain & ~chosen).any()
+    # Judged before they are clipped some moves would be taken for right that are not.
+    assert (np.asarray(found['random']) == 1).any()
 
 
 def test_oracles_move_by_rho_along_their_directions(model, parameters):
