@@ -73,20 +73,25 @@ def calibrate(scores: Float[ArrayLike, ' neurons'], *, settings: Settings = DEFA
     Args:
       scores: a score for each neuron `[N]`, larger where the measure calls it more sensitive,
         fragile or influential; of a sensitivity Delta, for which small is sensitive, pass the
-        negative. NaN never goes first.
+        negative. NaN goes last in both orders, infinity like any other number.
       settings: how many, and in which order.
 
     Returns:
       The choice; of equal scores the lowest index goes first.
 
     Raises:
-      ValueError: there are fewer neurons than should go.
+      ValueError: there are fewer neurons than should go, or no score is a number.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or settings.count > len(values):
         raise ValueError(
             f'count is {settings.count}, but scores of shape {values.shape} are given; remove at '
             'most one neuron for each score.'
+        )
+    if settings.count and np.isnan(values).all():
+        raise ValueError(
+            f'None of the {len(values)} scores is a number; measure neurons on images whose logits '
+            'are finite.'
         )
     if settings.order == 'random':
         order = np.random.default_rng(settings.seed).permutation(len(values))

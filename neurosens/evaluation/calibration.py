@@ -71,11 +71,17 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
       measure: of `config.PRUNED_BY`; `'scaled_sensitivity'` is the one of Suri & Evans.
 
     Returns:
-      A score for each neuron, larger where it goes first with the order `'most'` `[N]`.
+      A score for each neuron, larger where it goes first with the order `'most'` `[N]`; by
+      `'scaled_sensitivity'` minus infinity for one that flips no image, such as a dead one, and NaN
+      where all logits are.
     """
     if measure == 'scaled_sensitivity':
+        assert layer.delta is not None
+        score = layer.mean_scaled_delta()
+        # What no change of a neuron does is as far away as can be, and so the first of the least.
+        unreachable = np.isnan(score) & ~np.isnan(layer.delta).all(0)
         # The smallest is the most sensitive.
-        return -np.abs(layer.mean_scaled_delta())
+        return np.where(unreachable, -np.inf, -np.abs(score))
     return layer.importance()[_IMPORTANCE.get(measure, measure)]
 
 

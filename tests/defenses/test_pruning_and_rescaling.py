@@ -116,6 +116,12 @@ def test_the_most_and_the_least_go_first():
     assert removed(scores, count=0) == []
 
 
+def test_what_flips_nothing_is_the_least_sensitive():
+    scores = [-np.inf, 0.3, -np.inf, 0.1]
+    assert removed(scores, count=3, order='least') == [0, 2, 3]
+    assert removed(scores, count=3) == [0, 1, 3]
+
+
 def test_more_random_pruning_removes_the_same_and_more():
     sets = [set(removed(range(20), count=n, order='random', seed=3)) for n in (3, 7, 20)]
     assert sets[0] < sets[1] < sets[2]
@@ -136,6 +142,8 @@ def test_pruning_the_last_layer_zeroes_its_weights(net):
 def test_pruning_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match='count is 3, but scores of shape'):
         pruning.calibrate([1.0, 2.0], settings=pruning.Settings(count=3))
+    with pytest.raises(ValueError, match='None of the 2 scores is a number'):
+        pruning.calibrate([np.nan, np.nan], settings=pruning.Settings(count=1))
     for changes in ({'count': -1}, {'order': 'best'}, {'unit': 'filter'}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             pruning.Settings(**changes)
