@@ -100,7 +100,7 @@ def evaluate_defense(
             variables,
             source,
             mesh,
-            dataclasses.replace(evaluation, attacks=names, examples=0, **options),
+            dataclasses.replace(evaluation, attacks=names, **options),
             key,
             progress=lambda name: progress(f'{part} {name}'),
             ensemble_progress=ensemble_progress,
@@ -159,7 +159,8 @@ def evaluate_defense(
         through = attacks.with_gradients_of(defended, hidden)
         part = f'defended by {label}'
         outcomes += _adaptive(
-            attacked(through, part, settings.surrogate_attacks, masking_images=0), f'_{label}'
+            attacked(through, part, settings.surrogate_attacks, masking_images=0, examples=0),
+            f'_{label}',
         )
     moves = []
     known = isinstance(parameters, inverse_perturbation.Parameters)
@@ -197,6 +198,7 @@ def evaluate_defense(
         relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
         report.diagnosis,
         uncontrolled,
+        report,
     )
 
 

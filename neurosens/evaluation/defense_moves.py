@@ -20,11 +20,15 @@ from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
 from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
 
+# One step, or no gradient: of attacks that fool equally often these say least about a defence.
+_PLAIN = ('fgsm', 'fgsm_rs', 'square', 'noise', 'spatial')
+
 
 def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
     """Of each radius the static attack that fools the undefended model most often.
 
-    Ensembles are left out, whose images come of several attacks.
+    Ensembles are left out, whose images come of several attacks. Of attacks that fool equally often
+    the first that follows gradients for several steps is taken.
 
     Args:
       outcomes: attacks on a defence.
@@ -32,12 +36,12 @@ def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]
     Returns:
       One outcome for each radius that a static attack had.
     """
-    strongest: dict[float, tuple[int, DefenseOutcome]] = {}
+    strongest: dict[float, tuple[tuple[int, bool], DefenseOutcome]] = {}
     for outcome in outcomes:
         if outcome.fooled is not None and not outcome.attack.startswith('autoattack'):
-            count = int(outcome.fooled.sum())
-            if outcome.eps not in strongest or count > strongest[outcome.eps][0]:
-                strongest[outcome.eps] = count, outcome
+            strength = int(outcome.fooled.sum()), outcome.attack not in _PLAIN
+            if outcome.eps not in strongest or strength > strongest[outcome.eps][0]:
+                strongest[outcome.eps] = strength, outcome
     return [outcome for _, outcome in strongest.values()]
 
 
@@ -59,7 +63,7 @@ def measure_moves(
       variables: its variables, replicated over the mesh.
       stream: runs a function of batches over the data.
       parameters: of inverse perturbation, replicated over the mesh.
-      key: of random directions.
+      key: of random directions and noise.
       mesh: devices to run on.
       outcome: of that attack.
 
@@ -89,7 +93,11 @@ def measure_moves(
             for name, images in moved.items():
                 right = accuracy.classify(forward, variables, images) == batch.label
                 found[f'{rho}|{name}'] = right
-        return {**found, **_shift(forward, variables, x, x_adv, settings)}
+        noisy = _noise_of_size(x, x_adv, key, batch.index)
+        for made, images in (('attack', x_adv), ('noise', noisy)):
+            for name, change in _shift(forward, variables, x, images, settings).items():
+                found[f'{made}|{name}'] = change
+        return found
 
     arrays = stream(step)
     fooled = outcome.fooled
@@ -98,11 +106,27 @@ def measure_moves(
         name: {rho: success_rate(fooled, arrays[f'{rho}|{name}']) for rho in settings.rho}
         for name in oracles.NAMES
     }
-    shifts = {
-        layer: {group: arrays[f'{layer}|{group}'][fooled] for group in GROUPS}
-        for layer in settings.layers
-    }
-    return Moves(outcome.name, controls, shifts)
+    shifts, noise = (
+        {
+            layer: {group: arrays[f'{made}|{layer}|{group}'][fooled] for group in GROUPS}
+            for layer in settings.layers
+        }
+        for made in ('attack', 'noise')
+    )
+    return Moves(outcome.name, controls, shifts, noise)
+
+
+@jax.jit
+def _noise_of_size(x: Array, x_adv: Array, key: Array, index: Array) -> Array:
+    """Images moved as far in l2 as the attack did, in random directions, and clipped."""
+
+    def example(x: Array, x_adv: Array, index: Array) -> Array:
+        # Not the stream of the controls.
+        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 1), index), x.shape)
+        size = jnp.linalg.norm(x_adv - x) / jnp.linalg.norm(noise)
+        return jnp.clip(x + size * noise, 0, 1)
+
+    return jax.vmap(example)(x, x_adv, index)
 
 
 @functools.partial(jax.jit, static_argnames='settings')

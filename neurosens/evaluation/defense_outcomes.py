@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from neurosens.evaluation import accuracy, masking
+from neurosens.evaluation import accuracy, masking, masking_checks, robustness
 
 STATIC, ADAPTIVE = 'static', 'adaptive'
+# Adaptive attacks that do not follow gradients of what they attack.
+_WITHOUT_GRADIENTS = ('square', 'noise', 'spatial', 'transfer')
 GROUPS = ('front', 'middle', 'tail')
 
 
@@ -53,11 +55,14 @@ class Moves(NamedTuple):
         that it recovers.
       shifts: for each layer, how the attack changes front, middle and tail neurons of the images
         fooled: by group, the mean change of a neuron in units of the layer's mean |activation|.
+      noise: the same of random noise of the attack's l2 size, on the same images: what any change
+        of the input does, as front neurons are chosen where the clean image has them large.
     """
 
     attack: str
     controls: Mapping[str, Mapping[float, float]]
     shifts: Mapping[str, Mapping[str, Float[np.ndarray, ' fooled']]]
+    noise: Mapping[str, Mapping[str, Float[np.ndarray, ' fooled']]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,8 @@ class DefenseReport:
       cost: time for one image relative to the undefended model, measured.
       diagnosis: of gradient masking by the defence; None where it was not asked for.
       uncontrolled: why there are no controls although they were asked for, or empty.
+      adaptive: attacks on the defended model along its own gradient, with example images; None in
+        reports made by hand.
     """
 
     defense: str
@@ -87,11 +94,44 @@ class DefenseReport:
     cost: float
     diagnosis: masking.Diagnosis | None = None
     uncontrolled: str = ''
+    adaptive: robustness.RobustnessReport | None = None
 
     @property
     def warnings(self) -> dict[str, tuple[str, ...]]:
         """Why robustness may be overestimated, by the names of outcomes."""
-        return {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}
+        found = {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}
+        images = len(self.defended.labels)
+        for norm, eps in radii(self):
+            missed = self.missed_by_gradients(eps)
+            if missed is not None and (count := int(missed.sum())) > masking_checks.slack(images):
+                found[f'worst/all-{norm}-{eps:.3g}'] = (
+                    f'{count} of {images} images withstand every attack along gradients, but not '
+                    'those without or made on another model: something hides the gradients, and '
+                    'more steps, restarts or other gradients would find more.',
+                )
+        return found
+
+    def missed_by_gradients(self, eps: float) -> Bool[np.ndarray, ' images'] | None:
+        """Images that fall, but to no attack along gradients of the defended model or a surrogate.
+
+        Args:
+          eps: the radius.
+
+        Returns:
+          Whether only a static, transferred or gradient-free attack fools the model `[M]`;
+          ensembles count as attacks along gradients. None where no attack of this radius is one.
+        """
+        along = [
+            outcome
+            for outcome in self.outcomes
+            if outcome.eps == eps
+            and outcome.kind == ADAPTIVE
+            and not outcome.attack.startswith(_WITHOUT_GRADIENTS)
+        ]
+        if not along:
+            return None
+        robust = self.defended.correct & ~np.any([outcome.success for outcome in along], axis=0)
+        return robust & ~self.worst_case(eps)
 
     def undefended_worst_case(self, eps: float) -> np.ndarray:
         """Whether the undefended model withstands every static attack of a radius `[M]`."""
@@ -108,6 +148,11 @@ class DefenseReport:
             if outcome.eps == eps and outcome.kind in kinds:
                 robust = robust & ~outcome.success
         return robust
+
+
+def radii(report: DefenseReport) -> list[tuple[str, float]]:
+    """Norm and radius of every threat that was tried, smallest first."""
+    return sorted({(outcome.norm, outcome.eps) for outcome in report.outcomes})
 
 
 def success_rate(

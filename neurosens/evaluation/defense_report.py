@@ -5,24 +5,30 @@ from __future__ import annotations
 import csv
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from neurosens import metrics
-from neurosens.evaluation import files, masking_report, plots
-from neurosens.evaluation.defense_outcomes import ADAPTIVE, GROUPS, STATIC, DefenseReport
+from neurosens.evaluation import files, masking_report, plots, robustness
+from neurosens.evaluation.defense_outcomes import (
+    ADAPTIVE,
+    GROUPS,
+    STATIC,
+    DefenseReport,
+    Moves,
+    radii,
+)
 from neurosens.evaluation.report import aligned
+
+# Names of pictures of attacked images begin so.
+EXAMPLES = 'defense_examples-'
 
 
 def _proportion(flags: np.ndarray) -> metrics.Interval:
     return metrics.wilson_interval(int(flags.sum()), len(flags))
-
-
-def radii(report: DefenseReport) -> list[tuple[str, float]]:
-    """Norm and radius of every threat that was tried, smallest first."""
-    return sorted({(outcome.norm, outcome.eps) for outcome in report.outcomes})
 
 
 def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int]]:
@@ -117,10 +123,7 @@ def defense_table(report: DefenseReport) -> str:
         ]
         header = [f'recovered of {moves.attack} by a move of rho', *map(str, sizes)]
         lines += ['', *aligned(header, body)]
-        body = [
-            [layer, *(_mean(by_group[group]) for group in GROUPS)]
-            for layer, by_group in moves.shifts.items()
-        ]
+        body = shift_rows(moves, _mean)
         header = [f'mean change under {moves.attack}', *GROUPS]
         lines += ['', *aligned(header, body)]
     if report.uncontrolled:
@@ -130,6 +133,23 @@ def defense_table(report: DefenseReport) -> str:
     if report.diagnosis is not None:
         lines += ['', 'the defended model:', masking_report.masking_table(report.diagnosis)]
     return '\n'.join(lines)
+
+
+def shift_rows(moves: Moves, text: Callable[[np.ndarray], str]) -> list[list[str]]:
+    """Rows of the table of shifts: each layer, under the attack and under noise of its size.
+
+    Args:
+      moves: at one radius.
+      text: what to show of the changes over images.
+
+    Returns:
+      For each row the layer, and what noise is called, and the changes of `GROUPS`.
+    """
+    return [
+        [f'{layer}{label}', *(text(by_layer[layer][group]) for group in GROUPS)]
+        for layer in moves.shifts
+        for label, by_layer in (('', moves.shifts), (', noise of this size', moves.noise))
+    ]
 
 
 def _percent(share: float) -> str:
@@ -161,15 +181,20 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         flat[f'{key}/recovered'], flat[f'{key}/fooled'] = rate.recovered, rate.fooled
     for name, warnings in report.warnings.items():
         flat[f'defense/warnings/{name}'] = list(warnings)
+    for norm, eps in radii(report):
+        missed = report.missed_by_gradients(eps)
+        if missed is not None:
+            flat[f'defense/missed_by_gradients/{norm}-{eps:.3g}'] = int(missed.sum())
     for moves in report.moves:
         key = moves.attack.removeprefix(f'{STATIC}/')
         for name, by_size in moves.controls.items():
             for size, share in by_size.items():
                 flat[f'defense/control/{key}/{name}/{size:g}'] = None if np.isnan(share) else share
-        for layer, by_group in moves.shifts.items():
-            for group, values in by_group.items():
-                mean = float(np.mean(values)) if len(values) else None
-                flat[f'defense/shift/{key}/{layer}/{group}'] = mean
+        for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
+            for layer, by_group in by_layer.items():
+                for group, values in by_group.items():
+                    mean = float(np.mean(values)) if len(values) else None
+                    flat[f'defense/{kind}/{key}/{layer}/{group}'] = mean
     if report.diagnosis is not None:
         found = masking_report.masking_facts(report.diagnosis)
         flat.update({f'defense/{key}': value for key, value in found.items()})
@@ -195,13 +220,31 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for name, rate in rates(report).items():
                 cells = ('', '', '') if rate.interval is None else rate.interval
                 writer.writerow([f'success_rate/{name}', *cells, rate.fooled])
+            for moves in report.moves:
+                for name, by_size in moves.controls.items():
+                    for size, share in by_size.items():
+                        key = f'control/{moves.attack}/{name}/{size:g}'
+                        writer.writerow([key, share, '', '', _fooled(moves)])
+                for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
+                    for layer, by_group in by_layer.items():
+                        for group, values in by_group.items():
+                            mean = np.mean(values) if len(values) else ''
+                            key = f'{kind}/{moves.attack}/{layer}/{group}'
+                            writer.writerow([key, mean, '', '', len(values)])
+            writer.writerow(['passes', report.passes, '', '', ''])
+            writer.writerow(['relative_cost', report.cost, '', '', ''])
         if report.diagnosis is not None:
             masking_report.write_masking(report.diagnosis, output.path('defense_masking.csv'))
-        plots.save(accuracy_figure(report), output.path('defense.png'))
+        if report.outcomes:
+            plots.save(accuracy_figure(report), output.path('defense.png'))
         if report.moves:
             plots.save(control_figure(report), output.path('defense_controls.png'))
         if any(fooled for fooled, _ in _shown(report)):
             plots.save(shift_figure(report), output.path('defense_shifts.png'))
+        for outcome in strongest_with_examples(report):
+            assert report.adaptive is not None
+            figure = plots.example_grid(report.adaptive, outcome)
+            plots.save(figure, output.path(f'{EXAMPLES}{outcome.name}.png'))
     # What an earlier evaluation of another defence left would pass for this one's.
     for stale in set(pathlib.Path(directory).glob('defense*.*')) - set(output.written):
         stale.unlink()
@@ -276,25 +319,57 @@ def control_figure(report: DefenseReport) -> Figure:
 def _shown(report: DefenseReport) -> list[tuple[int, tuple[str, str]]]:
     """How many images each panel of `shift_figure` has, and its attack and layer."""
     return [
-        (len(by_group['front']), (moves.attack, layer))
-        for moves in report.moves
-        for layer, by_group in moves.shifts.items()
+        (_fooled(moves), (moves.attack, layer)) for moves in report.moves for layer in moves.shifts
     ]
 
 
+def strongest_with_examples(report: DefenseReport) -> list[robustness.AttackOutcome]:
+    """Of each radius the attack on the defended model that succeeds most often and has images.
+
+    Args:
+      report: of a defence.
+
+    Returns:
+      One outcome for each radius where there is one.
+    """
+    strongest: dict[float, robustness.AttackOutcome] = {}
+    for outcome in report.adaptive.outcomes if report.adaptive is not None else ():
+        best = strongest.get(outcome.eps)
+        if len(outcome.attacked.x) and (
+            best is None or outcome.attacked.success.sum() > best.attacked.success.sum()
+        ):
+            strongest[outcome.eps] = outcome
+    return list(strongest.values())
+
+
+def _fooled(moves: Moves) -> int:
+    return len(next(iter(moves.shifts.values()))['front'])
+
+
 def shift_figure(report: DefenseReport) -> Figure:
-    """How attacks change front, middle and tail neurons, over images."""
+    """How attacks, and noise of their size, change front, middle and tail neurons, over images."""
     shown = [place for fooled, place in _shown(report) if fooled]
-    shifts = {moves.attack: moves.shifts for moves in report.moves}
+    by_attack = {moves.attack: moves for moves in report.moves}
     figure = Figure(figsize=(4.2 * len(shown), 3.4), layout='constrained')
     for axes, (attack, layer) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown):
-        by_group = shifts[attack][layer]
-        axes.boxplot(
-            [by_group[group] for group in GROUPS],
-            tick_labels=GROUPS,
-            showfliers=False,
-            medianprops={'color': plots.COLORS[0]},
+        moves = by_attack[attack]
+        made = (
+            ('attack', moves.shifts, plots.COLORS[0]),
+            ('noise of its size', moves.noise, '0.5'),
         )
+        for side, (label, by_layer, color) in enumerate(made):
+            axes.boxplot(
+                [by_layer[layer][group] for group in GROUPS],
+                positions=[place + 0.4 * side - 0.2 for place in range(len(GROUPS))],
+                widths=0.3,
+                showfliers=False,
+                medianprops={'color': color},
+                boxprops={'color': color},
+                manage_ticks=False,
+            )
+            axes.plot([], [], color=color, label=label)
+        axes.set_xticks(range(len(GROUPS)), GROUPS)
+        axes.legend(frameon=False, fontsize=8)
         axes.axhline(0, color='0.5', linewidth=1)
         axes.set_ylabel('change of a neuron / mean |activation|')
         axes.set_title(f'{layer}, {attack}', fontsize=9)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from neurosens import metrics
 from neurosens.evaluation.defense_outcomes import GROUPS, DefenseReport
-from neurosens.evaluation.defense_report import defense_rows, rates
-from neurosens.evaluation.html_page import Block, Figure, Notes, Section, Table
+from neurosens.evaluation.defense_report import EXAMPLES, defense_rows, radii, rates, shift_rows
+from neurosens.evaluation.html_page import Block, Figure, Notes, Section, Table, Values
 from neurosens.evaluation.report_page import masking_section, share_text
 
 # For each plot its caption, and what it shows for those who cannot see it.
@@ -24,7 +25,8 @@ _PLOTS = {
         'Curves of recovered images against the size of the move; the table has the numbers.',
     ),
     'defense_shifts': (
-        'How the attack changes front, middle and tail neurons, over images.',
+        'How the attack, and random noise of its l2 size, change front, middle and tail neurons, '
+        'over images.',
         'Box plots of the change of neurons by group; the table has the means.',
     ),
 }
@@ -74,26 +76,56 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
                 f'Mean change of neurons under {moves.attack}, in units of the mean |activation| '
                 'of the layer',
                 ['layer', *GROUPS],
-                [
-                    [layer, *(_mean(by_group[group]) for group in GROUPS)]
-                    for layer, by_group in moves.shifts.items()
-                ],
+                shift_rows(moves, _mean),
             )
         )
     if report.uncontrolled:
         blocks.append(report.uncontrolled)
     for path in files:
         if path.suffix == '.png':
-            caption, alternative = _PLOTS.get(path.stem, (path.stem.replace('_', ' '),) * 2)
+            caption, alternative = _described(path.stem)
             blocks.append(Figure(path.read_bytes(), caption, alternative))
+    lead = [_verdict(report, title), *_warnings(report, title)]
     if report.diagnosis is not None:
-        blocks.append(masking_section('Signs of gradient masking by the defence', report.diagnosis))
-    return Section(title, blocks)
+        masked = masking_section('Signs of gradient masking by the defence', report.diagnosis)
+        blocks.append(masked._replace(lead=()))
+        lead += masked.lead
+    return Section(title, blocks, lead)
 
 
-def _warnings(report: DefenseReport) -> list[Block]:
+def _verdict(report: DefenseReport, title: str) -> Values:
+    """Accuracy through the defence, and under all attacks beside that without it."""
+    items = []
+    for norm, eps in [('', 0.0), *radii(report)]:
+        flags = report.worst_case(eps) if norm else report.defended.correct
+        before = report.undefended_worst_case(eps) if norm else report.undefended.correct
+        share = metrics.wilson_interval(int(flags.sum()), len(flags))
+        remark = f'{share.low:.2%}–{share.high:.2%}'
+        # Without a static attack it is not known what the undefended model withstands.
+        if not norm or any(o.fooled is not None for o in report.outcomes if o.eps == eps):
+            remark += f'; undefended {before.mean():.2%}'
+        what = f'all attacks, {norm} eps {eps:.3g}' if norm else 'clean'
+        items.append((f'{title}, {what}', f'{share.value:.2%}', remark))
+    return Values(items)
+
+
+def _described(stem: str) -> tuple[str, str]:
+    """Caption of a picture, and what it shows."""
+    if stem.startswith(EXAMPLES):
+        attack = stem.removeprefix(EXAMPLES)
+        return (
+            f'{attack}, made on the defended model: clean images, perturbations (stretched around '
+            'grey) and attacked images; below them the class that the defended model predicts, '
+            'green where it is right.',
+            f'The first images before and after {attack}, with the perturbation between them.',
+        )
+    return _PLOTS[stem]
+
+
+def _warnings(report: DefenseReport, title: str = '') -> list[Block]:
     texts = [f'{name}: {text}' for name, found in report.warnings.items() for text in found]
-    return [Notes('Robustness may be overestimated', texts)] if texts else []
+    heading = f'{title}: robustness may be overestimated' if title else ''
+    return [Notes(heading or 'Robustness may be overestimated', texts)] if texts else []
 
 
 def _percent(share: float) -> str:

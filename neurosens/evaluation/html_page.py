@@ -104,10 +104,12 @@ class Section(NamedTuple):
     Attributes:
       title: the heading.
       blocks: what is below it; sections among them are of the next level.
+      lead: what of it stands at the top of the page too; no sections.
     """
 
     title: str
     blocks: Sequence[Block]
+    lead: Sequence[Block] = ()
 
 
 # A string is a paragraph.
@@ -160,7 +162,9 @@ def page(title: str, lead: Sequence[Block], sections: Sequence[Section]) -> str:
             '<body>',
             '<header>',
             f'<h1>{_text(title)}</h1>',
-            _blocks(lead, 2, iter(())),
+            _blocks(
+                [*lead, *(block for section in sections for block in section.lead)], 2, iter(())
+            ),
             '</header>',
             _contents(sections, iter(identifiers)),
             '<main>',

@@ -77,8 +77,9 @@ def masking_section(title: str, diagnosis: Diagnosis) -> Section:
       diagnosis: what was found.
 
     Returns:
-      One row for each check.
+      One row for each check; what failed stands at the top of the page too.
     """
+    failed = [check.message for check in diagnosis.checks if check.verdict == 'warn']
     return Section(
         title,
         [
@@ -101,6 +102,7 @@ def masking_section(title: str, diagnosis: Diagnosis) -> Section:
                 ],
             ),
         ],
+        [Notes(title, failed)] if failed else [],
     )
 
 

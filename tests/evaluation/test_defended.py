@@ -15,7 +15,8 @@ from PIL import Image
 from neurosens import attacks, config, data, defenses, evaluation, neurons, parallel
 from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.evaluation import defended as defended_module
-from neurosens.evaluation import defense_report
+from neurosens.evaluation import defense_moves, defense_report
+from neurosens.evaluation.html_page import Figure
 from neurosens.forward import LinenForward, with_input_transform
 
 EVALUATION = config.Evaluation(
@@ -175,6 +176,64 @@ def test_controls_bound_the_defence(problem, inverse):
     assert set(groups) == {'front', 'middle', 'tail'}
     # An attack on a linear model lowers what speaks for the class and raises what speaks against.
     assert groups['front'].mean() < 0 < groups['tail'].mean()
+    # Noise of its size does neither.
+    noise = moves.noise['head:in']
+    assert noise['front'].shape == groups['front'].shape
+    for group in ('front', 'tail'):
+        assert abs(noise[group].mean()) < abs(groups[group].mean()) / 4
+
+
+def test_noise_is_as_large_as_the_attack():
+    generator = np.random.default_rng(0)
+    x = np.float32(0.4 + 0.2 * generator.random((3, 5, 5, 1)))
+    x_adv = x + np.float32([0.01, 0.02, 0.0])[:, None, None, None]
+    noisy = defense_moves._noise_of_size(x, x_adv, jax.random.key(0), jnp.arange(3))
+    size = np.sqrt(np.square(noisy - x).sum((1, 2, 3)))
+    np.testing.assert_allclose(size, [0.05, 0.1, 0], rtol=1e-5, atol=1e-7)
+    alone = defense_moves._noise_of_size(x[1:], x_adv[1:], jax.random.key(0), jnp.arange(1, 3))
+    np.testing.assert_array_equal(alone, noisy[1:])
+    assert (np.abs(noisy[0] - x[0]) > 0.02).any()
+
+
+def outcome_of(kind, attack, success, fooled=None):
+    flags = [None if value is None else np.array(value, bool) for value in (success, fooled)]
+    return evaluation.DefenseOutcome(kind, attack, 'linf', 0.1, *flags)
+
+
+def test_of_attacks_that_fool_equally_often_one_along_gradients_is_the_strongest():
+    outcomes = [
+        outcome_of('static', 'fgsm', [1, 1, 0], [1, 1, 0]),
+        outcome_of('static', 'pgd', [1, 0, 1], [1, 0, 1]),
+        outcome_of('static', 'apgd', [0, 1, 1], [0, 1, 1]),
+        outcome_of('static', 'square', [1, 1, 0], [1, 1, 0]),
+        outcome_of('static', 'autoattack', [1, 1, 1], [1, 1, 1]),
+    ]
+    (found,) = defense_moves.strongest_static(outcomes)
+    assert found.attack == 'pgd'
+    more = outcome_of('static', 'square', [1, 1, 1], [1, 1, 1])
+    (found,) = defense_moves.strongest_static([*outcomes, more])
+    assert found is more
+
+
+def test_images_that_only_attacks_without_gradients_break_are_counted(inverse):
+    _, report = inverse
+    right = report.defended._replace(
+        labels=np.zeros(8, np.int32), predictions=np.int32([0] * 7 + [1])
+    )
+    outcomes = (
+        outcome_of('static', 'pgd', [1, 1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 1]),
+        outcome_of('adaptive', 'pgd', [1, 0, 1, 0, 0, 0, 0, 1]),
+        outcome_of('adaptive', 'apgd_soft', [1, 0, 0, 1, 0, 0, 0, 1]),
+        outcome_of('adaptive', 'square', [0, 0, 0, 0, 1, 0, 0, 1]),
+        outcome_of('adaptive', 'transfer_other', [0, 0, 0, 0, 0, 1, 0, 1]),
+    )
+    found = dataclasses.replace(report, defended=right, outcomes=outcomes)
+    assert np.flatnonzero(found.missed_by_gradients(0.1)).tolist() == [1, 4, 5]
+    assert found.missed_by_gradients(0.2) is None
+    (warning,) = found.warnings['worst/all-linf-0.1']
+    assert warning.startswith('3 of 8 images withstand every attack along gradients')
+    fewer = dataclasses.replace(found, outcomes=outcomes[1:4])
+    assert fewer.missed_by_gradients(0.1).sum() == 1 and not fewer.warnings
 
 
 def test_devices_and_batches_change_nothing(problem, inverse):
@@ -219,10 +278,40 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     assert f', {recovered:,} of {fooled:,}' in text
     written = evaluation.write_defense(report, tmp_path)
     names = {path.name for path in written}
-    assert names == {'defense.csv', 'defense.png', 'defense_controls.png', 'defense_shifts.png'}
+    shown = defense_report.strongest_with_examples(report)
+    assert [outcome.eps for outcome in shown] == [0.05, 0.12]
+    for outcome in shown:
+        known = [o for o in report.outcomes if o.kind == 'adaptive' and o.eps == outcome.eps]
+        own = [o for o in known if '_' not in o.attack]
+        assert outcome.attacked.success.sum() == max(o.success.sum() for o in own)
+    assert names == {
+        *('defense.csv', 'defense.png', 'defense_controls.png', 'defense_shifts.png'),
+        *(f'defense_examples-{outcome.name}.png' for outcome in shown),
+    }
+    section = evaluation.defense_section(report, written)
+    pictures = [block for block in section.blocks if isinstance(block, Figure)]
+    assert len(pictures) == 5
+    assert sum('made on the defended model' in block.caption for block in pictures) == 2
+    values = section.lead[0].items
+    assert values[0][:2] == (
+        'Defence: inverse perturbation, clean',
+        f'{report.defended.accuracy:.2%}',
+    )
+    assert values[2][0].endswith('all attacks, linf eps 0.12')
+    assert values[2][1] == f'{report.worst_case(0.12).mean():.2%}'
+    assert f'undefended {report.undefended_worst_case(0.12).mean():.2%}' in values[2][2]
     with (tmp_path / 'defense.csv').open() as file:
-        table = {line['measurement']: line['value'] for line in csv.DictReader(file)}
+        lines = list(csv.DictReader(file))
+    table = {line['measurement']: line['value'] for line in lines}
+    images = {line['measurement']: line['images'] for line in lines}
     assert float(table['clean_accuracy']) == pytest.approx(report.defended.accuracy)
+    moves = report.moves[-1]
+    control = f'control/{moves.attack}/random, oracle sign/0.1'
+    assert float(table[control]) == moves.controls['random, oracle sign'][0.1]
+    front = moves.shifts['head:in']['front']
+    assert float(table[f'shift/{moves.attack}/head:in/front']) == pytest.approx(front.mean())
+    assert images[control] == images[f'noise_shift/{moves.attack}/head:in/tail'] == str(len(front))
+    assert float(table['passes']) == 5
     for path in written:
         if path.suffix == '.png':
             assert np.asarray(Image.open(path).convert('L')).std() > 5
@@ -280,6 +369,17 @@ def test_every_measure_prunes_what_it_ranks_first(problem, measured, measure):
     np.testing.assert_array_equal(np.flatnonzero(parameters.removed), np.sort(chosen))
 
 
+def test_a_neuron_that_flips_no_image_is_the_least_sensitive(measured):
+    delta = np.array(measured.delta)
+    delta[:, 3] = np.inf
+    scores = evaluation.pruning_scores(
+        dataclasses.replace(measured, delta=delta), 'scaled_sensitivity'
+    )
+    assert np.flatnonzero(scores == -np.inf).tolist() == [3] and np.isfinite(scores[:3]).all()
+    undefined = dataclasses.replace(measured, delta=np.full_like(delta, np.nan))
+    assert np.isnan(evaluation.pruning_scores(undefined, 'scaled_sensitivity')).all()
+
+
 @pytest.mark.parametrize('measure', ['ablation_attacked', 'targeting'])
 def test_a_measure_under_attack_needs_a_radius(problem, measure):
     forward, variables, source = problem
@@ -287,6 +387,17 @@ def test_a_measure_under_attack_needs_a_radius(problem, measure):
     mesh, key = parallel.data_mesh(1), jax.random.key(0)
     with pytest.raises(ValueError, match=f"'{measure}', which attacks images, but the radius is 0"):
         evaluation.calibrate_defense(forward, variables, source, mesh, settings, key, eps=0.0)
+
+
+def test_without_radii_a_defence_is_evaluated_on_clean_images(problem, tmp_path):
+    _, report = run(problem, 'pruning', {'count': 3}, measure='influence', eps=())
+    assert report.outcomes == () and not report.warnings
+    rows = {key: interval for key, interval, _ in evaluation.defense_rows(report)}
+    assert set(rows) == {'undefended/clean_accuracy', 'clean_accuracy'}
+    assert 'clean_accuracy' in evaluation.defense_table(report)
+    written = evaluation.write_defense(report, tmp_path)
+    assert [path.name for path in written] == ['defense.csv']
+    evaluation.defense_section(report, written)
 
 
 def test_images_of_another_model_are_transferred_too(problem):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from neurosens import config, data, evaluation, neurons
-from neurosens.evaluation import html_page
+from neurosens.evaluation import html_page, masking, report_page
 from neurosens.evaluation.defense_outcomes import Moves
 from neurosens.evaluation.html_page import (
     Code,
@@ -133,6 +133,27 @@ def test_every_block_bears_every_text(tmp_path):
     assert read.attributes('img')[0]['alt'] == HOSTILE
     assert read.text.count(HOSTILE) == 2 + 2 + 1 + 3 * (1 + 5 + 1 + 3 + 1 + 2 + 4)
     assert ('title', HOSTILE) in read.headings and ('code', HOSTILE) in read.headings
+
+
+def test_what_a_section_leads_with_stands_at_the_top_too():
+    sections = [Section('A', ['x']), Section('B', ['y'], [Notes('beware', ['of the dog'])])]
+    whole = page('t', ['first'], sections)
+    assert whole.index('first') < whole.index('of the dog') < whole.index('</header>')
+    assert whole.count('of the dog') == 1
+    check_alone(whole)
+
+
+def test_what_failed_of_a_diagnosis_leads_the_page():
+    passed = masking.Check('noise', True, {'noise': 1.0}, 'Noise is weak.')
+    failed = masking.Check('steps', False, {'gained': 9.0}, 'More steps find more.')
+    unasked = masking.Check('transfer', None, {}, 'There is no other model.')
+    for checks, lead in (
+        ((passed, unasked), []),
+        ((passed, failed, unasked), [Notes('Signs', ['More steps find more.'])]),
+    ):
+        diagnosis = masking.Diagnosis(checks, 64, 'linf', 0.1)
+        section = report_page.masking_section('Signs', diagnosis)
+        assert list(section.lead) == lead
 
 
 def test_what_no_page_can_hold_is_replaced():
@@ -354,7 +375,8 @@ def test_a_defence_has_every_accuracy(report, tmp_path):
     defended = evaluation.DefenseReport(
         'inverse_perturbation', {}, report.predictions, report.predictions, outcomes,
         (Moves('pgd', {'<defence>': {0.02: 0.5, 0.05: float('nan')}}, {LAYER: {
-            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}),), 5, 4.5,
+            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}, {LAYER: {
+            'front': np.full(3, -0.25), 'middle': np.zeros(3), 'tail': np.zeros(0)}}),), 5, 4.5,
     )  # fmt: skip
     file = tmp_path / 'defense.png'
     picture(file)
