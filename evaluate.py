@@ -192,7 +192,8 @@ def _open(arguments: Sequence[str]) -> Job:
     # What is wrong with a layer should not show only after long attacks.
     benign = None
     if config.defense.name:
-        evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
+        if not config.defense.parameters:
+            evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
         benign = images('train')
     on_defense = (*config.defense.attacks, *config.defense.surrogate_attacks) if benign else ()
     if 'latent' in (*config.evaluation.attacks, *on_defense):
@@ -228,13 +229,23 @@ def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessRep
 def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
     """The parameters of the defence of the settings, on all devices of all processes."""
     assert job.benign is not None
+    settings, kept = job.config.defense, job.config.defense.parameters
     with scripts.user_errors():
+        if kept:
+            parameters = defenses.load(kept, mesh, variables=job.model.variables)
+            found = defenses.name_of(parameters)
+            if found != settings.name:
+                raise defenses.DefenseError(
+                    f'The defense in {kept} is {found!r}, but defense.name is {settings.name!r}; '
+                    'name the same.'
+                )
+            return parameters
         parameters = evaluation.calibrate_defense(
             job.model.forward,
             job.model.variables,
             job.benign,
             mesh,
-            job.config.defense,
+            settings,
             key,
             eps=_attack_radius(job.config),
         )

@@ -225,6 +225,18 @@ def test_a_defence_is_not_evaluated_against_motions():
         config_lib.validate(config)
 
 
+def test_kept_parameters_of_a_defence_need_its_name_and_no_options():
+    config = Config()
+    config.defense.parameters = 'runs/mnist/defense'
+    with pytest.raises(ConfigError, match="'runs/mnist/defense', but no defence is named"):
+        config_lib.validate(config)
+    config.defense.name = 'pruning'
+    config_lib.validate(config)
+    config.defense.options = {'count': 3}
+    with pytest.raises(ConfigError, match='leave out one of them'):
+        config_lib.validate(config)
+
+
 def float_keys():
     groups = {'': Config, 'optimizer.': Optimizer, 'schedule.': Schedule, 'evaluation.': Evaluation}
     for prefix, group in groups.items():

@@ -252,6 +252,16 @@ def _check_defense(config: Config) -> None:
             'defence recovers is counted of attacks that aim at no class: leave the target out.'
         )
     _check_items('defense.surrogates', defense.surrogates, SURROGATES)
+    if defense.parameters and not defense.name:
+        raise ConfigError(
+            f'defense.parameters is {defense.parameters!r}, but no defence is named; give '
+            'defense.name too.'
+        )
+    if defense.parameters and defense.options:
+        raise ConfigError(
+            'defense.options are those of a calibration, and defense.parameters names the result of '
+            'one; leave out one of them.'
+        )
 
 
 def _check_attacks(config: Config) -> None:

@@ -287,6 +287,8 @@ class Defense:
     Attributes:
       name: 'inverse_perturbation', 'rescaling' (compress and amplify), 'pruning', or empty for
         none. The parameters are kept in `defense` of the work directory.
+      parameters: where those of an earlier calibration are, such as that directory; empty calibrates
+        on training images as `options`, `images` and `measure` say.
       options: settings of that defence, as in `neurosens.defenses.<name>.Settings`.
       images: images of the training split that it is calibrated on; 0 means all.
       measure: what pruning ranks neurons by, 'sensitivity' (median of std / |Delta|),
@@ -304,6 +306,7 @@ class Defense:
     """
 
     name: str = ''
+    parameters: str = ''
     options: dict = dataclasses.field(default_factory=dict)
     images: int = 1000
     measure: str = 'sensitivity'

@@ -438,6 +438,26 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     logits, _ = jax.jit(defended)(model.variables, data.to_float(test.images[:80]))
     accuracy = (np.asarray(logits).argmax(-1) == test.labels[:80]).mean()
     assert results['defense/clean_accuracy'] == pytest.approx(accuracy)
+    # Kept parameters serve another evaluation.
+    again = (
+        f'--workdir={workdir}',
+        f'--config.defense.parameters={workdir / "defense"}',
+        '--config.defense.attacks=()',
+        '--config.defense.surrogates=()',
+        '--config.defense.controls=False',
+        "--config.evaluation.attacks=('pgd',)",
+        '--config.evaluation.eps=(0.1,)',
+        '--config.evaluation.steps=4',
+        '--config.evaluation.limit=80',
+        '--config.evaluation.masking_images=0',
+        '--config.neurons.measures=()',
+    )
+    scripts.here('evaluate.py', *again, '--config.defense.name=inverse_perturbation')
+    repeated = json.loads((workdir / 'report' / 'results.json').read_text())
+    for key in ('clean_accuracy', 'settings', 'adaptive/pgd-linf-0.1'):
+        assert repeated[f'defense/{key}'] == results[f'defense/{key}']
+    _, error = scripts.here('evaluate.py', *again, '--config.defense.name=pruning', status=2)
+    assert "is 'inverse_perturbation', but defense.name is 'pruning'; name the same." in error
 
 
 QUICK = [
