@@ -483,6 +483,18 @@ def test_labels_that_are_no_classes_are_named(problem):
             )
 
 
+def test_images_that_are_none_are_named(problem):
+    x, y, templates = problem
+    for images, sentence in (
+        (255 * x, r'Pixels reach from \S+ to \S+, but the bounds of the threat are 0 and 1'),
+        (np.where(x == x.max(), np.nan, x), 'An image has pixels that are NaN'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            evaluation.diagnose(
+                model(), classifier(templates), images, y, KEY, threat=Threat('linf', 0.1)
+            )
+
+
 def test_what_is_infinite_in_every_pass_does_not_change():
     logits = np.array([[1.0, -np.inf], [np.nan, 1.0], [2.0, 1.0], [2.0, 1.0]])
     others = np.stack([logits, logits])

@@ -93,6 +93,10 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
         '--config.evaluation.masking_images=0',
         '--config.neurons.limit=45',
         "--config.neurons.layers=('act1',)",
+        '--config.defense.name=pruning',
+        "--config.defense.options={'layer': 'act1', 'count': 1}",
+        '--config.defense.images=100',
+        '--config.defense.attacks=()',
         '--config.cpu_devices=2',
     )
     scripts.run(*arguments)
@@ -105,7 +109,9 @@ def test_evaluation_agrees_with_one_process(workdirs, scripts):
     assert together['images'] == 101
     assert together.keys() == alone.keys()
     for key in alone:
-        if key.startswith('neurons/') and isinstance(alone[key], float):
+        if key == 'defense/relative_cost':
+            assert alone[key] > 0 and together[key] > 0
+        elif key.startswith(('neurons/', 'defense/')) and isinstance(alone[key], float):
             assert together[key] == pytest.approx(alone[key], abs=1e-3), key
         elif key not in ('config', 'clean_loss') and not key.endswith('_rule'):
             assert together[key] == alone[key], key
