@@ -32,20 +32,23 @@ class Settings:
         bias alike; behind a nonlinearity (`act1`) the activation is.
       unit: `'channel'` or `'unit'`.
       strength: beta in [0, 1], of fragile and robust neurons alike.
-      rule: which neurons are fragile, `'mean'`, `'median'`, `'zero'`, as in `ablation.fragility`.
+      rule: which neurons are fragile, `'mean'`, `'median'`, `'zero'` or a threshold of responses,
+        as in `ablation.fragility`.
       renormalize: scale all alike afterwards so that the sum of squares over `norms` stays.
     """
 
     layer: str = 'act1'
     unit: str = 'channel'
     strength: float = 0.5
-    rule: str = 'mean'
+    rule: str | float = 'mean'
     renormalize: bool = False
 
     def __post_init__(self) -> None:
         units.check_unit(self.unit)
-        if self.rule not in RULES:
-            raise ValueError(_validate.unknown('rule', self.rule, RULES))
+        if not isinstance(self.rule, str):
+            _validate.check_range('rule', self.rule)
+        elif self.rule not in RULES:
+            raise ValueError(_validate.unknown('rule', self.rule, (*RULES, 'a number')))
         if not 0 <= self.strength <= 1:
             raise ValueError(f'strength is {self.strength!r}; it must lie in [0, 1].')
 

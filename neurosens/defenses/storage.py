@@ -62,14 +62,17 @@ def make_settings(name: str, options: dict[str, Any]) -> Any:
         if option not in fields:
             raise ValueError(_validate.unknown(f'option of {name}', option, tuple(fields)))
         default = fields[option].default
+        # Such as 'str | float'; the default has one of them.
+        allowed = str(fields[option].type).split(' | ')
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, (list, tuple)) else value
-        elif isinstance(default, float) and type(value) is int:
+            allowed = ['tuple']
+        elif 'float' in allowed and type(value) is int:
             value = float(value)
-        if type(value) is not type(default):
+        if type(value).__name__ not in allowed:
             raise ValueError(
                 f'Option {option} of {name} is {value!r}; it must be of type '
-                f'{type(default).__name__}.'
+                f'{" or ".join(allowed)}.'
             )
         values[option] = value
     return kind(**values)

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from neurosens import defenses
 from neurosens.defenses import pruning, rescaling
 from neurosens.forward import LinenForward
 
@@ -90,8 +91,23 @@ def test_units_are_scaled_apart(net):
     np.testing.assert_allclose(tapped['act1'], plain * found.scale.reshape(5, 5, 4), rtol=1e-6)
 
 
+def test_a_threshold_says_which_neurons_are_fragile():
+    responses = [0.0, 0.1, 0.2, 0.5]
+    found = rescaling.calibrate(responses, settings=rescaling.Settings(rule=0.3, strength=1.0))
+    # The mean is 0.2: shares 2/3, 1/3, 0 and 1; only the last is fragile.
+    np.testing.assert_allclose(found.scale, [1 / 3, 2 / 3, 1, 2], rtol=1e-6)
+    settings = defenses.make_settings('rescaling', {'rule': 0})
+    assert settings == rescaling.Settings(rule=0.0)
+
+
 def test_bad_settings_and_responses_are_refused():
-    for changes in ({'strength': 1.5}, {'rule': 'max'}, {'unit': 'filter'}):
+    with pytest.raises(
+        ValueError, match='Option rule of rescaling is None; it must be of type str'
+    ):
+        defenses.make_settings('rescaling', {'rule': None})
+    for changes in (
+        {'strength': 1.5}, {'rule': 'max'}, {'rule': float('nan')}, {'unit': 'filter'},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(changes))):
             rescaling.Settings(**changes)
     for responses in ([], [np.nan, 1.0], [[1.0, 2.0]]):
