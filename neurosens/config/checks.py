@@ -259,8 +259,8 @@ def _check_defense(config: Config) -> None:
         )
     if defense.parameters and defense.options:
         raise ConfigError(
-            'defense.options are those of a calibration, and defense.parameters names the result of '
-            'one; leave out one of them.'
+            'defense.options are those of a calibration, and defense.parameters names the result '
+            'of one; leave out one of them.'
         )
 
 

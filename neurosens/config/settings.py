@@ -287,8 +287,8 @@ class Defense:
     Attributes:
       name: 'inverse_perturbation', 'rescaling' (compress and amplify), 'pruning', or empty for
         none. The parameters are kept in `defense` of the work directory.
-      parameters: where those of an earlier calibration are, such as that directory; empty calibrates
-        on training images as `options`, `images` and `measure` say.
+      parameters: where those of an earlier calibration are, such as that directory; empty means to
+        calibrate on training images as `options`, `images` and `measure` say.
       options: settings of that defence, as in `neurosens.defenses.<name>.Settings`.
       images: images of the training split that it is calibrated on; 0 means all.
       measure: what pruning ranks neurons by, 'sensitivity' (median of std / |Delta|),
@@ -356,8 +356,11 @@ class Config:
       validation_size: training examples held out to choose the best checkpoint; 0 means none, and
         the latest checkpoint then is the best.
       augmentation: 'none', 'pad_crop', 'pad_crop_flip' or 'random_resized_crop_flip'.
-      model: a name of `neurosens.models.names()`.
-      model_options: options of that model, as in `neurosens.models.options(name)`.
+      model: a name of `neurosens.models.names()`; for `weights` also 'sequential', a plain stack
+        that is built from them.
+      model_options: options of that model, as in `neurosens.models.options(name)`; for
+        'sequential' those of `neurosens.interop.infer`, and for `weights` also `'names'`, the
+        layers of the file for those of the model.
       mean: mean of each channel, which the model subtracts from images; empty means that of the
         data set, or, for `weights`, that in the file or else 0.
       std: standard deviation of each channel, which it divides them by, likewise; for `weights`,

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ from neurosens import _validate, models
 from neurosens.forward import Variables
 from neurosens.interop import cleaning, layers, naming, reading, sequential
 from neurosens.interop.errors import WeightsError
+from neurosens.models import registry
 
 SEQUENTIAL = 'sequential'
 _IN_ORDER = 'save it with PyTorch, or give from_torch the state dict in order'
+_SIZE = 'image_shape=(height, width, channels)'
 # Sides of images that are tried where none is given: only layers behind a flatten depend on it.
 _SIDES = (32, 28, 224, 64, 8, 16, 96, 128, 256, 299)
 
@@ -53,7 +56,7 @@ def load_torch(
       std: standard deviation of each channel.
       dtype: floating-point type of the computation.
       image_shape: height, width and channels of the images.
-      names: PyTorch's layer for layers of the module.
+      names: layers of the file for layers of the module.
       **options: options of the model.
 
     Returns:
@@ -111,7 +114,8 @@ def from_torch(
       std: standard deviation of each channel, likewise; else 1.
       dtype: floating-point type of the computation; variables are float32.
       image_shape: height, width and channels of the images; by default a square that fits.
-      names: for layers of the module, by path, PyTorch's layer, where it is not found by itself.
+      names: for layers of the module, by path, the layer in the state dict, with or without the
+        prefixes of wrappers, where it is not found by itself.
       **options: options of the model, as of `neurosens.models.options`.
 
     Returns:
@@ -119,8 +123,9 @@ def from_torch(
       `module.apply(variables, x)`.
 
     Raises:
-      WeightsError: names or shapes do not fit, each of them named; values are not finite; or the
-        state dict normalises by other numbers than `mean` and `std`.
+      WeightsError: names or shapes do not fit, each of them named; values are not finite; the
+        state dict normalises by other numbers than `mean` and `std`; or the order in which a layer
+        of the module takes the features of a flattened map cannot be told.
       ValueError: an option of the model is unknown or wrong.
     """
     return _convert(
@@ -171,18 +176,20 @@ def to_torch(
     }
     weights = {'/'.join(leaf[1:-1]): array for leaf, array in flat.items() if leaf[-1] == 'kernel'}
     kernels = {path: layers.to_torch(array, 0) for path, array in weights.items()}
-    found = _fitting(module, image_shape, kernels.values(), lambda _: kernels)
-    _check_variables(module, found, flat)
+    found, fits = _fitting(module, image_shape, kernels.values(), lambda _: kernels)
+    _check_variables(module, found, flat, fits or image_shape is not None)
     if like is None:
         usual = naming.namings(module)[0]
+        _check_paths(names, found)
         chosen = {layer.path: usual(module, layer.path) for layer in found} | dict(names or {})
         state = dict(_torch_arrays(found, chosen, flat))
     else:
         state = {name: np.array(array) for name, array in reading.plain_arrays(like).items()}
         cleaned = cleaning.clean(state)
         arrays = naming.without_unused(module, cleaned.arrays)
-        chosen = _names(module, found, arrays, names)
-        _check(_problems(found, chosen, arrays, cleaned.originals), 'The state dict', module)
+        chosen = _names(module, found, arrays, cleaned.originals, names)
+        problems = _problems(found, chosen, arrays, cleaned.originals)
+        _check(problems, 'The state dict', module, sized=True)
         for name, array in _torch_arrays(found, chosen, flat):
             # Of counts of batches the one in `like` stays.
             for original in cleaned.originals.get(name, ()):
@@ -248,23 +255,43 @@ def _convert(
         module = model
         if isinstance(module, models.Classifier):
             _normalization(cleaned, module.mean, module.std)
+        elif cleaned.mean is not None or cleaned.std is not None:
+            numbers = ' and '.join(
+                f'{name} ({", ".join(f"{value:.6g}" for value in values)})'
+                for name, values in (('mean', cleaned.mean), ('std', cleaned.std))
+                if values is not None
+            )
+            warnings.warn(
+                f'{source} normalises images by {numbers}, which is left out: '
+                f'{type(module).__name__} has to do so itself.',
+                stacklevel=3,
+            )
     else:
         mean, std = _normalization(cleaned, mean, std)
         settings = {'mean': mean, 'std': std, 'dtype': dtype, **options}
         module = _create(model, cleaned.arrays, num_classes, settings)
     arrays = naming.without_unused(module, cleaned.arrays)
     pair = functools.partial(
-        _names, module, arrays=arrays, given=names, unordered='' if ordered else source
+        _names,
+        module,
+        arrays=arrays,
+        originals=cleaned.originals,
+        given=names,
+        unordered='' if ordered else source,
     )
-    found = _fitting(
+    found, fits = _fitting(
         module, image_shape, arrays.values(), lambda found: _weights(pair(found), arrays)
     )
     chosen = pair(found)
-    _check(_problems(found, chosen, arrays, cleaned.originals), source, module)
+    problems = _problems(found, chosen, arrays, cleaned.originals)
+    _check(problems, source, module, sized=fits or image_shape is not None)
+    if image_shape is None and isinstance(module, models.LeNet5):
+        _check_lenet5(found, source)
     flat = {
         leaf: jnp.array(
             layers.from_torch(
-                arrays[f'{chosen[layer.path]}.{layers.torch_leaf(leaf)}'], layer.channels
+                arrays[f'{chosen[layer.path]}.{layers.torch_leaf(leaf)}'],
+                layers.flattened_channels(layer, leaf),
             )
         )
         for layer in found
@@ -309,18 +336,18 @@ def _normalization(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation: those given, those of the file, or 0 and 1."""
     chosen = []
-    for name, given, saved, default in (
+    for name, value, saved, default in (
         ('mean', mean, cleaned.mean, (0.0,)),
         ('std', std, cleaned.std, (1.0,)),
     ):
+        # An array or a tuple of zeros of the caller's counts as given.
+        given = None if value is None else registry._floats(name, value)
         if given is not None and saved is not None and not _agree(given, saved):
             raise WeightsError(
-                f'{name} is {tuple(given)}, but the network in the file normalises by {saved}; '
+                f'{name} is {given}, but the network in the file normalises by {saved}; '
                 f'leave {name} out.'
             )
-        # In this order: a tuple of zeros or an array of the caller's counts as given.
-        value = given if given is not None else saved if saved is not None else default
-        chosen.append(tuple(float(each) for each in value))
+        chosen.append(given if given is not None else saved if saved is not None else default)
     # A value given for all channels goes with values for each.
     size = max(map(len, chosen))
     mean, std = (value * size if len(value) == 1 else value for value in chosen)
@@ -342,11 +369,18 @@ def _fitting(
     image_shape: tuple[int, ...] | None,
     arrays: Iterable[np.ndarray],
     weights: Callable[[tuple[layers.Layer, ...]], Mapping[str, np.ndarray]],
-) -> tuple[layers.Layer, ...]:
-    """The layers of a module, for images of which layers behind a flatten fit their weights."""
+) -> tuple[tuple[layers.Layer, ...], bool]:
+    """The layers of a module, for images whose layers fit their weights, and whether they do.
+
+    The images decide the channels of the first convolution and the inputs behind a flatten. Where
+    none fit, the layers are those for the first ones that the module takes.
+    """
     shapes = [image_shape] if image_shape is not None else _image_shapes(arrays)
-    found, refused = None, None
+    first, refused = None, None
+    other_channels: set[int] = set()
     for shape in shapes:
+        if shape[-1] in other_channels:
+            continue
         try:
             found = layers.trace(module, shape)
         except WeightsError:
@@ -355,36 +389,48 @@ def _fitting(
             # Such as images that are too small for the pools.
             refused = error
             continue
+        first = first or found
         given = weights(found)
-        flattened = [layer for layer in found if layer.channels and layer.path in given]
-        if all(given[layer.path].shape[1:] == (_inputs(layer),) for layer in flattened):
-            return found
-    if found is None:
+        wrong = {
+            layer.path
+            for layer in found
+            if layer.kind != layers.NORMALIZATION
+            and layer.path in given
+            and given[layer.path].shape[1:2] != (_inputs(layer),)
+        }
+        convolutions = [layer.path for layer in found if layer.kind == layers.CONVOLUTION]
+        if wrong.intersection(convolutions[:1]):
+            other_channels.add(shape[-1])
+        elif not wrong.intersection(layer.path for layer in found if layer.channels):
+            return found, True
+    if first is None:
         assert refused is not None
         raise refused
-    return found
+    return first, False
 
 
 def _image_shapes(arrays: Iterable[np.ndarray]) -> list[tuple[int, int, int]]:
     """Shapes of images that a network with these weights may take, in PyTorch's order."""
     kernels = [array.shape for array in arrays if array.ndim in (2, 4)]
-    if any(len(shape) == 4 for shape in kernels):
-        # Images have the fewest channels; which convolution comes first is not known here.
-        channels = min(shape[1] for shape in kernels if len(shape) == 4)
-        return [(side, side, channels) for side in _SIDES]
+    channels = [shape[1] for shape in kernels if len(shape) == 4]
+    if channels:
+        # Which convolution comes first is not known here: images have the fewest channels, but
+        # where channels are convolved one by one.
+        either = dict.fromkeys((min(channels), channels[0]))
+        return [(side, side, count) for count in either for side in _SIDES]
     inputs = kernels[0][1] if kernels else 0
-    for channels in (1, 3):
-        side = math.isqrt(inputs // channels)
-        if side and inputs == side**2 * channels:
-            return [(side, side, channels)]
+    for count in (1, 3):
+        side = math.isqrt(inputs // count)
+        if side and inputs == side**2 * count:
+            return [(side, side, count)]
     raise WeightsError(
         f'The first layer takes {inputs} inputs, which are no square image of 1 or 3 channels; '
-        'give image_shape=(height, width, channels).'
+        f'give {_SIZE}.'
     )
 
 
 def _inputs(layer: layers.Layer) -> int:
-    return next(shape[0] for leaf, shape in layer.shapes.items() if leaf[-1] == 'kernel')
+    return next(shape[-2] for leaf, shape in layer.shapes.items() if leaf[-1] == 'kernel')
 
 
 def _weights(chosen: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -397,6 +443,7 @@ def _names(
     module: nn.Module,
     found: Sequence[layers.Layer],
     arrays: Mapping[str, np.ndarray],
+    originals: Mapping[str, tuple[str, ...]],
     given: Mapping[str, str] | None,
     unordered: str = '',
 ) -> dict[str, str]:
@@ -404,14 +451,12 @@ def _names(
 
     `unordered` names what the arrays were read from where that keeps no order.
     """
-    given = dict(given or {})
+    _check_paths(given, found)
+    known = _bare_names(given or {}, arrays, originals)
     paths = [layer.path for layer in found]
-    for path in given:
-        if path not in paths:
-            raise WeightsError(_validate.unknown('layer in names', path, paths))
     theirs = {name.rpartition('.')[0] for name in arrays}
     candidates = [
-        {path: given.get(path) or name(module, path) for path in paths}
+        {path: known.get(path) or name(module, path) for path in paths}
         for name in naming.namings(module)
     ]
     # The first of the best.
@@ -420,8 +465,26 @@ def _names(
         return best
     if unordered:
         remedy = f'{_IN_ORDER}, or give names={{path: layer}}.'
-        naming.check_order(arrays, unordered, remedy, but=given.values())
-    return _in_order(found, arrays, given)
+        naming.check_order(arrays, unordered, remedy, but=known.values())
+    return _in_order(found, arrays, known)
+
+
+def _bare_names(
+    given: Mapping[str, str],
+    arrays: Mapping[str, np.ndarray],
+    originals: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
+    """Names of layers without the prefixes of wrappers, which users may give with or without."""
+    bare = {name.rpartition('.')[0]: name.rpartition('.')[0] for name in arrays}
+    bare |= {
+        original.rpartition('.')[0]: name.rpartition('.')[0]
+        for name in arrays
+        for original in originals[name]
+    }
+    for layer in given.values():
+        if layer not in bare:
+            raise WeightsError(_validate.unknown('layer of the state dict in names', layer, bare))
+    return {path: bare[layer] for path, layer in given.items()}
 
 
 def _in_order(
@@ -429,9 +492,8 @@ def _in_order(
 ) -> dict[str, str]:
     """Pairs the layers of each kind in their order; what is left over keeps our name."""
     theirs: dict[str, list[str]] = {kind: [] for kind in layers.KINDS}
-    for name, array in arrays.items():
-        layer, _, leaf = name.rpartition('.')
-        if leaf == 'weight' and layer not in given.values():
+    for layer, array in layers.weights(arrays).items():
+        if layer not in given.values():
             theirs[layers.kind_of_weight(array)].append(layer)
     waiting = {kind: iter(names) for kind, names in theirs.items()}
     return {
@@ -485,16 +547,55 @@ def _listed(names: Iterable[str]) -> str:
     return ', '.join(map(repr, names))
 
 
-def _check(problems: Sequence[str], source: str, module: nn.Module) -> None:
-    if problems:
+def _check(problems: Sequence[str], source: str, module: nn.Module, *, sized: bool) -> None:
+    """Refuses what does not fit; `sized` says whether the size of the images is known."""
+    if not problems:
+        return
+    if isinstance(module, models.Classifier):
+        remedy = 'the model and the options that it was trained with'
+    else:
+        remedy = 'names={path: layer} where the order of the layers differs'
+    size = '' if sized else f'{_SIZE}, or '
+    raise WeightsError(
+        f'{source} does not fit {type(module).__name__}: {"; ".join(problems)}; '
+        f'give {size}{remedy}.'
+    )
+
+
+def _check_paths(names: Mapping[str, str] | None, found: Sequence[layers.Layer]) -> None:
+    """Refuses names for layers that the module does not have."""
+    if not isinstance(names, Mapping | None):
         raise WeightsError(
-            f'{source} does not fit {type(module).__name__}: {"; ".join(problems)}; give the model '
-            'and the options that it was trained with.'
+            f'names is {names!r}, but it must be a dict of layers of the file by those of the '
+            'module: {path: layer}.'
+        )
+    paths = [layer.path for layer in found]
+    for path in names or ():
+        if path not in paths:
+            raise WeightsError(_validate.unknown('layer in names', path, paths))
+
+
+def _check_lenet5(found: Sequence[layers.Layer], source: str) -> None:
+    """Refuses to guess that images of 28 x 28 pixels have three channels.
+
+    Without the padding of our LeNet-5, as in PyTorch's tutorial, it takes as many features of
+    images of 32 x 32.
+    """
+    inputs = {layer.path: _inputs(layer) for layer in found}
+    if inputs['conv1'] > 1 and inputs['dense3'] == 400:
+        channels = inputs['conv1']
+        raise WeightsError(
+            f'{source} fits LeNet5 for images of 28 x 28 pixels, and without padding for those of '
+            f'32 x 32; give image_shape=(28, 28, {channels}) if its first convolution pads, or '
+            "else the model 'sequential' with strides=1, padding=0 and pool='max'."
         )
 
 
 def _check_variables(
-    module: nn.Module, found: Sequence[layers.Layer], flat: Mapping[tuple[str, ...], np.ndarray]
+    module: nn.Module,
+    found: Sequence[layers.Layer],
+    flat: Mapping[tuple[str, ...], np.ndarray],
+    sized: bool,
 ) -> None:
     """Refuses variables that are not those of the module."""
     wanted = {leaf: shape for layer in found for leaf, shape in layer.shapes.items()}
@@ -506,7 +607,7 @@ def _check_variables(
         raise WeightsError(
             f'The variables are not those of this {type(module).__name__}: '
             f'{_listed("/".join(leaf) for leaf in wrong)} differ in name or shape; pass the module '
-            'that they are of.'
+            f'that they are of{"" if sized else f", and {_SIZE}"}.'
         )
 
 
@@ -519,6 +620,7 @@ def _torch_arrays(
     for layer in found:
         name = chosen[layer.path]
         for leaf in layer.shapes:
-            yield f'{name}.{layers.torch_leaf(leaf)}', layers.to_torch(flat[leaf], layer.channels)
+            array = layers.to_torch(flat[leaf], layers.flattened_channels(layer, leaf))
+            yield f'{name}.{layers.torch_leaf(leaf)}', array
         if layer.kind == layers.NORMALIZATION:
             yield f'{name}.{layers.COUNT}', np.array(0, np.int64)

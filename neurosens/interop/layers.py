@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neurosens.interop import flattening
 from neurosens.interop.errors import WeightsError
 from neurosens.models import BatchNorm
 
@@ -39,8 +40,8 @@ class Layer(NamedTuple):
     Attributes:
       path: its '/'-joined module path.
       kind: what it is, `CONVOLUTION`, `DENSE` or `NORMALIZATION`.
-      channels: for a dense layer whose input is a flattened feature map, the channels of that
-        map; 0 for all others.
+      channels: for a layer that takes a flattened feature map, the channels of that map, or 1
+        where its channels come first, as in PyTorch; 0 for all others.
       shapes: by `(collection, *path of the leaf)` the shape of each array, in PyTorch's order.
     """
 
@@ -53,8 +54,8 @@ class Layer(NamedTuple):
 def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     """Lists the layers of a module with arrays, in the order in which they run.
 
-    A dense layer is taken for one behind a flatten where it is the first after a module that
-    returns a feature map `[B, H, W, C]` or `[B, L, C]`.
+    Which of them take a flattened feature map, and how it was flattened, is read from the program
+    that the module is: pools, concatenations and reshapes need not be modules.
 
     Args:
       module: `module.init(key, x)` makes its variables.
@@ -65,30 +66,30 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
 
     Raises:
       WeightsError: an array belongs to a layer other than `nn.Conv`, `nn.Dense` and
-        `nn.BatchNorm`.
+        `nn.BatchNorm`; or the order in which a layer takes its inputs cannot be told.
       ValueError: as of the module, such as for images that are too small.
     """
-    found: dict[str, tuple[str, int]] = {}
-    channels = [image_shape[-1]]
+    found: dict[str, str] = {}
 
     def visit(
         call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
-        if context.method_name != '__call__' or not context.module.path:
-            return call(*args, **kwargs)
         kind = _MODULES.get(type(context.module))
-        if kind:
-            flattened = kind == DENSE and args[0].ndim == 2
-            path = '/'.join(context.module.path)
-            found.setdefault(path, (kind, channels[0] if flattened else 0))
-        output = call(*args, **kwargs)
-        if isinstance(output, jax.Array):
-            channels[0] = output.shape[-1] if output.ndim > 2 else 0
-        return output
+        if not kind or context.method_name != '__call__' or not context.module.path:
+            return call(*args, **kwargs)
+        path = '/'.join(context.module.path)
+        found.setdefault(path, kind)
+        if args:
+            return call(flattening.marked(args[0], path), *args[1:], **kwargs)
+        name = 'x' if 'x' in kwargs else 'inputs'
+        return call(**{**kwargs, name: flattening.marked(kwargs[name], path)})
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(visit):
-        variables = jax.eval_shape(module.init, jax.random.key(0), image)
+        program, variables = jax.make_jaxpr(
+            lambda x: module.init(jax.random.key(0), x), return_shape=True
+        )(image)
+    orders = flattening.orders(program.jaxpr)
     shapes: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {path: {} for path in found}
     for leaf, value in flax.traverse_util.flatten_dict(variables).items():
         path = '/'.join(leaf[1:-1])
@@ -103,15 +104,48 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     def in_order(leaves: dict[tuple[str, ...], tuple[int, ...]]) -> dict:
         return dict(sorted(leaves.items(), key=lambda item: order.index(torch_leaf(item[0]))))
 
+    for path, kind in found.items():
+        _check_order(module, path, kind, orders.get(path, 0))
     return tuple(
-        Layer(path, kind, channels, in_order(shapes[path]))
-        for path, (kind, channels) in found.items()
+        Layer(path, kind, max(orders.get(path, 0), 0), in_order(shapes[path]))
+        for path, kind in found.items()
     )
+
+
+def _check_order(module: nn.Module, path: str, kind: str, order: int) -> None:
+    """Refuses layers of which nothing says in which order PyTorch would give them their inputs."""
+    if order == flattening.UNKNOWN:
+        raise WeightsError(
+            f'{type(module).__name__} joins, cuts or exchanges features of a flattened map before '
+            f'{path!r}, so in which order PyTorch has them cannot be told; join or cut maps before '
+            f'they are flattened, or convert {path!r} by hand.'
+        )
+    if order == flattening.UNFLATTENED and kind == CONVOLUTION:
+        raise WeightsError(
+            f'{type(module).__name__} makes a map out of features before {path!r}, which PyTorch '
+            'does channels first; do so too: x.reshape(B, C, H, W).transpose(0, 2, 3, 1).'
+        )
 
 
 def kind_of_weight(array: np.ndarray) -> str:
     """The kind of layer that has such a weight in PyTorch."""
     return {1: NORMALIZATION, 2: DENSE}.get(array.ndim, CONVOLUTION)
+
+
+def weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The weight of each layer of a state dict; the mean of a normalisation that has none."""
+    found = {}
+    for name, array in arrays.items():
+        layer, _, leaf = name.rpartition('.')
+        if leaf == 'weight' or (leaf == 'running_mean' and f'{layer}.weight' not in arrays):
+            found[layer] = array
+    return found
+
+
+def flattened_channels(layer: Layer, leaf: tuple[str, ...]) -> int:
+    """The channels whose order an array of a layer follows: biases have that of the outputs."""
+    of_outputs = layer.kind != NORMALIZATION and leaf[-1] == 'bias'
+    return 0 if of_outputs else layer.channels
 
 
 def torch_leaf(leaf: tuple[str, ...]) -> str:
@@ -134,17 +168,18 @@ def from_torch(array: np.ndarray, channels: int) -> np.ndarray:
     Args:
       array: a kernel `[out, in, h, w]` (of any number of dimensions of space) or `[out, in]`, or a
         vector.
-      channels: `Layer.channels`. PyTorch flattens feature maps channels first, Flax last.
+      channels: of the flattened map that its last axis is of, or 0. PyTorch flattens feature maps
+        channels first, Flax last.
 
     Returns:
       The kernel `[h, w, in, out]` or `[in, out]`, or the vector, in float32.
     """
     if array.ndim > 2:
         array = np.moveaxis(array, (1, 0), (-2, -1))
-    elif array.ndim == 2 and channels:
-        out = len(array)
-        array = array.reshape(out, channels, -1).transpose(2, 1, 0).reshape(-1, out)
-    elif array.ndim == 2:
+    elif channels:
+        *out, inputs = array.shape
+        array = array.reshape(*out, channels, -1).swapaxes(-1, -2).reshape(*out, inputs).T
+    else:
         array = array.T
     return np.array(array, np.float32, order='C')
 
@@ -153,9 +188,9 @@ def to_torch(array: np.ndarray, channels: int) -> np.ndarray:
     """An array of Flax in PyTorch's order, in memory of its own: the inverse of `from_torch`."""
     if array.ndim > 2:
         array = np.moveaxis(array, (-1, -2), (0, 1))
-    elif array.ndim == 2 and channels:
-        out = array.shape[1]
-        array = array.reshape(-1, channels, out).transpose(2, 1, 0).reshape(out, -1)
-    elif array.ndim == 2:
+    elif channels:
+        *out, inputs = array.T.shape
+        array = array.T.reshape(*out, -1, channels).swapaxes(-1, -2).reshape(*out, inputs)
+    else:
         array = array.T
     return np.array(array, order='C')

@@ -200,7 +200,7 @@ def check_order(
       WeightsError: there are two such layers.
     """
     first: dict[tuple[str, tuple[int, ...]], str] = {}
-    weights = {name[: -len('.weight')]: a for name, a in arrays.items() if name.endswith('.weight')}
+    weights = layers.weights(arrays)
     for layer, array in weights.items():
         if layer in but:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -272,7 +272,10 @@ def _options(
         )
     values = {}
     for name, value in given.items():
-        each = (value,) * depth if isinstance(value, (int, str)) or value is None else tuple(value)
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            each = tuple(value)
+        else:
+            each = (value,) * depth
         if len(each) != depth:
             raise WeightsError(
                 f'{name} is {value!r}, but there are {depth} convolutions; give one value for all '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,19 @@ from neurosens import config as config_lib
 from neurosens import data, interop, models, parallel
 from neurosens.forward import LinenForward, Variables
 from neurosens.training import checkpoints
+
+# What a model is made of and loaded with beside its options, by the setting that decides it.
+_SETTINGS = {
+    'name': 'model',
+    'model': 'model',
+    'path': 'weights',
+    'key': 'weights_key',
+    'num_classes': 'dataset',
+    'image_shape': 'dataset',
+    'mean': 'mean',
+    'std': 'std',
+    'dtype': 'dtype',
+}
 
 
 class TrainedModel(NamedTuple):
@@ -43,7 +56,8 @@ def make_model(config: config_lib.Config) -> nn.Module:
       An uninitialised Linen module.
 
     Raises:
-      ValueError: the data set, the model or one of its options is unknown.
+      ValueError: the data set, the model or one of its options is unknown, or another setting
+        decides the option.
     """
     info = data.info(config.dataset)
     return models.create(
@@ -52,8 +66,18 @@ def make_model(config: config_lib.Config) -> nn.Module:
         mean=config.mean or info.mean,
         std=config.std or info.std,
         dtype=jnp.dtype(config.dtype),
-        **config.model_options,
+        **_model_options(config),
     )
+
+
+def _model_options(config: config_lib.Config) -> dict[str, Any]:
+    for option in config.model_options:
+        if option in _SETTINGS:
+            raise config_lib.ConfigError(
+                f'model_options has {option!r}, which is no option of a model; set '
+                f'{_SETTINGS[option]} instead.'
+            )
+    return dict(config.model_options)
 
 
 def load(
@@ -99,7 +123,8 @@ def load_weights(config: config_lib.Config, mesh: Mesh | None = None) -> Trained
 
     Args:
       config: `weights` and `weights_key` say where they are; `model`, `model_options`, `dataset`,
-        `mean`, `std` and `dtype` of what.
+        `mean`, `std` and `dtype` of what. `'names'` in `model_options` are the layers of the file
+        for those of the model, as of `interop.load_torch`.
       mesh: devices to put the variables on; all by default.
 
     Returns:
@@ -108,9 +133,11 @@ def load_weights(config: config_lib.Config, mesh: Mesh | None = None) -> Trained
     Raises:
       WeightsError: the file cannot be read, or does not fit.
       FileNotFoundError: there is no such file.
-      ValueError: the data set or an option of the model is unknown or wrong.
+      ValueError: the data set or an option of the model is unknown or wrong, or another setting
+        decides the option.
     """
     info = data.info(config.dataset)
+    options = _model_options(config)
     module, variables = interop.load_torch(
         config.weights,
         config.model,
@@ -120,7 +147,8 @@ def load_weights(config: config_lib.Config, mesh: Mesh | None = None) -> Trained
         std=config.std or None,
         dtype=jnp.dtype(config.dtype),
         image_shape=info.image_shape,
-        **config.model_options,
+        names=options.pop('names', None),
+        **options,
     )
     mesh = parallel.data_mesh() if mesh is None else mesh
     variables = parallel.replicate(mesh, variables)

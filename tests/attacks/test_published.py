@@ -8,6 +8,8 @@ from neurosens import attacks, data, parallel
 
 torch = pytest.importorskip('torch', reason='the files of weights need requirements-bench.txt')
 
+pytestmark = pytest.mark.parity
+
 COUNT = 512
 
 

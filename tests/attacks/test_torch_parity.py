@@ -13,6 +13,8 @@ torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt
 torchattacks = pytest.importorskip('torchattacks', reason='parity needs requirements-bench.txt')
 foolbox = pytest.importorskip('foolbox', reason='parity needs requirements-bench.txt')
 
+pytestmark = pytest.mark.parity
+
 COUNT = 8
 
 

@@ -15,6 +15,8 @@ torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt
 
 import torch_networks as networks  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 
 
@@ -271,10 +273,26 @@ LARGE = {
         {'stem': 'imagenet'},
         25_557_032,
     ),
+    'vgg11': (
+        lambda: networks.VGG((1, 1, 2, 2, 2), 1000, classifier='imagenet'),
+        {'classifier': 'imagenet'},
+        132_868_840,
+    ),
+    'vgg16': (
+        lambda: networks.VGG((2, 2, 3, 3, 3), 1000, norm=False, classifier='imagenet'),
+        {'classifier': 'imagenet', 'norm': 'none'},
+        138_357_544,
+    ),
     'vgg19': (
         lambda: networks.VGG((2, 2, 4, 4, 4), 1000, classifier='imagenet'),
         {'classifier': 'imagenet'},
         143_678_248,
+    ),
+    'vgg19 for CIFAR': (lambda: networks.VGG((2, 2, 4, 4, 4), 1000), {}, None),
+    'densenet121': (
+        lambda: networks.DenseNet((6, 12, 24, 16), 32, 1000),
+        {'stem': 'imagenet'},
+        7_978_856,
     ),
     'densenet169': (
         lambda: networks.DenseNet((6, 12, 32, 32), 32, 1000),
@@ -290,7 +308,18 @@ LARGE = {
     'wide_resnet28_10 of DeepMind': (
         lambda: networks.DeepMindWideResNet(28, 10, 1000), {'padding': 'same'}, None
     ),
+    'wide_resnet34_10': (lambda: networks.WideResNet(34, 10, 1000), {}, None),
     'preact_resnet18': (lambda: networks.PreActResNet((2, 2, 2, 2), 1000), {}, None),
+    **{
+        f'cifar_resnet{6 * n + 2}': (
+            lambda n=n: networks.ResNet(
+                networks.Basic, (n, n, n), 1000, (16, 32, 64), shortcut='pad'
+            ),
+            {},
+            None,
+        )
+        for n in (3, 5, 7, 9, 18)
+    },
 }  # fmt: skip
 
 
@@ -332,6 +361,11 @@ def test_recomputed_blocks_have_the_same_names():
 # ------------------------------------------------------------------------------- other modules
 
 
+LENET5 = {
+    'conv1': 'conv1', 'conv2': 'conv2', 'dense3': 'fc1', 'dense4': 'fc2', 'head': 'fc3',
+}  # fmt: skip
+
+
 class Residual(nn.Module):
     """The network of `torch_networks.ResNet2B`, of a user."""
 
@@ -369,6 +403,83 @@ def test_names_say_what_order_does_not(images, logits_of, assert_same):
     assert_same(logits_of(module, x, variables), logits_of(network, x))
     with pytest.raises(interop.WeightsError, match="Unknown layer in names 'dens'"):
         interop.from_torch(state, Residual(), names={'dens': 'dense'})
+    with pytest.raises(interop.WeightsError, match="Unknown layer in names 'dens'"):
+        interop.to_torch(module, variables, names={'dens': 'dense'})
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.model.'])
+def test_names_may_be_those_of_the_file(prefix):
+    network = networks.randomize(networks.LeNet5())
+    state = dict(reversed(prefixed(network.state_dict(), 'module.model.').items()))
+    module, expected = interop.from_torch(network.state_dict(), 'lenet5')
+    names = {ours: f'{prefix}{theirs}' for ours, theirs in LENET5.items()}
+    _, variables = interop.from_torch(state, module, names=names)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    back = interop.to_torch(module, variables, like=state, names=names)
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value.numpy())
+    with pytest.raises(
+        interop.WeightsError,
+        match=r"layer of the state dict in names 'module\.fc1'; .* are module\.model\.fc1, ",
+    ):
+        interop.from_torch(state, module, names={'dense3': 'module.fc1'})
+
+
+def test_names_are_a_dict():
+    with pytest.raises(interop.WeightsError, match=r"names is 'fc1', but it must be a dict of lay"):
+        interop.from_torch(networks.LeNet5().state_dict(), 'lenet5', names='fc1')
+
+
+def test_what_mends_the_order_of_a_users_module_is_named():
+    state = networks.randomize(networks.ResNet2B()).state_dict()
+    state = dict(reversed(state.items()))
+    with pytest.raises(interop.WeightsError, match=r'; give names=\{path: layer\} where the order'):
+        interop.from_torch(state, Residual(), image_shape=(32, 32, 3))
+    with pytest.raises(
+        interop.WeightsError, match=r'; give image_shape=\(height, width, channels\), or names=\{p'
+    ):
+        interop.from_torch(state, Residual())
+
+
+def test_images_of_an_unusual_size_need_their_shape():
+    module = models.CNN(num_classes=3, features=(4,), hidden=(5,))
+    image = (20, 12, 1)
+    variables = module.init(jax.random.key(0), np.zeros((1, *image), np.float32))
+    state = interop.to_torch(module, variables, image_shape=image)
+    _, again = interop.from_torch(state, module, image_shape=image)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    with pytest.raises(
+        interop.WeightsError, match=r'; give image_shape=\(height, width, channels\), or the model'
+    ):
+        interop.from_torch(state, module)
+    with pytest.raises(
+        interop.WeightsError, match=r'that they are of, and image_shape=\(height, width, channels\)'
+    ):
+        interop.to_torch(module, variables)
+
+
+def test_the_network_of_the_tutorial_does_not_pad(images, logits_of, assert_same):
+    network = networks.randomize(
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 6, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(6, 16, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(),
+            torch.nn.Linear(400, 120), torch.nn.ReLU(), torch.nn.Linear(120, 84), torch.nn.ReLU(),
+            torch.nn.Linear(84, 10),
+        )
+    )  # fmt: skip
+    state = network.state_dict()
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(state, 'lenet5')
+    assert str(caught.value) == (
+        'The state dict fits LeNet5 for images of 28 x 28 pixels, and without padding for those of '
+        '32 x 32; give image_shape=(28, 28, 3) if its first convolution pads, or else the model '
+        "'sequential' with strides=1, padding=0 and pool='max'."
+    )
+    module, _ = interop.from_torch(state, 'lenet5', image_shape=(28, 28, 3))
+    assert isinstance(module, models.LeNet5)
+    module, variables = interop.from_torch(state, 'sequential', strides=1, padding=0, pool='max')
+    x = images(2, 32, 32, 3)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
 
 
 def test_a_layer_that_cannot_be_converted_is_named():
@@ -404,6 +515,27 @@ def test_numbers_of_the_normalisation_come_from_the_file(images, logits_of, asse
         interop.from_torch(network.state_dict(), models.create('resnet18', num_classes=3))
 
 
+def test_a_module_of_a_user_is_told_of_the_numbers_in_the_file():
+    network = networks.AttackerModel(networks.ResNet2B(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    with pytest.warns(UserWarning, match='normalises') as caught:
+        interop.from_torch(network.state_dict(), Residual())
+    (warning,) = caught
+    assert str(warning.message) == (
+        'The state dict normalises images by mean (0.5, 0.4, 0.3) and std (0.2, 0.3, 0.4), which '
+        'is left out: Residual has to do so itself.'
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize('wrap', [False, True])
+@pytest.mark.parametrize('name', ['mean', 'std'])
+def test_one_number_in_place_of_a_tuple_is_named(name, wrap):
+    network = networks.LeNet5()
+    state = (networks.AttackerModel(network, (0.5,), (0.2,)) if wrap else network).state_dict()
+    with pytest.raises(ValueError, match=rf'^{name} is 0\.5, but it must be a tuple of numbers'):
+        interop.from_torch(state, 'lenet5', **{name: 0.5})
+
+
 def test_given_numbers_are_applied_inside(images, logits_of, assert_same):
     network = networks.randomize(networks.LeNet5())
     module, variables = interop.from_torch(network.state_dict(), 'lenet5', mean=(0.1,), std=(0.3,))
@@ -411,7 +543,7 @@ def test_given_numbers_are_applied_inside(images, logits_of, assert_same):
     assert_same(logits_of(module, x, variables), logits_of(network, (x - 0.1) / np.float32(0.3)))
 
 
-def test_every_zoo_normalisation_has_the_epsilon_of_pytorch():
+def test_the_normalisations_of_every_family_have_the_epsilon_of_pytorch():
     found = []
 
     def visit(call, args, kwargs, context):
@@ -419,15 +551,20 @@ def test_every_zoo_normalisation_has_the_epsilon_of_pytorch():
             found.append((context.module.epsilon, 1 - context.module.momentum))
         return call(*args, **kwargs)
 
+    # The first network of each class.
+    families = {type(models.create(name, num_classes=10)): name for name in models.names()[::-1]}
+    assert len(families) == 9
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-    for name in ('cifar_resnet20', 'vgg11'):
-        module = models.create(name, num_classes=10)
+    reference = torch.nn.BatchNorm2d(1)
+    for kind, name in families.items():
+        found.clear()
+        options = {models.CNN: {'norm': 'batch'}, models.WideResNet: {'depth': 10}}.get(kind, {})
+        module = models.create(name, num_classes=10, **options)
         with nn.intercept_methods(visit):
             jax.eval_shape(module.init, jax.random.key(0), x)
-    assert len(found) == 27
-    reference = torch.nn.BatchNorm2d(1)
-    for epsilon, momentum in found:
-        assert epsilon == reference.eps and momentum == pytest.approx(reference.momentum)
+        assert bool(found) == (kind not in (models.MLP, models.LeNet5))
+        for epsilon, momentum in found:
+            assert epsilon == reference.eps and momentum == pytest.approx(reference.momentum)
 
 
 # --------------------------------------------------------------------------------- what is wrong

@@ -10,6 +10,8 @@ from neurosens.forward import LinenForward
 
 foolbox = pytest.importorskip('foolbox', reason='parity needs requirements-bench.txt')
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.fixture(scope='module')
 def classifier():

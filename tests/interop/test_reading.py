@@ -16,6 +16,8 @@ torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt
 
 import torch_networks as networks  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 STATE = {'1.weight': torch.arange(6.0).reshape(2, 3), '1.bias': torch.tensor([0.5, -0.5])}
 
 
@@ -83,6 +85,32 @@ def test_a_pickled_network_is_refused(tmp_path):
         interop.WeightsError, match=r'torch_networks\.LeNet5, .* save its state_dict'
     ):
         interop.read_state_dict(path)
+
+
+def test_a_file_of_the_robustness_library_is_saved_anew(tmp_path, monkeypatch):
+    class Parameters:
+        """Stands for the settings that its files hold beside the weights."""
+
+        def __init__(self, **settings):
+            self.__dict__.update(settings)
+
+    Parameters.__module__, Parameters.__qualname__ = 'cox.utils', 'Parameters'
+    for name in ('cox', 'cox.utils'):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules['cox.utils'].Parameters = Parameters
+    network = networks.randomize(networks.AttackerModel(networks.LeNet5(), (0.1,), (0.3,)))
+    state = {f'module.{name}': value for name, value in network.state_dict().items()}
+    content = {'model': state, 'optimizer': {}, 'epoch': 3, 'args': Parameters(eps=0.5)}
+    path, anew = tmp_path / 'mnist.pt', tmp_path / 'weights.pt'
+    torch.save(content, path)
+    with pytest.raises(
+        interop.WeightsError, match=r'object cox\.utils\.Parameters, .* save its state_dict\(\) al'
+    ):
+        interop.load_torch(path, 'lenet5')
+    # As the guide says.
+    torch.save(torch.load(path, weights_only=False)['model'], anew)
+    module, _ = interop.load_torch(anew, 'lenet5')
+    assert module.mean == pytest.approx((0.1,)) and module.std == pytest.approx((0.3,))
 
 
 @pytest.mark.parametrize('name', ['cut.pt', 'text.pth', 'empty.ckpt', 'log.pt', 'text.safetensors'])

@@ -11,6 +11,8 @@ torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt
 import torch_networks as networks  # noqa: E402
 from torch import nn  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 CNN_A = {'strides': 2, 'padding': 1, 'pool': 'none'}
 
 STACKS = {
@@ -80,6 +82,8 @@ MISTAKES = [
     (state, {'strides': 2, 'padding': 1}, "do not tell pool; give pool=..., one value"),
     (state, {**CNN_A, 'strides': (2,)}, r'strides is \(2,\), but there are 2 convolutions'),
     (state, {**CNN_A, 'strides': 0}, 'strides is 0, but it must be an integer of at least 1'),
+    (state, {**CNN_A, 'strides': 2.0}, r'strides is 2\.0, but it must be an integer of at least 1'),
+    (state, {**CNN_A, 'padding': None}, r'do not tell padding; give padding=\.\.\.'),
     (state, {**CNN_A, 'pool': 'min'}, "pool is 'min', but it must be one of max, avg, none, mean"),
     (state, {**CNN_A, 'stride': 2}, "Unknown sequential option 'stride'"),
     (state, {**CNN_A, 'num_classes': 10}, 'num_classes is 10, but the last layer'),

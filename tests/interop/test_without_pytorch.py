@@ -70,6 +70,34 @@ def test_inputs_behind_a_flatten_change_their_order(images):
     np.testing.assert_allclose(module.apply(variables, x), flattened @ weight.T, rtol=1e-4)
 
 
+class NormalizedFeatures(nn.Module):
+    """A normalisation and a linear layer behind a flatten."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name='norm')(x.reshape(len(x), -1))
+        return nn.Dense(1, name='head')(x)
+
+
+def test_all_of_a_normalisation_behind_a_flatten_changes_its_order():
+    features = np.arange(12, dtype=np.float32)
+    leaves = ('weight', 'bias', 'running_mean', 'running_var')
+    state = {f'norm.{leaf}': features + k for k, leaf in enumerate(leaves)}
+    state |= {'head.weight': features[None], 'head.bias': np.ones(1, np.float32)}
+    module, variables = interop.from_torch(state, NormalizedFeatures(), image_shape=(2, 2, 3))
+    # Of three channels the first four features are of one; here neighbours are of one position.
+    order = np.array([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11])
+    norm, statistics = variables['params']['norm'], variables['batch_stats']['norm']
+    np.testing.assert_array_equal(norm['scale'], order)
+    np.testing.assert_array_equal(norm['bias'], order + 1)
+    np.testing.assert_array_equal(statistics['mean'], order + 2)
+    np.testing.assert_array_equal(statistics['var'], order + 3)
+    np.testing.assert_array_equal(variables['params']['head']['kernel'][:, 0], order)
+    back = interop.to_torch(module, variables, image_shape=(2, 2, 3))
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array, name)
+
+
 def test_convolutions_are_those_of_numpy(images):
     generator = np.random.default_rng(0)
     kernel = generator.normal(size=(2, 3, 3, 2))
@@ -196,6 +224,31 @@ def test_convolutions_along_one_dimension(images):
     assert back.keys() == state.keys()
     for name, array in state.items():
         np.testing.assert_array_equal(back[name], array)
+
+
+def test_normalisations_that_could_be_exchanged_need_an_order(tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    statistics = {
+        f'{name}.running_{leaf}': (4,) for name in ('late', 'early') for leaf in ('mean', 'var')
+    }
+    save({'a.weight': (4, 1, 1, 1), 'b.weight': (2, 4), **statistics}, path)
+
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (1, 1), use_bias=False, name='conv')(x)
+            for _ in range(2):
+                x = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)(x)
+            return nn.Dense(2, use_bias=False, name='head')(x.mean((1, 2)))
+
+    with pytest.raises(interop.WeightsError, match="not tell which of 'early' and 'late' comes"):
+        interop.load_torch(path, Normalized())
+    names = {'BatchNorm_0': 'early', 'BatchNorm_1': 'late'}
+    _, variables = interop.load_torch(path, Normalized(), names=names)
+    np.testing.assert_array_equal(
+        variables['batch_stats']['BatchNorm_0']['mean'],
+        interop.read_state_dict(path)['early.running_mean'],
+    )
 
 
 def test_mean_and_std_may_be_arrays():

@@ -9,6 +9,8 @@ from neurosens.training import adversarial
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 
+pytestmark = pytest.mark.parity
+
 KEY = jax.random.key(0)
 
 

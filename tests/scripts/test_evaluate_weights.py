@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import evaluate
 from neurosens import config as config_lib
-from neurosens import data, interop, training
+from neurosens import data, defenses, interop, training
 from neurosens.forward import LinenForward
 
 
@@ -80,6 +80,7 @@ FILES = {
 }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize('file', FILES)
 def test_published_checkpoints_of_pytorch_are_evaluated(file, data_root, tmp_path):
     pytest.importorskip('torch', reason='files of PyTorch need it')
@@ -99,6 +100,70 @@ def test_published_checkpoints_of_pytorch_are_evaluated(file, data_root, tmp_pat
     accuracy, robust = results['clean_accuracy'], results['robust_accuracy/fgsm-linf-0.0078']
     assert accuracy >= 0.85 if 'resnet20' in file else 0.5 <= accuracy <= 0.8
     assert robust < 0.5 * accuracy if 'resnet20' in file else robust > 0.6 * accuracy
+
+
+@pytest.mark.parity
+def test_a_published_checkpoint_is_defended(data_root, tmp_path):
+    pytest.importorskip('torch', reason='files of PyTorch need it')
+    arguments = [
+        f'--workdir={tmp_path}',
+        f'--config.weights={data_root / "weights" / "mnist_mlp5x100_standard.pth"}',
+        '--config.model=mlp',
+        "--config.model_options={'hidden': (100, 100, 100, 100, 100)}",
+        '--config.mean=(0.0,)',
+        '--config.std=(1.0,)',
+        '--config.dataset=mnist',
+        f'--config.data_dir={data_root / "tfds"}',
+        *FEW,
+        '--config.evaluation.limit=40',
+        '--config.evaluation.masking_images=0',
+        '--config.neurons.measures=()',
+        '--config.defense.name=pruning',
+        "--config.defense.options={'layer': 'act5', 'count': 2}",
+        '--config.defense.images=100',
+        '--config.defense.attacks=()',
+        '--config.defense.surrogates=()',
+        '--config.defense.controls=False',
+    ]
+    assert evaluate.main(arguments) == 0
+    results = json.loads((tmp_path / 'report' / 'results.json').read_text())
+    assert results['clean_accuracy'] >= 0.9 and results['defense/name'] == 'pruning'
+    assert results['defense/clean_accuracy'] >= 0.9
+    assert results['defense/worst/all-linf-0.1'] <= results['defense/clean_accuracy']
+    # What was pruned is a layer of the network of the file.
+    config = config_lib.Config(
+        model='mlp', model_options={'hidden': (100,) * 5}, dataset='mnist',
+        weights=str(data_root / 'weights' / 'mnist_mlp5x100_standard.pth'),
+    )  # fmt: skip
+    parameters = defenses.load(
+        tmp_path / 'defense', variables=training.load_weights(config).variables
+    )
+    assert defenses.name_of(parameters) == 'pruning'
+
+
+def test_names_of_layers_are_an_option_of_the_model(weights, tmp_path):
+    state = safetensors.numpy.load_file(weights)
+    # By their names the last layer comes first.
+    names = {'0': 'input', '2': 'all'}
+    state = {f'{names[name[0]]}{name[1:]}': array for name, array in state.items()}
+    path = tmp_path / 'weights.safetensors'
+    safetensors.numpy.save_file(state, path)
+    command = [
+        f'--workdir={tmp_path}',
+        f'--config.weights={path}',
+        '--config.model=mlp',
+        "--config.model_options={'hidden': (48,), 'names': {'dense1': 'input', 'head': 'all'}}",
+        *NUMBERS,
+        *FEW,
+        '--config.neurons.measures=()',
+        '--config.evaluation.masking_images=0',
+    ]
+    assert evaluate.main(command) == 0
+    results = json.loads((tmp_path / 'report' / 'results.json').read_text())
+    assert results['clean_accuracy'] > 0.8
+    config = config_lib.Config(model='mlp', model_options={'hidden': (48,)}, weights=str(path))
+    with pytest.raises(interop.WeightsError, match=r"'all\.weight' has shape \(10, 48\) in place"):
+        training.load_weights(config)
 
 
 def test_the_library_loads_what_the_script_does(weights):
@@ -134,7 +199,15 @@ MISTAKES = [
     ),
     (
         ['--config.weights=FILE', '--config.model=sequential', '--config.mean=(0.1, 0.2)'],
-        'mean',
+        'mean and std have length 2, but the number of image channels is 1: give one value for all',
+    ),
+    (
+        ['--config.weights=FILE', "--config.model_options={'mean': (0.5,)}"],
+        "model_options has 'mean', which is no option of a model; set mean instead.",
+    ),
+    (
+        ['--config.weights=FILE', "--config.model_options={'names': 'fc1'}"],
+        "names is 'fc1', but it must be a dict of layers of the file by those of the module",
     ),
 ]
 
@@ -148,6 +221,24 @@ def test_a_mistake_is_one_sentence(weights, tmp_path, arguments, sentence, capsy
     err = capsys.readouterr().err
     assert sentence in err
     assert err.startswith('error: ') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('load', [training.load_weights, training.make_model])
+@pytest.mark.parametrize(
+    ('option', 'setting'),
+    [
+        ('mean', 'mean'), ('std', 'std'), ('dtype', 'dtype'), ('num_classes', 'dataset'),
+        ('image_shape', 'dataset'), ('key', 'weights_key'), ('model', 'model'), ('path', 'weights'),
+        ('name', 'model'),
+    ],
+)  # fmt: skip
+def test_what_another_setting_decides_is_no_option_of_a_model(weights, load, option, setting):
+    config = config_lib.Config(model='mlp', model_options={option: 1}, weights=str(weights))
+    with pytest.raises(config_lib.ConfigError) as caught:
+        load(config)
+    assert str(caught.value) == (
+        f'model_options has {option!r}, which is no option of a model; set {setting} instead.'
+    )
 
 
 def test_the_report_of_a_training_is_not_replaced(weights, tmp_path, capsys):
