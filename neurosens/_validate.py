@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Collection
+from typing import Any
 
 
-def check_whole(name: str, value: float, *, low: int = 1) -> None:
-    """Raises a ValueError if `value` is no whole number from `low` up."""
+def check_whole(name: str, value: Any, *, low: int = 1) -> None:
+    """Raises a ValueError if `value` is no integer from `low` up: 7.0 counts no loops."""
     check_range(name, value, low=low)
-    if value != int(value):
-        raise ValueError(f'{name} is {value!r}; it must be a whole number.')
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(
+            f'{name} is {value!r}; it must be a whole number, such as {max(low, int(value))}.'
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises a ValueError if `value` is no bool: the text 'no' would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} is {value!r}; it must be True or False.')
+
+
+def check_choice(name: str, value: object, valid: Collection[str]) -> None:
+    """Raises a ValueError with the valid names if `value`, of whatever type, is none of them."""
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(unknown(name, value, valid))
+
+
+def check_layer(layer: object) -> None:
+    """Raises a ValueError if `layer` cannot be the name of a layer."""
+    if not isinstance(layer, str):
+        raise ValueError(f"layer is {layer!r}; it must be the name of one, such as 'head:in'.")
 
 
 def check_layers(layers: object) -> None:
-    """Raises a ValueError if names of layers are a single one, whose letters would count."""
+    """Raises a ValueError if `layers` is neither None nor a list of at least one name."""
+    if layers is None:
+        return
     if isinstance(layers, str):
         raise ValueError(
             f'layers is {layers!r}; it must be a list of names: ({layers!r},) for one.'
+        )
+    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"layers is {layers!r}; it must be a list of names, such as ('act1',).")
+    if not len(layers):
+        raise ValueError(
+            f'layers is {layers!r}; name at least one, or leave it out for every nonlinearity.'
         )
 
 
@@ -42,7 +72,7 @@ def unknown(kind: str, value: object, valid: Collection[str]) -> str:
 
 def check_range(
     name: str,
-    value: float,
+    value: Any,
     *,
     low: float | None = None,
     high: float | None = None,

@@ -1,7 +1,8 @@
 """Free adversarial training (Shafahi et al. 2019).
 
 Eight replays of each batch. Epochs count replays: each is an eighth of the training set, taken
-eight times. WideResNet-28-10 in bfloat16, schedule and weight decay are ours.
+eight times. WideResNet-28-10 in bfloat16 (theirs is WideResNet-32-10), the number of epochs,
+schedule and weight decay are ours.
 
 For an accelerator. The short variant is `shafahi_2019_small.py`.
 

@@ -1,6 +1,8 @@
 """MART (Wang et al. 2020).
 
-beta = 5, ten steps of 2 / 255 within 8 / 255, 120 epochs with the rate divided at 75 and 90.
+beta = 5, ten steps of 2 / 255 within 8 / 255, 120 epochs with the rate divided at 75 and 90. The
+network, a ResNet-18 with activations in front of convolutions, is ours (theirs are ResNet-18 and
+WideResNet-34-10).
 
 For an accelerator. The short variant is `wang_2020_small.py`.
 

@@ -208,6 +208,7 @@ def activation_sensitivity(
       layers: names of layers; None for every nonlinearity that is a module, by its name.
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
+        In front of it they have one; which are dead is not seen there, and no share is logged.
       samples: draws per image, of which the mean counts; for `'neuron_sampling'` neurons.
       distribution: of `'tangent'` and `'finite_difference'`, `'rademacher'`, `'normal'` or
         `'uniform'`.
@@ -216,7 +217,7 @@ def activation_sensitivity(
 
     Returns:
       The regularizer; it logs the part of each layer under its name (`'cotangent'` cannot tell them
-      apart), and `dead`, the share of entries that are 0 for every image of the batch.
+      apart) and, of `'post'`, `dead`, the share of entries that are 0 for every image of the batch.
 
     Raises:
       ValueError: a choice is unknown or a number out of range.
@@ -257,17 +258,20 @@ def activation_sensitivity(
         else:
             parts, zero = jax.vmap(example)(x, keys_of(key, x))
         means = {name: part.mean() for name, part in parts.items()}
-        return mean_over_layers(means), {
-            **{name: value for name, value in means.items() if name},
-            'dead': dead_share(zero),
-        }
+        metrics = {name: value for name, value in means.items() if name}
+        return mean_over_layers(means), {**metrics, **_dead(zero, position)}
 
     return regularizer
 
 
-def dead_share(zero: Mapping[str, Array]) -> Float[Array, '']:
-    """Share of entries of several layers that are 0 for every image of a batch `[B, ...]`."""
-    return jnp.concatenate([flags.all(0).ravel() for flags in zero.values()]).mean()
+def _dead(zero: Mapping[str, Array], position: str) -> dict[str, Float[Array, '']]:
+    """Under `dead` the share of entries that are 0 for every image of a batch `[B, ...]`.
+
+    Nothing for `'pre'`: what enters a layer does not say which of its neurons are off.
+    """
+    if position == 'pre':
+        return {}
+    return {'dead': jnp.concatenate([flags.all(0).ravel() for flags in zero.values()]).mean()}
 
 
 def sensitivity_and_jacobian(
@@ -291,7 +295,8 @@ def sensitivity_and_jacobian(
       distribution: of the direction, `'rademacher'`, `'normal'` or `'uniform'`.
 
     Returns:
-      The regularizer; it logs `sensitivity` (R), `jacobian` (half the squared norm) and `dead`.
+      The regularizer; it logs `sensitivity` (R), `jacobian` (half the squared norm) and, of
+      `'post'`, `dead`.
 
     Raises:
       ValueError: a choice is unknown or a weight negative.
@@ -321,6 +326,6 @@ def sensitivity_and_jacobian(
             'jacobian': (logits**2).sum() / (2 * x.shape[0]),
         }
         penalty = sensitivity * found['sensitivity'] + jacobian * found['jacobian']
-        return penalty, {**found, 'dead': dead_share(zero)}
+        return penalty, {**found, **_dead(zero, position)}
 
     return regularizer

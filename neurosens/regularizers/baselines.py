@@ -72,8 +72,7 @@ def activation_norm(
       ValueError: a choice is unknown.
     """
     _check_order(order)
-    if position not in POSITIONS:
-        raise ValueError(_validate.unknown('position', position, POSITIONS))
+    _validate.check_choice('position', position, POSITIONS)
     _validate.check_layers(layers)
 
     def regularizer(

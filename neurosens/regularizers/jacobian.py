@@ -134,6 +134,7 @@ def jacobian_root(
       ValueError: as for `jacobian`.
     """
     _check(projections, probe)
+    _validate.check_flag('first_sample_only', first_sample_only)
 
     def regularizer(
         forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
@@ -154,5 +155,4 @@ def jacobian_root(
 def _check(projections: int, probe: str) -> None:
     if projections != EXACT:
         _validate.check_whole('projections', projections)
-    if probe not in PROBES:
-        raise ValueError(_validate.unknown('probe', probe, PROBES))
+    _validate.check_choice('probe', probe, PROBES)

@@ -1,4 +1,4 @@
-"""Regularizers of the sensitivity of neurons: that of Suri & Evans, and Delta itself.
+"""Regularizers of the sensitivity of neurons: that of Suri & Evans, and one of Delta.
 
 "One Neuron to Fool Them All", https://arxiv.org/abs/2003.09372, section on regularization.
 """
@@ -120,6 +120,7 @@ def neuron_contribution(
     _validate.check_range('weight_difference_weight', weight_difference_weight, low=0)
     _validate.check_range('contribution_weight', contribution_weight, low=0)
     _validate.check_whole('top', top)
+    _validate.check_layer(layer)
 
     def regularizer(
         forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
@@ -160,7 +161,7 @@ def direct_sensitivity(
     scale: str = 'rms',
     valid_only: bool = False,
 ) -> Regularizer:
-    """1 / |Delta(i, x)| itself, to first order, of any layer: what T1 and T2 approximate (ours).
+    """A smooth 1 / |Delta(i, x)|, to first order, of any layer: what T1 and T2 approximate (ours).
 
     With predicted class p, margins m_c = z_p - z_c and slopes d (z_c - z_p) / d h_i, the change of
     neuron i that makes c win is m_c / slope; its reciprocal, in units of the neuron's size, is
@@ -193,6 +194,8 @@ def direct_sensitivity(
       ValueError: a choice is unknown or a number out of range.
     """
     units.check_unit(unit)
+    _validate.check_layer(layer)
+    _validate.check_flag('valid_only', valid_only)
     _validate.check_whole('top', top)
     _validate.check_range('order', order, low=1, low_open=True)
     _validate.check_range('floor', floor, low=0, low_open=True)

@@ -97,10 +97,8 @@ def check_attack(norm: str, eps: float, steps: int, step_size: float, mode: str)
     Raises:
       ValueError: a choice is unknown or a number out of range.
     """
-    if norm not in DUAL:
-        raise ValueError(_validate.unknown('norm', norm, DUAL))
-    if mode not in ATTACK_MODES:
-        raise ValueError(_validate.unknown('attack_mode', mode, ATTACK_MODES))
+    _validate.check_choice('norm', norm, DUAL)
+    _validate.check_choice('attack_mode', mode, ATTACK_MODES)
     _validate.check_range('eps', eps, low=0)
     _validate.check_whole('steps', steps)
     _validate.check_range('step_size', step_size, low=0)
@@ -280,6 +278,7 @@ def pgd(
       ValueError: a choice is unknown or a number out of range.
     """
     _validate.check_range('clean_share', clean_share, low=0, high=1)
+    _validate.check_flag('random_start', random_start)
 
     def loss(clean: Array | None, attacked: Array, y: Array) -> dict[str, Array]:
         terms = {'attacked': (1 - clean_share) * cross_entropy(attacked, y).mean()}

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from neurosens import config as config_lib
 from neurosens import fingerprints, parallel
 
-_METRIC = 'accuracy'
+_METRIC, _ROBUST = 'accuracy', 'pgd_accuracy'
 
 
 class CheckpointError(RuntimeError):
@@ -40,29 +40,32 @@ class Restored(NamedTuple):
     loop: dict[str, Any]
 
 
-def open_directory(workdir: str | pathlib.Path, keep: int) -> ocp.training.Checkpointer:
+def open_directory(
+    workdir: str | pathlib.Path, keep: int, keep_robust: bool = False
+) -> ocp.training.Checkpointer:
     """Opens (or creates) the checkpoints of a work directory for training.
 
     Args:
       workdir: the work directory; checkpoints lie in `checkpoints/` inside it.
       keep: how many of the latest to keep, besides the one of highest validation accuracy.
+      keep_robust: keep the one of highest accuracy under PGD too.
 
     Returns:
       An Orbax checkpointer; close it (or use it as a context manager) at the end.
     """
     policies = ocp.training.preservation_policies
+    best = [
+        policies.BestN(
+            # Older checkpoints have one accuracy only.
+            get_metric_fn=lambda metrics, name=name: metrics.get(name, -1.0),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        for name in ((_METRIC, _ROBUST) if keep_robust else (_METRIC,))
+    ]
     return ocp.training.Checkpointer(
         _directory(workdir),
-        preservation_policy=policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[_METRIC],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        ),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
         cleanup_tmp_directories=True,
     )
 
@@ -74,6 +77,7 @@ def save(
     config: config_lib.Config,
     loop: Mapping[str, Any],
     accuracy: float | None = None,
+    robust: float | None = None,
 ) -> None:
     """Writes one checkpoint and returns when it is complete on disk.
 
@@ -87,13 +91,16 @@ def save(
       config: the config that is being trained.
       loop: JSON values that the training loop needs to go on.
       accuracy: validation accuracy in [0, 1], where there is one; decides which is best.
+      robust: accuracy under PGD in [0, 1], where there is one besides.
     """
     digests = {name: fingerprints.of_tree(tree) for name, tree in items.items()}
+    scores = {_METRIC: accuracy, _ROBUST: robust}
+    metrics = {name: score for name, score in scores.items() if score is not None}
     checkpointer.save_checkpointables(
         step,
         dict(items),
         force=True,
-        metrics=None if accuracy is None else {_METRIC: accuracy},
+        metrics=metrics or None,
         custom_metadata=fingerprints.signed(
             {
                 'config': config_lib.to_dict(config),
@@ -119,7 +126,8 @@ def resume(
       workdir: the work directory; it may be new.
       keep: as in `open_directory`.
       abstract_items: for each checkpointable its shapes, dtypes and shardings.
-      config: the config that is to be trained.
+      config: the config that is to be trained; where its monitor has a guard, the checkpoint of
+        highest accuracy under PGD is kept too.
 
     Returns:
       `(checkpointer, what the checkpoint held or None where there is none)`.
@@ -137,7 +145,8 @@ def resume(
             stacklevel=2,
         )
     _set_aside(_directory(workdir), unreadable)
-    checkpointer = open_directory(workdir, keep)
+    keep_robust = config.monitor.guard > 0
+    checkpointer = open_directory(workdir, keep, keep_robust)
     damaged = []
     for step in reversed([checkpoint.step for checkpoint in checkpointer.checkpoints]):
         try:
@@ -156,7 +165,7 @@ def resume(
             checkpointer.close()
             _set_aside(_directory(workdir), damaged)
             # Orbax remembers which steps it saw; the directory has to be opened afresh.
-            checkpointer = open_directory(workdir, keep)
+            checkpointer = open_directory(workdir, keep, keep_robust)
         return checkpointer, Restored(step, items, record['loop'])
     if damaged:
         checkpointer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,7 +92,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     Raises:
       ValueError: a setting cannot be used.
       neurosens.data.DatasetNotPreparedError: the data set is not in `data_dir`.
-      LayerError: a layer to be watched or shared is unknown.
+      LayerError: a layer to be watched or regularized is unknown.
       CheckpointError: the initial weights cannot be read.
     """
     config_lib.validate(config)
@@ -111,6 +112,13 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     objective = objectives.create(
         'objective', config.objective, config.objective_options, objectives.OBJECTIVES
     )
+    if config.objective == 'fgsm_rs' and not config.monitor.guard:
+        warnings.warn(
+            'Training with fgsm_rs may lose all robustness from one epoch to the next '
+            '(catastrophic overfitting), and monitor.guard is 0; set monitor.images, to 500 for '
+            'example, and monitor.guard, to 0.2, to stop it there.',
+            stacklevel=2,
+        )
     if config.augmentation not in data.augmentation_names():
         raise config_lib.ConfigError(
             _validate.unknown('augmentation', config.augmentation, data.augmentation_names())
@@ -168,7 +176,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     if config.optimizer.freeze:
         _state_shapes(experiment)
     several = bool(terms)
-    if any(term.shared or term.attacked for term in terms):
+    if terms:
         _trace(experiment)
     elif config.gradient_shares and not terms and config.objective != 'standard':
         several = any(name.startswith('objective/') for name in _trace(experiment))
@@ -212,7 +220,7 @@ def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None
 
 
 def _trace(experiment: Experiment) -> Metrics:
-    """Traces a step, which finds regularizers that ask of the objective what it has not.
+    """Traces a step, which finds regularizers that ask what model and objective have not.
 
     Returns:
       The shapes of what it logs.
@@ -220,30 +228,46 @@ def _trace(experiment: Experiment) -> Metrics:
     size = experiment.config.batch_size
     shape = data.info(experiment.config.dataset).image_shape
     kinds = ((size, *shape), jnp.uint8), ((size,), jnp.int32), ((size,), bool), ((size,), jnp.int32)
-    batch = data.Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))
-    step, key = experiment.train_step, jax.random.key(0)
-    return jax.eval_shape(step, _state_shapes(experiment), batch, key)[1]
+    # All placed as in training, which then does not trace the step again.
+    place = parallel.split(experiment.mesh)
+    batch = data.Batch(*(jax.ShapeDtypeStruct(*kind, sharding=place) for kind in kinds))
+    key = parallel.replicate(experiment.mesh, experiment.key(1))
+    return jax.eval_shape(experiment.train_step, abstract_state(experiment), batch, key)[1]
 
 
 def _weighted_regularizer(
     name: str, options: Mapping[str, Any], total_steps: int
 ) -> WeightedRegularizer:
+    # Names of terms in the log.
+    if not isinstance(name, str) or name in ('', 'objective') or '/' in name:
+        raise config_lib.ConfigError(
+            f"A regularizer is named {name!r}; a name is a text, not empty or 'objective', and has "
+            "no '/'."
+        )
+    if not isinstance(options, Mapping):
+        raise config_lib.ConfigError(
+            f'Regularizer {name!r} is given as {options!r}; it must be a dict of its weight and '
+            "options, such as {'weight': 0.1}."
+        )
     options = dict(options)
     kind = options.pop('regularizer', name)
-    # Names of terms in the log.
-    if name in ('', 'objective') or '/' in name:
-        raise config_lib.ConfigError(
-            f"A regularizer is named {name!r}; a name is not empty or 'objective', and has no '/'."
-        )
     weight = options.pop('weight', 1.0)
     _validate.check_range(f'The weight of regularizer {name!r}', weight, low=0)
     shares = {key: options.pop(key, 0.0) for key in ('ramp', 'start')}
     for key, share in shares.items():
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not number or not 0 <= share <= 1:
             raise config_lib.ConfigError(
                 f'The {key} of regularizer {name!r} is {share!r}; it is a share of training, a '
                 'number from 0 to 1.'
             )
+    # Shares such as 0.7 and 0.3 may add up to a little more by rounding.
+    if sum(shares.values()) > 1 + 1e-9:
+        raise config_lib.ConfigError(
+            f'The start of regularizer {name!r} is {shares["start"]!r} and its ramp '
+            f'{shares["ramp"]!r}, so that training ends before its whole weight is reached; '
+            'together they must be at most 1.'
+        )
     shared, attacked = flags = [options.pop(key, False) for key in ('shared', 'attacked')]
     for key, flag in zip(('shared', 'attacked'), flags):
         if not isinstance(flag, bool):
@@ -257,6 +281,8 @@ def _weighted_regularizer(
         )
     regularizer = objectives.create('regularizer', kind, options, objectives.REGULARIZERS)
     ramp, start = (round(share * total_steps) for share in shares.values())
+    # Both may have been rounded up.
+    ramp = min(ramp, total_steps - start)
     return WeightedRegularizer(name, regularizer, float(weight), ramp, start, shared, attacked)
 
 

@@ -163,7 +163,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
             # A state is saved only after its own step is known to be finite.
             take(*pending)
             pending = None
-            score = None
+            score: float | None = None
+            robust: float | None = None
             if validate and experiment.validation is not None:
                 score = validation_accuracy = _score(experiment, state, log, step)
                 if config.monitor.images:
@@ -179,7 +180,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
                 'best_pgd': best_pgd,
                 'best_step': best_step,
             }
-            checkpoints.save(checkpointer, step, saved_items(state), config, loop, score)
+            checkpoints.save(checkpointer, step, saved_items(state), config, loop, score, robust)
             last_saved = step
             clock.restart()
             if stop and not last:
@@ -226,8 +227,8 @@ def _overfit(step: int, robust: float, best: float, best_step: int) -> str:
     return (
         f'The accuracy under PGD fell from {best:.2%} at step {best_step} to {robust:.2%} at step '
         f'{step} (catastrophic overfitting, monitor.guard); train with objective pgd, a smaller '
-        'eps or a lower optimizer.learning_rate in another --workdir, or evaluate the checkpoints '
-        'from before the fall.'
+        'eps or a lower optimizer.learning_rate in another --workdir, or evaluate what was reached '
+        f'before the fall with --checkpoint={best_step}.'
     )
 
 

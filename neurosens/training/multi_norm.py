@@ -59,18 +59,20 @@ def multi_norm(
       ValueError: a choice is unknown, a number out of range, or there are not as many radii as
         norms.
     """
-    if isinstance(norms, str) or np.ndim(eps) == 0:
+    if not all(
+        isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str)
+        for given in (norms, eps)
+    ):
         raise ValueError(
             f'norms are {norms!r} and eps {eps!r}; both must be lists, with a radius for each norm.'
         )
-    if not norms or len(norms) != len(eps):
+    if not len(norms) or len(norms) != len(eps):
         raise ValueError(
             f'norms are {tuple(norms)} and eps {tuple(eps)}; give one radius for each norm.'
         )
     for name, radius in zip(norms, eps):
         check_attack(name, radius, steps, step_size, attack_mode)
-    if strategy not in STRATEGIES:
-        raise ValueError(_validate.unknown('strategy', strategy, STRATEGIES))
+    _validate.check_choice('strategy', strategy, STRATEGIES)
     norms = list(norms)
     threats = [Threat(name, radius) for name, radius in zip(norms, eps)]
     sizes = [absolute_step(radius, steps, step_size) for radius in eps]

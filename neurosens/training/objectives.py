@@ -117,8 +117,7 @@ def create(
       ValueError: the name or an option is unknown, a required option is missing, or a value is out
         of range.
     """
-    if name not in registry:
-        raise ValueError(_validate.unknown(kind, name, registry))
+    _validate.check_choice(kind, name, registry)
     parameters = inspect.signature(registry[name]).parameters
     for option in options:
         if option not in parameters:

@@ -44,6 +44,22 @@ def test_behind_it_units_that_are_on_count(relu):
     assert metrics['dead'] == pytest.approx(never_on.mean())
 
 
+@pytest.mark.parametrize('make', [activation_sensitivity, sensitivity_and_jacobian])
+def test_the_share_of_dead_neurons_is_that_of_what_the_layer_returns(relu, make):
+    """Of two neurons that no image puts on, one is exactly at the kink: in front of it not 0."""
+    params = dict(relu.variables['params'])
+    first = params['dense1']
+    kernel = jnp.zeros_like(first['kernel'])
+    params['dense1'] = {'kernel': kernel, 'bias': jnp.array([-1.0, 0.0, 1.0, 2.0, 3.0])}
+    found = {
+        position: evaluate(relu, make(position=position), variables={'params': params})[1]
+        for position in ('post', 'pre')
+    }
+    assert found['post']['dead'] == pytest.approx(2 / 5)
+    # There one of five entries is 0, which is neither of the two shares.
+    assert 'dead' not in found['pre']
+
+
 EXACT = activation_sensitivity(estimator='exact')
 EXACT_JACOBIAN = jacobian(projections=-1)
 
@@ -190,7 +206,7 @@ def test_one_pass_gives_sensitivity_and_jacobian(relu):
     )
     # Along the same directions as the estimator of its own.
     own = evaluate(relu, activation_sensitivity())[1]['act1']
-    assert np.isfinite(own)
+    assert evaluate(relu, regularizer)[1]['sensitivity'] == pytest.approx(float(own), rel=1e-6)
 
 
 def test_layers_can_be_named_and_have_to_be_where_none_is_known(relu, linear):
@@ -233,6 +249,10 @@ def test_every_nonlinearity_of_the_zoo_is_found():
         ({'distribution': 'cauchy'}, "Unknown distribution 'cauchy'"),
         ({'samples': 0}, 'samples is 0'),
         ({'samples': 2.5}, 'samples is 2.5; it must be a whole number'),
+        ({'samples': 2.0}, 'samples is 2.0; it must be a whole number, such as 2'),
+        ({'layers': ()}, r'layers is \(\); name at least one'),
+        ({'layers': 3}, 'layers is 3; it must be a list of names'),
+        ({'layers': (3,)}, r'layers is \(3,\); it must be a list of names'),
         ({'layers': 'act1'}, r"layers is 'act1'; it must be a list of names: \('act1',\) for one"),
         ({'sigma': 0.0}, 'sigma is 0.0'),
     ],

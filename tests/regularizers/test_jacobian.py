@@ -169,9 +169,15 @@ def test_nothing_left_to_reduce_is_no_trouble(linear):
     [
         ({'projections': 0}, 'projections is 0'),
         ({'projections': -2}, 'projections is -2'),
+        ({'projections': 2.0}, 'projections is 2.0; it must be a whole number, such as 2'),
         ({'probe': 'both'}, "Unknown probe 'both'; valid names are output, input"),
     ],
 )
 def test_mistakes_are_named(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_a_flag_that_is_no_bool_is_named():
+    with pytest.raises(ValueError, match="first_sample_only is 'no'; it must be True or False"):
+        jacobian_root(first_sample_only='no')

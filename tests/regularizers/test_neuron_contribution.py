@@ -3,12 +3,14 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from neurosens import neurons
+from neurosens.forward import LinenForward
 from neurosens.regularizers import (
     activation_norm,
     contribution,
@@ -17,6 +19,7 @@ from neurosens.regularizers import (
     neuron_contribution,
     weight_difference,
 )
+from neurosens.regularizers.neuron_contribution import _smooth_maximum
 
 KEY = jax.random.key(0)
 
@@ -152,6 +155,71 @@ def test_direct_sensitivity_is_that_of_plain_loops(relu, labels):
     assert np.isfinite(metrics['mean_distance'])
 
 
+class Conv(nn.Module):
+    """z = W h + b of a convolution h, whose entries are mostly above 0."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Conv(3, (2, 2), padding='VALID', name='conv')(x)
+        return nn.Dense(4, name='head')(h.reshape(len(h), -1))
+
+
+def direct_of_convolution_by_loops(h, weights, logits, unit, valid_only):
+    """With the two largest of each image, order 5 and floor 0.1; every image counts."""
+    if unit == 'channel':
+        slopes, lowest = weights.reshape(4, -1, 3).sum(1), h.min((1, 2))
+        size = [np.sqrt((h[..., channel] ** 2).mean()) for channel in range(3)]
+    else:
+        slopes, lowest = weights, h.reshape(len(h), -1)
+        size = np.sqrt((lowest**2).mean(0))
+    total = 0.0
+    for z, low in zip(logits, lowest):
+        p, nearest = z.argmax(), []
+        for i in range(slopes.shape[1]):
+            closeness = []
+            for c in range(4):
+                gain, margin = slopes[c, i] - slopes[p, i], z[p] - z[c]
+                falls_too_low = gain < 0 and low[i] + margin / gain < 0
+                if c != p and not (valid_only and falls_too_low):
+                    closeness.append(size[i] * abs(gain) / (margin + 0.1))
+            nearest.append((np.array(closeness) ** 5).sum() ** (1 / 5))
+        total += top_mean(np.array(nearest), 2)
+    return total / len(logits)
+
+
+@pytest.mark.parametrize('unit', ['channel', 'unit'])
+def test_direct_sensitivity_of_a_convolution_is_that_of_plain_loops(unit):
+    x = np.random.default_rng(0).random((5, 4, 4, 1)).astype(np.float32)
+    variables = Conv().init(KEY, x)
+    params = dict(variables['params'])
+    params['conv'] = {**params['conv'], 'bias': jnp.array([1.0, 2.0, 0.5])}
+    variables, forward = {'params': params}, LinenForward(Conv())
+    logits, tapped = forward(variables, x, taps=('conv',))
+    labels = logits.argmax(-1)
+    weights = np.float64(params['head']['kernel']).T
+    expected = [
+        direct_of_convolution_by_loops(
+            np.float64(tapped['conv']), weights, np.float64(logits), unit, valid_only
+        )
+        for valid_only in (False, True)
+    ]
+    assert expected[1] < 0.99 * expected[0], 'else falls would not matter'
+    for valid_only, value in zip((False, True), expected):
+        regularizer = direct_sensitivity(
+            layer='conv', unit=unit, top=2, order=5.0, valid_only=valid_only
+        )
+        found, _ = regularizer(forward, variables, x, labels, KEY)
+        assert found == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize('order', [1.5, 8.0])
+def test_with_all_classes_alike_the_norm_overshoots_as_documented(order):
+    """Nine classes equally near, after which the norm is 9^(1 / p) times the largest."""
+    values = jnp.full((10, 2), 0.25).at[3].set(0.0)
+    found = _smooth_maximum(values, order)
+    np.testing.assert_allclose(found, 0.25 * 9 ** (1 / order), rtol=1e-6)
+
+
 def test_without_smoothing_it_is_one_over_delta(straight):
     logits = straight.forward(straight.variables, straight.x)[0]
     labels = logits.argmax(-1)
@@ -280,6 +348,11 @@ def test_the_size_of_activations_by_hand(relu):
         (neuron_contribution, {'top': 2.5}, 'top is 2.5; it must be a whole number'),
         (direct_sensitivity, {'top': 2.5}, 'top is 2.5; it must be a whole number'),
         (activation_norm, {'layers': 'act1'}, "layers is 'act1'; it must be a list"),
+        (activation_norm, {'layers': []}, r'layers is \[\]; name at least one'),
+        (neuron_contribution, {'top': 4.0}, 'top is 4.0; it must be a whole number, such as 4'),
+        (neuron_contribution, {'layer': 3}, 'layer is 3; it must be the name of one'),
+        (direct_sensitivity, {'layer': ('act1',)}, r"layer is \('act1',\); it must be the name"),
+        (direct_sensitivity, {'valid_only': 1}, 'valid_only is 1; it must be True or False'),
         (neuron_contribution, {'contribution_weight': -1.0}, 'contribution_weight is -1.0'),
         (direct_sensitivity, {'order': 1.0}, 'order is 1.0; it must be greater than 1'),
         (direct_sensitivity, {'floor': 0.0}, 'floor is 0.0'),

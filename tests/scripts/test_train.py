@@ -143,6 +143,11 @@ MISTAKES = [
     ('--config.schedule.name=linear', "Unknown schedule.name 'linear'"),
     ('--config.objective=hinge', "Unknown objective 'hinge'"),
     ("--config.regularizers={'l3': {}}", "Unknown regularizer 'l3'"),
+    ("--config.regularizers={'jacobian': 0.1}", "Regularizer 'jacobian' is given as 0.1"),
+    (
+        "--config.regularizers={'activation_sensitivity': {'layers': ('nowhere',)}}",
+        "Unknown layer 'nowhere'",
+    ),
     ('--config.augmentation=crop', "Unknown augmentation 'crop'"),
     ('--config=configs/digit.py', "Config file 'configs/digit.py' does not exist"),
     ('--wrkdir=x', "Unknown flag '--wrkdir'; valid names are --config, --workdir"),

@@ -220,13 +220,18 @@ def test_running_statistics_are_of_clean_images_and_then_of_attacked_ones(net):
 
 
 def test_the_attack_may_see_the_statistics_of_the_batch(net):
-    losses, updates = {}, {}
+    module, variables, _, _ = net
+    losses = {}
     for mode in adversarial.ATTACK_MODES:
         loss, outcome = run(adversarial.pgd(eps=0.2, steps=3, attack_mode=mode), net)
-        losses[mode], updates[mode] = float(loss), outcome.updates
+        losses[mode] = float(loss)
+        # The attack updates none: there was one pass, over what it found.
+        _, once = run_training_mode(module, variables, outcome.attacked, KEY)
+        assert jax.tree.structure(outcome.updates) == jax.tree.structure(once)
+        for found, expected in zip(*map(jax.tree.leaves, (outcome.updates, once))):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     # Against the loss that counts, which uses them too, this is the stronger attack.
     assert losses['train'] > losses['eval']
-    assert jax.tree.structure(updates['train']) == jax.tree.structure(updates['eval'])
 
 
 # ----------------------------------------------------------------------- weight perturbation
@@ -346,29 +351,15 @@ def test_gradients_are_taken_at_the_moved_weights(net, name):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 
 
-# ------------------------------------------------------------------------------------- jit
-
-
-@pytest.mark.parametrize('name', MAKERS)
-def test_without_jit_the_loss_and_its_gradient_are_the_same(net, name):
-    module, variables, x, y = net
-    objective = MAKERS[name](**radius(name, 0.1))
-
-    def loss(params):
-        return objective(module, {**variables, 'params': params}, x, y, KEY)[0]
-
-    plain = jax.value_and_grad(loss)(variables['params'])
-    compiled = jax.jit(jax.value_and_grad(loss))(variables['params'])
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
-    for a, b in zip(*map(jax.tree.leaves, (plain, compiled))):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
-
-
-# --------------------------------------------------------------------------------- devices
+# ------------------------------------------------------------------------- jit and devices
 
 
 SPLIT = {
     **{name: functools.partial(make, **radius(name, 0.1)) for name, make in MAKERS.items()},
+    'free': functools.partial(adversarial.free, eps=0.1),
+    'multi_norm, average': functools.partial(
+        MAKERS['multi_norm'], eps=(0.1, 0.3), strategy='average'
+    ),
     'multi_norm, steepest': functools.partial(
         multi_norm.multi_norm,
         norms=('linf', 'l2', 'l1'),
@@ -380,6 +371,21 @@ SPLIT = {
     'pgd, statistics of the batch': functools.partial(MAKERS['pgd'], eps=0.1, attack_mode='train'),
     'trades, weights moved': functools.partial(MAKERS['trades'], eps=0.1, weight_gamma=0.01),
 }
+
+
+@pytest.mark.parametrize('name', [name for name in SPLIT if 'moved' not in name])
+def test_without_jit_the_loss_and_its_gradient_are_the_same(net, name):
+    module, variables, x, y = net
+    objective = SPLIT[name]()
+
+    def loss(params):
+        return objective(module, {**variables, 'params': params}, x, y, KEY)[0]
+
+    plain = jax.value_and_grad(loss)(variables['params'])
+    compiled = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    for a, b in zip(*map(jax.tree.leaves, (plain, compiled))):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize('name', SPLIT)
@@ -423,19 +429,30 @@ def test_one_and_eight_devices_have_the_same_loss_and_gradient(net, name):
     [
         (adversarial.pgd, {'norm': 'l3'}, "Unknown norm 'l3'"),
         (adversarial.pgd, {'eps': -0.1}, 'eps is -0.1'),
+        (adversarial.pgd, {'norm': ['linf']}, r"Unknown norm \['linf'\]; valid names are"),
         (adversarial.pgd, {'steps': 0}, 'steps is 0'),
+        (adversarial.pgd, {'steps': 7.0}, 'steps is 7.0; it must be a whole number, such as 7'),
+        (adversarial.pgd, {'steps': True}, 'steps is True; it must be a whole number, such as 1'),
+        (adversarial.pgd, {'random_start': 'no'}, "random_start is 'no'; it must be True or False"),
+        (adversarial.free, {'replays': 8.0}, 'replays is 8.0; it must be a whole number'),
         (adversarial.pgd, {'clean_share': 1.5}, 'clean_share is 1.5'),
         (adversarial.fgsm_rs, {'step_size': -1.0}, 'step_size is -1.0'),
         (adversarial.fgsm_rs, {'step_size': 0.0}, 'step_size is 0.0'),
         (adversarial.trades, {'beta': -1.0}, 'beta is -1.0'),
         (adversarial.mart, {'attack_mode': 'both'}, "Unknown attack_mode 'both'; valid names are"),
         (multi_norm.multi_norm, {'norms': ('l2',)}, 'give one radius for each norm'),
+        (multi_norm.multi_norm, {'norms': 3}, 'both must be lists'),
+        (multi_norm.multi_norm, {'norms': (['l2'],), 'eps': (1.0,)}, r"Unknown norm \['l2'\]"),
         (multi_norm.multi_norm, {'strategy': 'min'}, "Unknown strategy 'min'"),
     ],
 )
 def test_mistakes_are_named(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_integers_of_numpy_are_whole_numbers():
+    assert adversarial.free(replays=np.int64(3)).replays == 3
 
 
 class Zero(nn.Module):

@@ -140,6 +140,17 @@ def test_a_checkpoint_is_chosen_by_accuracy_age_or_step(scored, which, step):
     assert checkpoints.read_config(scored[0], which)[0] == step
 
 
+@pytest.mark.parametrize(('keep_robust', 'kept'), [(True, [2, 3, 5]), (False, [3, 5])])
+def test_the_most_robust_is_kept_where_asked(tmp_path, keep_robust, kept):
+    scores = ((0.5, 0.4), (0.6, 0.4), (0.8, 0.3), (0.7, 0.2), (None, None))
+    with checkpoints.open_directory(tmp_path, keep=1, keep_robust=keep_robust) as checkpointer:
+        for step, (accuracy, robust) in enumerate(scores, start=1):
+            checkpoints.save(checkpointer, step, placed(step), CONFIG, LOOP, accuracy, robust)
+    assert steps_in(tmp_path) == kept
+    # Of equally robust ones that is the later; the best is by the other accuracy.
+    assert checkpoints.read_config(tmp_path, 'best')[0] == 3
+
+
 def test_without_accuracies_the_latest_is_the_best(tmp_path):
     with checkpoints.open_directory(tmp_path, keep=2) as checkpointer:
         for step in (1, 2, 3):

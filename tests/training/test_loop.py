@@ -251,6 +251,15 @@ def test_divergence_before_the_first_checkpoint_says_that_nothing_was_saved(expe
         ({'objective_options': {'label_smoothing': 1.0}}, 'label_smoothing is 1.0'),
         ({'augmentation': 'pad'}, 'pad_crop'),
         ({'regularizers': {'small': {}}}, "Unknown regularizer 'small'"),
+        (
+            {'regularizers': {'jacobian': 0.1}},
+            "Regularizer 'jacobian' is given as 0.1; it must be a dict",
+        ),
+        ({'regularizers': {3: {'regularizer': 'jacobian'}}}, 'A regularizer is named 3; a name'),
+        (
+            {'regularizers': {'mine': {'regularizer': ['jacobian']}}},
+            "Unknown regularizer ['jacobian']",
+        ),
         ({'validation_size': 1437}, '1437'),
         ({'batch_size': 1600}, '1600'),
         ({'schedule': config_lib.Schedule('linear')}, 'cosine'),
@@ -286,9 +295,12 @@ def test_a_regularizer_takes_its_weight_ramp_and_options_from_the_config(monkeyp
         return f'penalty of power {power}'
 
     monkeypatch.setitem(objectives.REGULARIZERS, 'small', small)
-    monkeypatch.setattr(
-        experiment_lib, 'make_train_step', lambda *args, **kwargs: made.append(args[4])
-    )
+
+    def make_train_step(*args, **kwargs):
+        made.append(args[4])
+        return lambda state, batch, key: (state, {})
+
+    monkeypatch.setattr(experiment_lib, 'make_train_step', make_train_step)
     options = {'small': {'power': 3, 'weight': 2, 'ramp': 0.5, 'start': 0.25}}
     training.prepare(dataclasses.replace(CONFIG, regularizers=options))
     training.prepare(dataclasses.replace(CONFIG, regularizers={'small': {'power': 3}}))
