@@ -9,9 +9,9 @@ from collections.abc import Collection
 from typing import Any
 
 
-def check_whole(name: str, value: Any, *, low: int = 1) -> None:
-    """Raises a ValueError if `value` is no integer from `low` up: 7.0 counts no loops."""
-    check_range(name, value, low=low)
+def check_whole(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:
+    """Raises a ValueError if `value` is no integer from `low` to `high`: 7.0 counts no loops."""
+    check_range(name, value, low=low, high=high)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(
             f'{name} is {value!r}; it must be a whole number, such as {max(low, int(value))}.'

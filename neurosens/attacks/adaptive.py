@@ -111,7 +111,7 @@ def expected_forward(forward: Forward, draws: int, key: PRNGKeyArray) -> Expecte
     Raises:
       ValueError: there is no draw, or the forward is not random.
     """
-    _validate.check_range('draws', draws, low=1)
+    _validate.check_whole('draws', draws)
     if not is_random(forward):
         raise ValueError(
             'The forward is not random; make it a random_forward, or take it as it is.'

@@ -362,7 +362,7 @@ def apgd(
         images are not finite or out of bounds.
     """
     for name, value in (('steps', steps), ('restarts', restarts), ('draws', draws)):
-        _validate.check_range(name, value, low=1)
+        _validate.check_whole(name, value)
     _validate.check_range('rho', rho, low=0, high=1)
     losses.named(loss, targeted=target is not None)
     if start is not None:

@@ -235,7 +235,7 @@ def autoattack(
     """
     x, y = np.asarray(x), np.asarray(y)
     for name, value in (('steps', steps), ('queries', queries), ('batch_size', batch_size)):
-        _validate.check_range(name, value, low=1)
+        _validate.check_whole(name, value)
     require_ball('autoattack', threat)
     check_radius(threat)
     if not len(x) or y.shape != x.shape[:1]:

@@ -165,8 +165,8 @@ def carlini_wagner(
       ValueError: the norm is not l2, a number is out of range, or images are not finite or out of
         bounds.
     """
-    _validate.check_range('steps', steps, low=1)
-    _validate.check_range('searches', searches, low=1)
+    _validate.check_whole('steps', steps)
+    _validate.check_whole('searches', searches)
     _validate.check_range('step_size', step_size, low=0, low_open=True)
     _validate.check_range('initial_weight', initial_weight, low=0, low_open=True)
     _validate.check_range('confidence', confidence, low=0)

@@ -141,10 +141,10 @@ def deepfool(
     Raises:
       ValueError: a number is out of range, or images are not finite or out of bounds.
     """
-    _validate.check_range('steps', steps, low=1)
+    _validate.check_whole('steps', steps)
     _validate.check_range('overshoot', overshoot, low=0)
     if classes is not None:
-        _validate.check_range('classes', classes, low=2)
+        _validate.check_whole('classes', classes, low=2)
     return attack_batch(
         deepfool_example,
         forward,

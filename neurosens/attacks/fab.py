@@ -245,8 +245,8 @@ def fab(
     Raises:
       ValueError: a number is out of range, or images are not finite or out of bounds.
     """
-    _validate.check_range('steps', steps, low=1)
-    _validate.check_range('restarts', restarts, low=1)
+    _validate.check_whole('steps', steps)
+    _validate.check_whole('restarts', restarts)
     _validate.check_range('alpha_max', alpha_max, low=0, high=1)
     _validate.check_range('eta', eta, low=1)
     _validate.check_range('beta', beta, low=0, high=1)

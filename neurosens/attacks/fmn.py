@@ -132,7 +132,7 @@ def fmn(
     Raises:
       ValueError: a number is out of range, or images are not finite or out of bounds.
     """
-    _validate.check_range('steps', steps, low=1)
+    _validate.check_whole('steps', steps)
     _validate.check_range('step_size', step_size, low=0, low_open=True)
     _validate.check_range('last_step_size', last_step_size, low=0, low_open=True)
     _validate.check_range('gamma', gamma, low=0, high=1)

@@ -308,7 +308,7 @@ def easiest_neurons(
     delta = jnp.asarray(delta)
     if delta.ndim != 2:
         raise ValueError(f'delta has shape {delta.shape}; it must be [B, N].')
-    _validate.check_range('count', count, low=1, high=delta.shape[1])
+    _validate.check_whole('count', count, high=delta.shape[1])
     if by not in KINDS:
         raise ValueError(_validate.unknown('kind', by, KINDS))
     needed = {'scaled': (mean, std), 'scaled_absolute': (std,)}.get(by, ())

@@ -73,7 +73,7 @@ def noise(
     Raises:
       ValueError: `restarts` is below 1, or images are not finite or out of bounds.
     """
-    _validate.check_range('restarts', restarts, low=1)
+    _validate.check_whole('restarts', restarts)
     return attack_batch(
         noise_example,
         forward,

@@ -243,9 +243,9 @@ def pgd(
     Raises:
       ValueError: a number or choice is out of range, or images are not finite or out of bounds.
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f'steps is {steps} and restarts {restarts}; both must be at least 1.')
-    _validate.check_range('draws', draws, low=1)
+    _validate.check_whole('steps', steps)
+    _validate.check_whole('restarts', restarts)
+    _validate.check_whole('draws', draws)
     _check_choices(start, keep)
     losses.named(loss, targeted=target is not None)
     shared = {
@@ -307,7 +307,7 @@ def bim(
     Returns:
       As of `pgd`.
     """
-    _validate.check_range('steps', steps, low=1)
+    _validate.check_whole('steps', steps)
     options.setdefault('step_size', default_step(threat, jnp.shape(x)[1:], 1 / steps))
     return pgd(forward, variables, x, y, key, threat=threat, steps=steps, start='clean', **options)
 
@@ -392,8 +392,8 @@ def ni_fgsm(
     Raises:
       ValueError: as of `pgd`.
     """
-    _validate.check_range('steps', steps, low=1)
-    _validate.check_range('draws', draws, low=1)
+    _validate.check_whole('steps', steps)
+    _validate.check_whole('draws', draws)
     _check_choices('clean', keep)
     # Looking ahead needs steps that stay near.
     require_ball('ni_fgsm', threat)

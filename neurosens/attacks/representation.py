@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from neurosens import _validate
 from neurosens.attacks.adaptive import redraw
 from neurosens.attacks.pgd import STARTS
 from neurosens.attacks.threat import Threat, project, random_start, steepest_ascent
@@ -135,8 +136,8 @@ def _count(forward: Forward, variables: Variables, x: Array, layer: str, unit: s
 
 def check_steps(steps: int, restarts: int, start: str) -> None:
     """Raises a ValueError unless numbers are positive and the start is known."""
-    if steps < 1 or restarts < 1:
-        raise ValueError(f'steps is {steps} and restarts {restarts}; both must be at least 1.')
+    _validate.check_whole('steps', steps)
+    _validate.check_whole('restarts', restarts)
     if start not in STARTS:
         raise ValueError(f"start is {start!r}; it must be 'random' or 'clean'.")
 

@@ -198,9 +198,9 @@ def spatial(
       ValueError: a number is out of range, or images are not finite, out of bounds or without
         height, width and channels.
     """
-    _validate.check_range('angles', angles, low=1)
-    _validate.check_range('shifts', shifts, low=1)
-    _validate.check_range('draws', draws, low=0)
+    _validate.check_whole('angles', angles)
+    _validate.check_whole('shifts', shifts)
+    _validate.check_whole('draws', draws, low=0)
     return attack_batch(
         spatial_example,
         forward,

@@ -297,8 +297,8 @@ def square(
       ValueError: a number or choice is out of range, or images are not of 3 axes, not finite or out
         of bounds.
     """
-    _validate.check_range('queries', queries, low=1)
-    _validate.check_range('restarts', restarts, low=1)
+    _validate.check_whole('queries', queries)
+    _validate.check_whole('restarts', restarts)
     _validate.check_range('share', share, low=0, high=1, low_open=True)
     if loss is not None:
         losses.named(loss, targeted=target is not None)

@@ -316,7 +316,7 @@ def diagnose(
         ('draws', draws, 1),
         ('batch_size', batch_size, 1),
     ):
-        _validate.check_range(name, value, low=low)
+        _validate.check_whole(name, value, low=low)
     _validate.check_range('eps', float(threat.eps), low=0, low_open=True)
     if not len(x) or y.shape != x.shape[:1]:
         raise ValueError(

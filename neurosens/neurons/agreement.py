@@ -75,7 +75,7 @@ def agreement(
     count = shapes.pop()[0]
     if top_k is None:
         top_k = max(1, round(count / 10))
-    _validate.check_range('top_k', top_k, low=1, high=count)
+    _validate.check_whole('top_k', top_k, high=count)
     size = len(arrays)
     rho, p_value, overlap = (np.full((size, size), np.nan) for _ in range(3))
     values = list(arrays.values())

@@ -19,7 +19,7 @@ DEFAULT = 16
 def check_chunk(chunk: int | None) -> None:
     """Raises a ValueError unless `chunk` is None or at least 1."""
     if chunk is not None:
-        _validate.check_range('chunk', chunk, low=1)
+        _validate.check_whole('chunk', chunk)
 
 
 def fits(count: int, chunk: int) -> bool:

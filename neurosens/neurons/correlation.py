@@ -84,7 +84,7 @@ def permutation_test(
     Raises:
       ValueError: the measures are not of one length, or `permutations` is below 1.
     """
-    _validate.check_range('permutations', permutations, low=1)
+    _validate.check_whole('permutations', permutations)
     a, b = _finite(a, b)
     value = spearman(a, b)
     if np.isnan(value):
@@ -124,7 +124,7 @@ def partial_spearman(
     Raises:
       ValueError: the arrays are not of one length, or `permutations` is below 1.
     """
-    _validate.check_range('permutations', permutations, low=1)
+    _validate.check_whole('permutations', permutations)
     if isinstance(control, (list, tuple)) and any(np.ndim(one) for one in control):
         controls = list(control)
     else:
@@ -165,7 +165,7 @@ def overlap(a: Values, b: Values, k: int) -> float:
       ValueError: the measures are not of one length, or k is out of range.
     """
     a, b = _same_length(a, b)
-    _validate.check_range('k', k, low=1, high=a.size)
+    _validate.check_whole('k', k, high=a.size)
     return np.intersect1d(_largest(a, k), _largest(b, k)).size / k
 
 

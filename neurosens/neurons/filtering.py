@@ -292,7 +292,7 @@ def thresholds(theta: Float[Array, '...'], count: int = 25) -> Float[np.ndarray,
     Raises:
       ValueError: `count` is below 3, or the weights are all equal or not finite.
     """
-    _validate.check_range('count', count, low=3)
+    _validate.check_whole('count', count, low=3)
     values = np.asarray(theta, np.float32)
     low, high = (values.min(), values.max()) if values.size else (np.nan, np.nan)
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
@@ -315,7 +315,7 @@ def global_thresholds(count: int = 25) -> Float[np.ndarray, ' thresholds']:
     Raises:
       ValueError: `count` is below 3.
     """
-    _validate.check_range('count', count, low=3)
+    _validate.check_whole('count', count, low=3)
     return np.linspace(-1, 1, count, dtype=np.float32)
 
 

@@ -153,7 +153,7 @@ def probe_example(
     one input, and returns arrays `[N]`.
     """
     units.check_unit(unit)
-    _validate.check_range('probes', probes, low=1)
+    _validate.check_whole('probes', probes)
     if distribution not in PROBES:
         raise ValueError(_validate.unknown('distribution', distribution, PROBES))
     taps = tuple(layers)

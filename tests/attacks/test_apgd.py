@@ -315,6 +315,8 @@ def test_an_example_gets_the_same_result_in_any_batch(net, norm):
     ('options', 'message'),
     [
         ({'steps': 0}, 'steps is 0; it must be at least 1'),
+        ({'steps': 7.0}, 'steps is 7.0; it must be a whole number, such as 7'),
+        ({'restarts': True}, 'restarts is True; it must be a whole number'),
         ({'restarts': 0}, 'restarts is 0; it must be at least 1'),
         ({'rho': 1.5}, 'rho is 1.5; it must be at least 0, at most 1'),
         ({'loss': 'hinge'}, "Unknown loss 'hinge'"),

@@ -343,6 +343,7 @@ def test_medians_have_an_interval_that_holds_them():
     ('method', 'norm', 'options', 'message'),
     [
         (fab, 'l2', {'steps': 0}, 'steps is 0; it must be at least 1'),
+        (fab, 'l2', {'steps': 7.0}, 'steps is 7.0; it must be a whole number, such as 7'),
         (fab, 'l2', {'beta': 2.0}, 'beta is 2.0; it must be at least 0, at most 1'),
         (deepfool, 'l2', {'classes': 1}, 'classes is 1; it must be at least 2'),
         (deepfool, 'l2', {'overshoot': -0.1}, 'overshoot is -0.1; it must be at least 0'),

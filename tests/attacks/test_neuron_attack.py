@@ -649,8 +649,8 @@ def test_more_neurons_break_no_fewer_images(net):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'steps': 0}, 'steps is 0 and restarts 1; both must be at least 1.'),
-        ({'restarts': 0}, 'steps is 6 and restarts 0; both must be at least 1.'),
+        ({'steps': 0}, 'steps is 0; it must be at least 1.'),
+        ({'restarts': 0}, 'restarts is 0; it must be at least 1.'),
         ({'start': 'zero'}, "start is 'zero'; it must be 'random' or 'clean'."),
         ({'weight': -1.0}, 'weight is -1.0; it must be at least 0.'),
         ({'keep': 'last'}, "Unknown keep 'last'; valid names are misclassified, loss."),
@@ -710,7 +710,7 @@ def test_an_unknown_layer_is_refused(mapped):
             "neurons reach from -1 to -1, but layer 'map' has 3 of them with unit='channel'; give "
             'indices from 0 to 2.',
         ),
-        ({'steps': -1}, 'steps is -1 and restarts 1; both must be at least 1.'),
+        ({'steps': -1}, 'steps is -1; it must be at least 1.'),
     ],
 )
 def test_an_impossible_activation_attack_is_refused(mapped, options, message):

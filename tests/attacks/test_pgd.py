@@ -479,9 +479,9 @@ def test_radii_steps_and_restarts_share_one_compiled_program(linear):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'steps': 0}, 'steps is 0 and restarts 1; both must be at least 1.'),
-        ({'restarts': 0}, 'steps is 20 and restarts 0; both must be at least 1.'),
-        ({'steps': -3, 'restarts': 2}, 'steps is -3 and restarts 2; both must be at least 1.'),
+        ({'steps': 0}, 'steps is 0; it must be at least 1.'),
+        ({'restarts': 0}, 'restarts is 0; it must be at least 1.'),
+        ({'steps': -3, 'restarts': 2}, 'steps is -3; it must be at least 1.'),
         ({'start': 'zero'}, "start is 'zero'; it must be 'random' or 'clean'."),
         (
             {'index': np.arange(3)},

@@ -51,7 +51,7 @@ def calibrate(
         has too few correctly classified images.
     """
     x, y = images.check(x, y)
-    _validate.check_range('batch_size', batch_size, low=1)
+    _validate.check_whole('batch_size', batch_size)
     classes = images.count_classes(forward, variables, x)
     images.check_labels(y, classes)
     mesh = parallel.data_mesh() if mesh is None else mesh

@@ -65,7 +65,7 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise ValueError(_validate.unknown(name, getattr(self, name), choices))
         for name, low in (('front', 0), ('tail', 0), ('offset', 0), ('prototypes', 1), ('top', 1)):
-            _validate.check_range(name, getattr(self, name), low=low)
+            _validate.check_whole(name, getattr(self, name), low=low)
         if self.front + self.tail == 0:
             raise ValueError('front and tail are both 0; a direction needs neurons, name some.')
         named = not isinstance(self.layers, str) and all(isinstance(n, str) for n in self.layers)
