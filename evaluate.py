@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     if parallel.is_primary():
         print(f'{job.config.model} on {job.config.dataset} {job.split}, {job.origin}')
     # First what may find the images wanting, which should not show only after long attacks.
-    parameters = _calibrate(job, mesh, key) if job.benign is not None else None
+    parameters = _calibrate(job, mesh, key) if job.config.defense.name else None
     report = _attack(job, mesh, key)
     defended = None if parameters is None else _defend(job, mesh, key, parameters)
     found, compared = _measure(job, mesh, key)
@@ -110,7 +110,8 @@ class Job(NamedTuple):
       source: the images.
       other: the model whose neurons are shown beside, or None.
       surrogate: the model that transferred images are made on, or None.
-      benign: images that a defence is calibrated on, or None without a defence.
+      benign: images that a defence is calibrated on, or None without a defence or with kept
+        parameters.
       population: data sets that statistics of neurons are taken over, empty for that of `source`.
     """
 
@@ -191,11 +192,11 @@ def _open(arguments: Sequence[str]) -> Job:
         )
     # What is wrong with a layer should not show only after long attacks.
     benign = None
-    if config.defense.name:
-        if not config.defense.parameters:
-            evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
+    if config.defense.name and not config.defense.parameters:
+        evaluation.check_defense(model.forward, model.variables, source.info, config.defense)
         benign = images('train')
-    on_defense = (*config.defense.attacks, *config.defense.surrogate_attacks) if benign else ()
+    attacks = (*config.defense.attacks, *config.defense.surrogate_attacks)
+    on_defense = attacks if config.defense.name else ()
     if 'latent' in (*config.evaluation.attacks, *on_defense):
         image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jax.numpy.float32)
         neurons.describe(model.forward, model.variables, image, config.evaluation.layer)
@@ -228,7 +229,6 @@ def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessRep
 
 def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
     """The parameters of the defence of the settings, on all devices of all processes."""
-    assert job.benign is not None
     settings, kept = job.config.defense, job.config.defense.parameters
     with scripts.user_errors():
         if kept:
@@ -240,6 +240,7 @@ def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
                     'name the same.'
                 )
             return parameters
+        assert job.benign is not None
         parameters = evaluation.calibrate_defense(
             job.model.forward,
             job.model.variables,

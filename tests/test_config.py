@@ -1,5 +1,6 @@
 """Settings: overrides on the command line, their checks, and what a checkpoint stores."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -232,9 +233,11 @@ def test_kept_parameters_of_a_defence_need_its_name_and_no_options():
         config_lib.validate(config)
     config.defense.name = 'pruning'
     config_lib.validate(config)
-    config.defense.options = {'count': 3}
-    with pytest.raises(ConfigError, match='leave out one of them'):
-        config_lib.validate(config)
+    for name, value in (('options', {'count': 3}), ('images', 5), ('measure', 'ablation')):
+        changed = copy.deepcopy(config)
+        setattr(changed.defense, name, value)
+        with pytest.raises(ConfigError, match=f'defense.{name} is for a calibration'):
+            config_lib.validate(changed)
 
 
 def float_keys():

@@ -253,7 +253,7 @@ def test_results_do_not_depend_on_what_is_convolved_at_once(
     expected = jax.jit(functools.partial(kernel_gradient.products, windows=form))(x, cotangents)
     size = (x.nbytes + cotangents.nbytes) // len(x) * min(count, len(x))
     monkeypatch.setattr(kernel_gradient, '_CHANNELS', channels)
-    monkeypatch.setattr(kernel_gradient, '_IMAGES', count)
+    monkeypatch.setattr(kernel_gradient, 'IMAGES', count)
     # As many bands as leave so many rows of cotangents in each.
     monkeypatch.setattr(kernel_gradient, '_BAND_BYTES', size // -(-cotangents.shape[1] // rows))
     found = jax.jit(functools.partial(kernel_gradient.convolutions, windows=form))
@@ -312,7 +312,7 @@ def test_gradients_of_kernels_of_many_shapes_are_those_of_the_definition(shape, 
 @pytest.mark.parametrize('checked', [False, True])
 def test_loops_over_images_are_maps_too(checked, avx512, monkeypatch):
     """A loop begins with what varies over the mesh as what it adds."""
-    monkeypatch.setattr(kernel_gradient, '_IMAGES', 1)
+    monkeypatch.setattr(kernel_gradient, 'IMAGES', 1)
     monkeypatch.setattr(kernel_gradient, '_CACHE_BYTES', 1)
     run, images, kernel = convolution('same')
     mesh = parallel.data_mesh(4)

@@ -22,6 +22,7 @@ from neurosens.config.settings import (
     THREATS,
     Config,
     ConfigError,
+    Defense,
     Evaluation,
     Monitor,
     Neurons,
@@ -257,11 +258,13 @@ def _check_defense(config: Config) -> None:
             f'defense.parameters is {defense.parameters!r}, but no defence is named; give '
             'defense.name too.'
         )
-    if defense.parameters and defense.options:
-        raise ConfigError(
-            'defense.options are those of a calibration, and defense.parameters names the result '
-            'of one; leave out one of them.'
-        )
+    usual = Defense()
+    for name in ('options', 'images', 'measure'):
+        if defense.parameters and getattr(defense, name) != getattr(usual, name):
+            raise ConfigError(
+                f'defense.{name} is for a calibration, and defense.parameters names the result of '
+                'one; leave out one of them.'
+            )
 
 
 def _check_attacks(config: Config) -> None:

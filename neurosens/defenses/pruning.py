@@ -80,7 +80,7 @@ def calibrate(scores: Float[ArrayLike, ' neurons'], *, settings: Settings = DEFA
       The choice; of equal scores the lowest index goes first.
 
     Raises:
-      ValueError: there are fewer neurons than should go, or no score is a number.
+      ValueError: there are fewer neurons than should go, or no score is a number where they count.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or settings.count > len(values):
@@ -88,13 +88,13 @@ def calibrate(scores: Float[ArrayLike, ' neurons'], *, settings: Settings = DEFA
             f'count is {settings.count}, but scores of shape {values.shape} are given; remove at '
             'most one neuron for each score.'
         )
-    if settings.count and np.isnan(values).all():
+    if settings.order == 'random':
+        order = np.random.default_rng(settings.seed).permutation(len(values))
+    elif settings.count and np.isnan(values).all():
         raise ValueError(
             f'None of the {len(values)} scores is a number; measure neurons on images whose logits '
             'are finite.'
         )
-    if settings.order == 'random':
-        order = np.random.default_rng(settings.seed).permutation(len(values))
     else:
         sign = -1 if settings.order == 'most' else 1
         order = np.argsort(sign * values, kind='stable')

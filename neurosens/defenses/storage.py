@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import typing
 from types import ModuleType
 from typing import Any
 
@@ -57,22 +58,23 @@ def make_settings(name: str, options: dict[str, Any]) -> Any:
         raise ValueError(_validate.unknown('defense', name, tuple(DEFENSES)))
     kind = DEFENSES[name].Settings
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
     values = {}
     for option, value in options.items():
         if option not in fields:
             raise ValueError(_validate.unknown(f'option of {name}', option, tuple(fields)))
         default = fields[option].default
-        # Such as 'str | float'; the default has one of them.
-        allowed = str(fields[option].type).split(' | ')
+        # Of a union the default has one type.
+        allowed = typing.get_args(hints[option]) or (type(default),)
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, (list, tuple)) else value
-            allowed = ['tuple']
-        elif 'float' in allowed and type(value) is int:
+            allowed = (tuple,)
+        elif float in allowed and type(value) is int:
             value = float(value)
-        if type(value).__name__ not in allowed:
+        if type(value) not in allowed:
             raise ValueError(
                 f'Option {option} of {name} is {value!r}; it must be of type '
-                f'{" or ".join(allowed)}.'
+                f'{" or ".join(kind.__name__ for kind in allowed)}.'
             )
         values[option] = value
     return kind(**values)

@@ -72,8 +72,8 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
 
     Returns:
       A score for each neuron, larger where it goes first with the order `'most'` `[N]`; by
-      `'scaled_sensitivity'` minus infinity for one that flips no image, such as a dead one, and NaN
-      where all logits are.
+      `'scaled_sensitivity'` minus infinity for one that flips no image or never varies, such as a
+      dead one, and NaN where all logits are.
     """
     if measure == 'scaled_sensitivity':
         assert layer.delta is not None

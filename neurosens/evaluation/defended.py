@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
@@ -29,6 +30,7 @@ from neurosens.evaluation.defense_moves import measure_moves, strongest_static
 from neurosens.evaluation.defense_outcomes import (
     ADAPTIVE,
     STATIC,
+    WITHOUT_GRADIENTS,
     DefenseOutcome,
     DefenseReport,
 )
@@ -232,6 +234,9 @@ def _adaptive(report: robustness.RobustnessReport, suffix: str = '') -> list[Def
             outcome.eps,
             outcome.attacked.success,
             warnings=outcome.warnings,
+            blind=np.array([run.startswith(WITHOUT_GRADIENTS) for run in outcome.broken_by])
+            if outcome.broken_by
+            else None,
         )
         for outcome in report.outcomes
     ]

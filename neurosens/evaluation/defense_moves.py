@@ -21,7 +21,7 @@ from neurosens.neurons import units
 from neurosens.neurons.influence import FRONT, MIDDLE, TAIL, labels
 
 # One step, or no gradient: of attacks that fool equally often these say least about a defence.
-_PLAIN = ('fgsm', 'fgsm_rs', 'square', 'noise', 'spatial')
+_PLAIN = ('fgsm', 'fgsm_rs', 'square', 'noise')
 
 
 def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
@@ -118,7 +118,7 @@ def measure_moves(
 
 @jax.jit
 def _noise_of_size(x: Array, x_adv: Array, key: Array, index: Array) -> Array:
-    """Images moved as far in l2 as the attack did, in random directions, and clipped."""
+    """Images moved as far in l2 as the attack did, in random directions, and then clipped."""
 
     def example(x: Array, x_adv: Array, index: Array) -> Array:
         # Not the stream of the controls.

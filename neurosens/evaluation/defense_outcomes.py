@@ -13,7 +13,7 @@ from neurosens.evaluation import accuracy, masking, masking_checks, robustness
 
 STATIC, ADAPTIVE = 'static', 'adaptive'
 # Adaptive attacks that do not follow gradients of what they attack.
-_WITHOUT_GRADIENTS = ('square', 'noise', 'spatial', 'transfer')
+WITHOUT_GRADIENTS = ('square', 'noise', 'transfer')
 GROUPS = ('front', 'middle', 'tail')
 
 
@@ -30,6 +30,8 @@ class DefenseOutcome(NamedTuple):
       fooled: of a static attack, whether the undefended model classifies the clean image correctly
         and the attacked one not, bool `[M]`; None for others.
       warnings: why the result may overestimate robustness.
+      blind: of an ensemble, whether a run without gradients broke the image, which those before it
+        did not, bool `[M]`; None for others.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class DefenseOutcome(NamedTuple):
     success: Bool[np.ndarray, ' images']
     fooled: Bool[np.ndarray, ' images'] | None = None
     warnings: tuple[str, ...] = ()
+    blind: Bool[np.ndarray, ' images'] | None = None
 
     @property
     def name(self) -> str:
@@ -55,8 +58,8 @@ class Moves(NamedTuple):
         that it recovers.
       shifts: for each layer, how the attack changes front, middle and tail neurons of the images
         fooled: by group, the mean change of a neuron in units of the layer's mean |activation|.
-      noise: the same of random noise of the attack's l2 size, on the same images: what any change
-        of the input does, as front neurons are chosen where the clean image has them large.
+      noise: the same of random noise of the attack's l2 size before it is clipped, on the same
+        images: what any change of the input does to neurons that are chosen by the clean image.
     """
 
     attack: str
@@ -118,19 +121,19 @@ class DefenseReport:
           eps: the radius.
 
         Returns:
-          Whether only a static, transferred or gradient-free attack fools the model `[M]`;
-          ensembles count as attacks along gradients. None where no attack of this radius is one.
+          Whether only a static, transferred or gradient-free attack fools the model, or such a run
+          of an ensemble `[M]`. None where no attack of this radius follows gradients.
         """
         along = [
-            outcome
+            outcome.success if outcome.blind is None else outcome.success & ~outcome.blind
             for outcome in self.outcomes
             if outcome.eps == eps
             and outcome.kind == ADAPTIVE
-            and not outcome.attack.startswith(_WITHOUT_GRADIENTS)
+            and not outcome.attack.startswith(WITHOUT_GRADIENTS)
         ]
         if not along:
             return None
-        robust = self.defended.correct & ~np.any([outcome.success for outcome in along], axis=0)
+        robust = self.defended.correct & ~np.any(along, axis=0)
         return robust & ~self.worst_case(eps)
 
     def undefended_worst_case(self, eps: float) -> np.ndarray:

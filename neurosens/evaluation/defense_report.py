@@ -128,6 +128,10 @@ def defense_table(report: DefenseReport) -> str:
         lines += ['', *aligned(header, body)]
     if report.uncontrolled:
         lines += ['', report.uncontrolled]
+    missed = _missed(report)
+    if missed:
+        body = [[name.partition('/')[2], f'{count:,}'] for name, count in missed.items()]
+        lines += ['', *aligned(['images that fall, but not along gradients', 'images'], body)]
     for name, warnings in report.warnings.items():
         lines += [f'{name}: {warning}' for warning in warnings]
     if report.diagnosis is not None:
@@ -150,6 +154,16 @@ def shift_rows(moves: Moves, text: Callable[[np.ndarray], str]) -> list[list[str
         for layer in moves.shifts
         for label, by_layer in (('', moves.shifts), (', noise of this size', moves.noise))
     ]
+
+
+def _missed(report: DefenseReport) -> dict[str, int]:
+    """How many images fall at each radius, but to no attack along gradients."""
+    found = {}
+    for norm, eps in radii(report):
+        missed = report.missed_by_gradients(eps)
+        if missed is not None:
+            found[f'missed_by_gradients/{norm}-{eps:.3g}'] = int(missed.sum())
+    return found
 
 
 def _percent(share: float) -> str:
@@ -181,10 +195,7 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         flat[f'{key}/recovered'], flat[f'{key}/fooled'] = rate.recovered, rate.fooled
     for name, warnings in report.warnings.items():
         flat[f'defense/warnings/{name}'] = list(warnings)
-    for norm, eps in radii(report):
-        missed = report.missed_by_gradients(eps)
-        if missed is not None:
-            flat[f'defense/missed_by_gradients/{norm}-{eps:.3g}'] = int(missed.sum())
+    flat |= {f'defense/{key}': count for key, count in _missed(report).items()}
     for moves in report.moves:
         key = moves.attack.removeprefix(f'{STATIC}/')
         for name, by_size in moves.controls.items():
@@ -220,16 +231,20 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for name, rate in rates(report).items():
                 cells = ('', '', '') if rate.interval is None else rate.interval
                 writer.writerow([f'success_rate/{name}', *cells, rate.fooled])
+            for key, count in _missed(report).items():
+                writer.writerow([key, count, '', '', len(report.defended.labels)])
             for moves in report.moves:
+                attack = moves.attack.removeprefix(f'{STATIC}/')
                 for name, by_size in moves.controls.items():
                     for size, share in by_size.items():
-                        key = f'control/{moves.attack}/{name}/{size:g}'
-                        writer.writerow([key, share, '', '', _fooled(moves)])
+                        key = f'control/{attack}/{name}/{size:g}'
+                        cell = '' if np.isnan(share) else share
+                        writer.writerow([key, cell, '', '', _fooled(moves)])
                 for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
                     for layer, by_group in by_layer.items():
                         for group, values in by_group.items():
                             mean = np.mean(values) if len(values) else ''
-                            key = f'{kind}/{moves.attack}/{layer}/{group}'
+                            key = f'{kind}/{attack}/{layer}/{group}'
                             writer.writerow([key, mean, '', '', len(values)])
             writer.writerow(['passes', report.passes, '', '', ''])
             writer.writerow(['relative_cost', report.cost, '', '', ''])
@@ -326,6 +341,8 @@ def _shown(report: DefenseReport) -> list[tuple[int, tuple[str, str]]]:
 def strongest_with_examples(report: DefenseReport) -> list[robustness.AttackOutcome]:
     """Of each radius the attack on the defended model that succeeds most often and has images.
 
+    Images that were made on another model are left out.
+
     Args:
       report: of a defence.
 
@@ -335,7 +352,8 @@ def strongest_with_examples(report: DefenseReport) -> list[robustness.AttackOutc
     strongest: dict[float, robustness.AttackOutcome] = {}
     for outcome in report.adaptive.outcomes if report.adaptive is not None else ():
         best = strongest.get(outcome.eps)
-        if len(outcome.attacked.x) and (
+        made_here = len(outcome.attacked.x) and not outcome.attack.startswith('transfer')
+        if made_here and (
             best is None or outcome.attacked.success.sum() > best.attacked.success.sum()
         ):
             strongest[outcome.eps] = outcome

@@ -25,8 +25,8 @@ _PLOTS = {
         'Curves of recovered images against the size of the move; the table has the numbers.',
     ),
     'defense_shifts': (
-        'How the attack, and random noise of its l2 size, change front, middle and tail neurons, '
-        'over images.',
+        'How the attack, and random noise of its l2 size before clipping, change front, middle and '
+        'tail neurons, over images.',
         'Box plots of the change of neurons by group; the table has the means.',
     ),
 }
@@ -100,7 +100,7 @@ def _verdict(report: DefenseReport, title: str) -> Values:
         flags = report.worst_case(eps) if norm else report.defended.correct
         before = report.undefended_worst_case(eps) if norm else report.undefended.correct
         share = metrics.wilson_interval(int(flags.sum()), len(flags))
-        remark = f'{share.low:.2%}–{share.high:.2%}'
+        remark = f'{100 * share.low:.2f}–{100 * share.high:.2f} %'
         # Without a static attack it is not known what the undefended model withstands.
         if not norm or any(o.fooled is not None for o in report.outcomes if o.eps == eps):
             remark += f'; undefended {before.mean():.2%}'
@@ -119,7 +119,7 @@ def _described(stem: str) -> tuple[str, str]:
             'green where it is right.',
             f'The first images before and after {attack}, with the perturbation between them.',
         )
-    return _PLOTS[stem]
+    return _PLOTS.get(stem, (stem.replace('_', ' '),) * 2)
 
 
 def _warnings(report: DefenseReport, title: str = '') -> list[Block]:

@@ -24,7 +24,7 @@ from neurosens.onednn.calls import Padding, Pair
 _CACHE_BYTES = 3 * 2**19
 # Of convolutions: images that are input channels to oneDNN, images at once, and what those hold
 # with their cotangents. Larger ones are taken in bands of rows.
-_CHANNELS, _IMAGES = 16, 32
+_CHANNELS, IMAGES = 16, 32
 _BAND_BYTES = 2**25
 
 
@@ -115,11 +115,11 @@ def has_avx512() -> bool:
 def convolutions(images: jax.Array, cotangents: jax.Array, windows: Windows) -> jax.Array:
     """`kernel_gradient` on one device, of some images and rows at once."""
     rows, columns = windows.positions(images, cotangents)
-    whole, rest = divmod(len(images), _IMAGES)
+    whole, rest = divmod(len(images), IMAGES)
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         one, other = (
-            lax.dynamic_slice_in_dim(array, number * _IMAGES, _IMAGES)
+            lax.dynamic_slice_in_dim(array, number * IMAGES, IMAGES)
             for array in (images, cotangents)
         )
         return total + _in_bands(one, other, windows)

@@ -102,7 +102,7 @@ def test_a_threshold_says_which_neurons_are_fragile():
 
 def test_bad_settings_and_responses_are_refused():
     with pytest.raises(
-        ValueError, match='Option rule of rescaling is None; it must be of type str'
+        ValueError, match='rule of rescaling is None; it must be of type str or float'
     ):
         defenses.make_settings('rescaling', {'rule': None})
     for changes in (
@@ -160,6 +160,7 @@ def test_pruning_refuses_what_it_cannot_do():
         pruning.calibrate([1.0, 2.0], settings=pruning.Settings(count=3))
     with pytest.raises(ValueError, match='None of the 2 scores is a number'):
         pruning.calibrate([np.nan, np.nan], settings=pruning.Settings(count=1))
+    assert len(removed([np.nan, np.nan], count=1, order='random')) == 1
     for changes in ({'count': -1}, {'order': 'best'}, {'unit': 'filter'}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             pruning.Settings(**changes)

@@ -232,6 +232,11 @@ def test_images_that_only_attacks_without_gradients_break_are_counted(inverse):
     assert found.missed_by_gradients(0.2) is None
     (warning,) = found.warnings['worst/all-linf-0.1']
     assert warning.startswith('3 of 8 images withstand every attack along gradients')
+    # What only Square breaks of an ensemble is not broken along gradients.
+    blind = np.array([0, 0, 0, 0, 1, 0, 0, 0], bool)
+    ensemble = outcome_of('adaptive', 'autoattack', [1, 1, 1, 0, 1, 0, 0, 1])._replace(blind=blind)
+    more = dataclasses.replace(found, outcomes=(*outcomes, ensemble))
+    assert np.flatnonzero(more.missed_by_gradients(0.1)).tolist() == [4, 5]
     fewer = dataclasses.replace(found, outcomes=outcomes[1:4])
     assert fewer.missed_by_gradients(0.1).sum() == 1 and not fewer.warnings
 
@@ -282,7 +287,8 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     assert [outcome.eps for outcome in shown] == [0.05, 0.12]
     for outcome in shown:
         known = [o for o in report.outcomes if o.kind == 'adaptive' and o.eps == outcome.eps]
-        own = [o for o in known if '_' not in o.attack]
+        own = [o for o in known if o.attack in ('fgsm', 'pgd', 'square')]
+        assert outcome.attack in ('fgsm', 'pgd', 'square')
         assert outcome.attacked.success.sum() == max(o.success.sum() for o in own)
     assert names == {
         *('defense.csv', 'defense.png', 'defense_controls.png', 'defense_shifts.png'),
@@ -306,11 +312,15 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     images = {line['measurement']: line['images'] for line in lines}
     assert float(table['clean_accuracy']) == pytest.approx(report.defended.accuracy)
     moves = report.moves[-1]
-    control = f'control/{moves.attack}/random, oracle sign/0.1'
+    attack = moves.attack.removeprefix('static/')
+    control = f'control/{attack}/random, oracle sign/0.1'
     assert float(table[control]) == moves.controls['random, oracle sign'][0.1]
     front = moves.shifts['head:in']['front']
-    assert float(table[f'shift/{moves.attack}/head:in/front']) == pytest.approx(front.mean())
-    assert images[control] == images[f'noise_shift/{moves.attack}/head:in/tail'] == str(len(front))
+    assert float(table[f'shift/{attack}/head:in/front']) == pytest.approx(front.mean())
+    assert images[control] == images[f'noise_shift/{attack}/head:in/tail'] == str(len(front))
+    missed = int(report.missed_by_gradients(0.12).sum())
+    assert table['missed_by_gradients/linf-0.12'] == str(missed)
+    assert facts['defense/missed_by_gradients/linf-0.12'] == missed
     assert float(table['passes']) == 5
     for path in written:
         if path.suffix == '.png':
@@ -521,6 +531,9 @@ def test_autoattack_meets_both_models_and_what_it_warns_of_is_said(problem, tmp_
     outcomes = {outcome.name: outcome for outcome in report.outcomes}
     static = outcomes['static/autoattack-linf-0.12']
     adaptive = outcomes['adaptive/autoattack-linf-0.12']
+    by = report.adaptive.outcomes[0].broken_by
+    np.testing.assert_array_equal(adaptive.blind, [run == 'square' for run in by])
+    assert static.blind is None
     assert {'adaptive/apgd_soft-linf-0.12', 'static/square-linf-0.12'} < set(outcomes)
     # The same ensemble from Python, on either model.
     defended = inverse_perturbation.apply(parameters, forward)
