@@ -26,12 +26,13 @@ from benchmarks import documents, harness, registry
 _FIGURES = 'figures'
 
 
-def run(subject: registry.Subject, arguments: argparse.Namespace) -> str:
+def run(subject: registry.Subject, arguments: argparse.Namespace, device: str) -> str:
     """Runs a subject and writes its files.
 
     Args:
         subject: what to run.
         arguments: of the command line.
+        device: what it runs on, named or found.
 
     Returns:
         A sentence on why there is no report of it; empty where there is one.
@@ -44,12 +45,13 @@ def run(subject: registry.Subject, arguments: argparse.Namespace) -> str:
         'output': str(output / subject.name),
         'plot': str(output / subject.plot),
     }
-    reason = subject.lacks(paths, arguments.device)
+    reason = subject.lacks(paths, device)
     if reason:
         return reason
     output.mkdir(parents=True, exist_ok=True)
     # A report of an earlier run must not pass for one of this run.
     markdown.unlink(missing_ok=True)
+    # What JAX finds anyway is not named: the documentation shows the command as it is registered.
     command = subject.command(paths, arguments.rounds, arguments.device)
     files = ['--markdown', str(markdown), '--json', str(output / f'{subject.name}.json')]
     with log.open('w', encoding='utf-8') as stream:
@@ -119,15 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.list:
         print(listing())
         return 0
-    chosen.device = chosen.device or harness.found_device()
+    device = chosen.device or harness.found_device()
     if chosen.docs is None:
         # Nor should figures of a few rounds replace those of all.
-        chosen.docs = '' if chosen.device == 'gpu' or chosen.rounds else 'docs'
+        chosen.docs = '' if device == 'gpu' or chosen.rounds else 'docs'
     try:
         subjects = registry.chosen(chosen.only)
         if not chosen.only:
-            subjects = [subject for subject in subjects if chosen.device in subject.devices]
-        if chosen.docs and chosen.device == 'gpu':
+            subjects = [subject for subject in subjects if device in subject.devices]
+        if chosen.docs and device == 'gpu':
             raise ValueError(
                 f'--docs is {chosen.docs!r}, but the documentation has figures of a CPU, which '
                 'those of a GPU would replace; leave it out and take the reports from --output.'
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for subject in subjects:
         print(f'{subject.name}: about {subject.minutes} min', flush=True)
         start = time.perf_counter()
-        reason = run(subject, chosen)
+        reason = run(subject, chosen, device)
         if not reason and chosen.docs:
             try:
                 write(subject, pathlib.Path(chosen.output), pathlib.Path(chosen.docs))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from benchmarks import harness, published
 from neurosens import attacks, config, data, evaluation, parallel
 from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import plots
+from neurosens.neurons import correlation
 
 BATCH_SIZE = 128
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -40,6 +42,9 @@ INVERSE = 'inverse_perturbation'
 SURROGATES = ('straight_through', 'soft', 'candidates')
 # Of a point of a curve.
 _STEPS, _QUERIES = 20, 300
+_CHANGES = {'l2': 'l2 norm', 'relative_l2': 'relative l2 norm', 'mean_log': 'mean logarithm'}
+# Without a filter a network loses few images of a hundred: fewer would tell no filters apart.
+_RESPONSE_IMAGES = 10_000
 
 
 class Setting(NamedTuple):
@@ -163,22 +168,29 @@ def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
     """Evaluates each defence with static and adaptive attacks."""
     setting = problem.setting
     few = setting.prune[1]
-    options: dict[str, dict[str, Any]] = {
-        INVERSE: {'layers': (setting.front,), 'rho': setting.rho},
-        'rescaling': {'layer': setting.first[0], 'strength': 0.5},
-        'pruning': {'count': few},
-    }
+    defences = (
+        config.Defense(name=INVERSE, options={'layers': (setting.front,), 'rho': setting.rho}),
+        config.Defense(
+            name='rescaling',
+            options={'layer': setting.first[0], 'strength': 0.5},
+            images=_RESPONSE_IMAGES,
+        ),
+        config.Defense(name='pruning', options={'count': few}, measure=MEASURES[0]),
+    )
     rows: list[Sequence[str]] = []
     moves: list[Table] = []
-    for name, chosen in options.items():
+    for defence in defences:
+        defence = dataclasses.replace(
+            defence, attacks=(), surrogates=SURROGATES, surrogate_attacks=('pgd', 'apgd_dlr')
+        )
         facts = harness.kept(
             folder,
-            f'{problem.name}_{name}',
-            (setting, chosen, SURROGATES),
-            lambda name=name, chosen=chosen: _defended(problem, name, chosen, folder),
+            f'{problem.name}_{defence.name}',
+            (setting, defence),
+            lambda defence=defence: _defended(problem, defence, folder),
         )
-        rows += [_row(problem.name, name, eps, facts) for eps in setting.eps]
-        if name == INVERSE:
+        rows += [_row(problem.name, defence.name, eps, facts) for eps in setting.eps]
+        if defence.name == INVERSE:
             moves = _moves(problem, facts)
     header = (
         'Network',
@@ -191,6 +203,7 @@ def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
         'recovered of PGD',
         'all attacks on the defence',
         'strongest alone',
+        'missed along gradients',
         'cost',
     )
     return [Table(header, rows), *moves]
@@ -219,6 +232,7 @@ def _row(network: str, name: str, eps: float, facts: Mapping[str, Any]) -> tuple
         f'{_percent(facts.get(pgd))} of {facts[f"{pgd}/fooled"]}',
         f'{_percent(facts[worst])} ({low}-{high})',
         f'{_percent(least[strongest])}, {strongest.replace("_", " ")}',
+        f'{facts[f"defense/missed_by_gradients/{threat}"]} of {facts["defense/images"]}',
         f'{facts["defense/relative_cost"]:.1f}',
     )
 
@@ -232,9 +246,10 @@ def _moves(problem: Problem, facts: Mapping[str, Any]) -> list[Table]:
         if kind == 'control':
             attack, move, size = rest
             recovered.setdefault((attack, move), {})[size] = _percent(value)
-        elif kind == 'shift':
+        elif kind in ('shift', 'noise_shift'):
             attack, *_, group = rest
-            shifts.setdefault(attack, {})[group] = '-' if value is None else f'{value:+.2f}'
+            made = attack if kind == 'shift' else f'noise of the size of {attack}'
+            shifts.setdefault(made, {})[group] = '-' if value is None else f'{value:+.2f}'
     sizes = [f'{size:g}' for size in problem.setting.rho]
     header = ('Fooled by', f'{problem.name}: a move along', *(f'rho {size}' for size in sizes))
     rows = [(*names, *(found[size] for size in sizes)) for names, found in recovered.items()]
@@ -248,16 +263,7 @@ def _percent(share: float | None) -> str:
     return '-' if share is None else f'{100 * share:.1f}'
 
 
-def _defended(
-    problem: Problem, name: str, options: dict[str, Any], folder: pathlib.Path
-) -> dict[str, Any]:
-    settings = config.Defense(
-        name=name,
-        options=options,
-        attacks=(),
-        surrogates=SURROGATES,
-        surrogate_attacks=('pgd', 'apgd_dlr'),
-    )
+def _defended(problem: Problem, settings: config.Defense, folder: pathlib.Path) -> dict[str, Any]:
     parameters = _calibrated(problem, settings)
     report = evaluation.evaluate_defense(
         problem.forward,
@@ -279,7 +285,7 @@ def _defended(
         parameters=parallel.replicate(problem.mesh, parameters),
     )
     print(f'\n{problem.name}\n{evaluation.defense_table(report)}', flush=True)
-    evaluation.write_defense(report, folder / f'{problem.name}_{name}')
+    evaluation.write_defense(report, folder / f'{problem.name}_{settings.name}')
     return evaluation.defense_facts(report)
 
 
@@ -305,7 +311,16 @@ def found_curves(problem: Problem, folder: pathlib.Path) -> dict[str, dict[str, 
     return harness.kept(
         folder,
         f'{problem.name}_curves',
-        (problem.setting, _STEPS, _QUERIES, STRENGTHS, MEASURES, ORDERS, _ATTACKS),
+        (
+            problem.setting,
+            _STEPS,
+            _QUERIES,
+            STRENGTHS,
+            MEASURES,
+            ORDERS,
+            _ATTACKS,
+            _RESPONSE_IMAGES,
+        ),
         lambda: _curves(problem),
     )
 
@@ -316,7 +331,7 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
     surrogates: dict[int, dict[str, Any]] = {}
     options = {'layers': (setting.front,), 'rho': setting.rho}
     moving = _calibrated(problem, config.Defense(name=INVERSE, options=options))
-    for rho in (0.0, *setting.rho):
+    for rho in setting.rho:
         # Directions do not depend on how far images are moved along them.
         chosen = dataclasses.replace(moving.settings, rho=(rho,))
         parameters = dataclasses.replace(moving, settings=chosen)
@@ -325,9 +340,9 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
         changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = model
         adaptive = inverse_perturbation.adaptive(parameters, problem.forward)
         surrogates[id(model)] = {name: adaptive[name] for name in SURROGATES[:2]}
-    report = _measure(problem, setting.first[0], ('ablation',))
+    report = _measure(problem, setting.first[0], ('ablation',), _RESPONSE_IMAGES)
     assert report.clean is not None
-    for strength in STRENGTHS:
+    for strength in STRENGTHS[1:]:
         rescaled = rescaling.calibrate(
             report.clean.accuracy,
             settings=rescaling.Settings(layer=setting.first[0], strength=strength),
@@ -339,7 +354,7 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
     for measure in MEASURES:
         for order in ORDERS if measure == MEASURES[0] else ORDERS[:2]:
             label = order if order == 'random' else f'{order} {measure}'
-            for count in setting.prune:
+            for count in setting.prune[1:]:
                 pruned = pruning.calibrate(
                     evaluation.pruning_scores(last, measure),
                     settings=pruning.Settings(count=count, order=order),
@@ -347,8 +362,11 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
                 changed.setdefault(f'prune {label}', {})[str(count)] = pruning.apply(
                     pruned, problem.forward
                 )
+    # Nothing moved, rescaled or pruned is the same model for all.
+    unchanged = {'0': _accuracies(problem, problem.forward, {})}
     return {
-        name: {
+        name: unchanged
+        | {
             degree: _accuracies(problem, model, surrogates.get(id(model), {}))
             for degree, model in by_degree.items()
         }
@@ -356,13 +374,15 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def _measure(problem: Problem, layer: str, measures: tuple[str, ...]) -> evaluation.LayerReport:
+def _measure(
+    problem: Problem, layer: str, measures: tuple[str, ...], images: int = 1000
+) -> evaluation.LayerReport:
     report = evaluation.measure_neurons(
         problem.forward,
         problem.variables,
         problem.train,
         problem.mesh,
-        config.Neurons(measures=measures, layers=(layer,), limit=1000, batch_size=BATCH_SIZE),
+        config.Neurons(measures=measures, layers=(layer,), limit=images, batch_size=BATCH_SIZE),
         jax.random.key(0),
         split='train',
         eps=problem.setting.eps[0],
@@ -465,30 +485,38 @@ def fragile(problem: Problem, folder: pathlib.Path) -> list[Table]:
     """Labels the first filters and correlates them with what FGSM targets."""
     (eps,) = problem.setting.eps[:1]
     facts = harness.kept(folder, f'{problem.name}_fragile', eps, lambda: _fragile(problem))
-    correlations = [
-        _with_p(facts, f'targeting_{score}_score_{kind}')
-        for score in ('l2', 'relative_l2')
-        for kind in ('correlation', 'partial')
-    ]
-    agreement = facts.get('agreement/ablation-ablation_attacked')
+    agreements = (facts[f'agreement_of_{kind}'] for kind in ('accuracy', 'loss'))
     row = (
         problem.name,
         f'{eps:.3g}',
         f'{facts["filters"]}, {facts["fragile"]}',
-        *correlations,
-        '-' if agreement is None else f'{agreement:+.2f}',
+        f'{100 * facts["response"]:+.3f}',
+        f'{100 * facts["response_attacked"]:+.3f}',
+        *(f'{agreement:+.2f}' for agreement in agreements),
     )
     header = (
         'Network',
         'eps',
         'filters, fragile',
-        'absolute (p)',
-        'controlled (p)',
-        'relative (p)',
-        'controlled (p)',
-        'responses, clean and attacked',
+        'mean d_k, %',
+        'attacked',
+        'd_k, clean and attacked',
+        'loss, clean and attacked',
     )
-    return [Table(header, [row])]
+    targeting = (
+        'FGSM and fragility',
+        "change of a filter's map",
+        'mean (p)',
+        'controlled (p)',
+        'histogram (p)',
+        'controlled (p)',
+    )
+    kinds = ('score_correlation', 'score_partial', 'histogram_correlation', 'histogram_partial')
+    rows = [
+        (problem.name, label, *(_with_p(facts, f'targeting_{score}_{kind}') for kind in kinds))
+        for score, label in _CHANGES.items()
+    ]
+    return [Table(header, [row]), Table(targeting, rows)]
 
 
 def _with_p(facts: Mapping[str, Any], name: str) -> str:
@@ -506,7 +534,7 @@ def _fragile(problem: Problem) -> dict[str, Any]:
         config.Neurons(
             measures=('ablation', 'targeting'),
             layers=(problem.setting.first[0],),
-            limit=2000,
+            limit=_RESPONSE_IMAGES,
             batch_size=BATCH_SIZE,
         ),
         jax.random.key(0),
@@ -516,9 +544,20 @@ def _fragile(problem: Problem) -> dict[str, Any]:
     facts = evaluation.neuron_facts(report)
     prefix = f'neurons/{problem.setting.first[0]}/'
     (layer,) = report.layers
-    assert layer.fragility is not None
+    assert layer.fragility is not None and layer.clean is not None and layer.attacked is not None
+    pairs = {
+        'accuracy': (layer.clean.accuracy, layer.attacked.accuracy),
+        'loss': (layer.clean.loss, layer.attacked.loss),
+    }
+    agreement = {
+        f'agreement_of_{name}': correlation.spearman(*pair) for name, pair in pairs.items()
+    }
     of_layer = {key.removeprefix(prefix): facts[key] for key in facts if key.startswith(prefix)}
-    return {**of_layer, 'filters': len(layer.fragility.fragile)}
+    means = {
+        'response': float(layer.clean.accuracy.mean()),
+        'response_attacked': float(layer.attacked.accuracy.mean()),
+    }
+    return {**of_layer, **agreement, **means, 'filters': len(layer.fragility.fragile)}
 
 
 # --------------------------------------------------------------------------------------- common
@@ -544,9 +583,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--output', required=True, help='folder of the results')
     parser.add_argument('--networks', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument('--images', type=int, default=0, help='in place of those of the settings')
-    parser.add_argument('--plot', help='where the plot of curves goes')
+    parser.add_argument('--plot', help='where the plot of curves or of changed neurons goes')
     harness.add_arguments(parser)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.subject == 'defended' and parsed.plot and len(parsed.networks) != 1:
+        parser.error('the plot of changed neurons is of one network; give --networks one name.')
+    return parsed
+
+
+def _copy_shifts(folder: pathlib.Path, plot: pathlib.Path) -> None:
+    """Copies the picture of changed neurons, which is not drawn where no image was fooled."""
+    picture = folder / 'defense_shifts.png'
+    if picture.exists():
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, plot)
 
 
 def main() -> None:
@@ -571,6 +621,8 @@ def main() -> None:
     if drawn:
         harness.save_figure(curve_figure(drawn), arguments.plot)
     harness.report(arguments, *merged(tables))
+    if arguments.subject == 'defended' and arguments.plot:
+        _copy_shifts(folder / f'{arguments.networks[0]}_{INVERSE}', pathlib.Path(arguments.plot))
 
 
 if __name__ == '__main__':

@@ -326,30 +326,36 @@ class Floors:
         )
 
 
-def prepare_floors(*, size: int = 2048, megabytes: int = 64) -> Prepared:
+def prepare_floors(*, size: int = 0, megabytes: int = 0, images: int = 0) -> Prepared:
     """Prepares what the device does at its best, in a worker process.
 
     Args:
-        size: rows per device, and columns, of the float32 matrices.
-        megabytes: size per device of the array that is read and of the one that is written.
+        size: rows per device, and columns, of the float32 matrices; 0 for 2048, or on an
+            accelerator, for which that is little, 8192.
+        megabytes: size per device of the array that is read and of the one that is written; 0 for
+            64, or 1024.
+        images: images per device of the convolutions; 0 for 64, or 1024.
 
     Returns:
         Units of a matrix product, a convolution and memory traffic, with their `work` in
         operations or bytes.
     """
     mesh = start_jax()
+    large = jax.default_backend() != 'cpu'
+    size, megabytes = size or (8192 if large else 2048), megabytes or (1024 if large else 64)
+    images = images or (1024 if large else 64)
     tall, square = np.ones((size * mesh.size, size), 'f4'), np.ones((size, size), 'f4')
     array = parallel.shard(mesh, np.ones((mesh.size, megabytes * 2**18), 'f4'))
     matmul = _compiled(_product, parallel.shard(mesh, tall), parallel.replicate(mesh, square))
     cases: dict[str, tuple[Unit, float]] = {}
     for side, inputs, outputs in _FLOOR_CASES:
-        images = np.ones((64 * mesh.size, side + 2, side + 2, inputs), 'f4')
+        padded = np.ones((images * mesh.size, side + 2, side + 2, inputs), 'f4')
         kernel = np.ones((3, 3, inputs, outputs), 'f4')
-        patches = np.ones((len(images) * side**2, 9 * inputs), 'f4')
+        patches = np.ones((len(padded) * side**2, 9 * inputs), 'f4')
         flops = 2.0 * patches.size * outputs
         name = f'{side} x {side} x {inputs} to {outputs}'
         for kind, function, left, right in (
-            ('convolved', _convolution, images, kernel),
+            ('convolved', _convolution, padded, kernel),
             ('as a product', _product, patches, kernel.reshape(-1, outputs)),
         ):
             unit = _compiled(function, parallel.shard(mesh, left), parallel.replicate(mesh, right))

@@ -191,7 +191,9 @@ def _table(
                 f'{_milliseconds(summary.lower_quartile)}-{_milliseconds(summary.upper_quartile)}',
                 '1' if name == 'neurosens' else _ratio(measurement.ratio(name, 'neurosens')),
                 # A part of the work has no share of the floor of the whole.
-                '-' if 'forward pass' in name else harness.percent(measurement.share(name, floor)),
+                '-'
+                if name.endswith('forward pass')
+                else harness.percent(measurement.share(name, floor)),
             )
         )
     header = ('Candidate', 'ms', 'quartiles', 'time / neurosens', 'share of floor')

@@ -82,7 +82,7 @@ def _subjects() -> tuple[Subject, ...]:
     networks = ('--networks', 'resnet2b', 'lenet5_robust')
     squares = ('--attacks', 'square', 'square-whole', '--seeds', '3')
     single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
-    lenets = ('lenet5', 'lenet5_robust')
+    defended = ('lenet5', 'lenet5_robust')
     reduced = ('--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000')
     cpu = ('cpu',)
 
@@ -110,7 +110,8 @@ def _subjects() -> tuple[Subject, ...]:
     def defenses(subject: str, minutes: int, networks: tuple[str, ...], plot: str = '') -> Subject:
         drawn = ('--plot', PLOT) if plot else ()
         arguments = (subject, *real, '--output', OUTPUT, '--networks', *networks, *drawn)
-        name, module = f'defenses.{subject}', 'benchmarks.defenses'
+        name = '.'.join(('defenses', subject, *(networks if len(networks) == 1 else ())))
+        module = 'benchmarks.defenses'
         return Subject(name, module, arguments, torch, minutes, plot, document='results.md')
 
     return (
@@ -130,6 +131,7 @@ def _subjects() -> tuple[Subject, ...]:
             6,
             devices=cpu,
         ),
+        Subject('step_profile', 'benchmarks.step_profile', (), (), 1, devices=cpu),
         Subject('convolution', 'benchmarks.convolution', ('--rounds', '8'), torch, 2, devices=cpu),
         Subject('choices', 'benchmarks.choices', ('--rounds', '6'), (), 4, devices=cpu),
         Subject('batch_norm', 'benchmarks.batch_norm', ('--rounds', '25'), (), 2),
@@ -211,9 +213,15 @@ def _subjects() -> tuple[Subject, ...]:
         ),
         training('mnist', 3, 120, *reduced),
         training('cifar10', 1, 95, *reduced),
-        defenses('defended', 60, (*lenets, 'resnet20')),
-        defenses('curves', 60, (*lenets, 'resnet20'), 'defense_curves.png'),
-        defenses('fragile', 10, (*lenets, 'resnet20')),
+        *(
+            defenses('defended', 40, (network,), f'defense_shifts_{network}.png')
+            for network in defended
+        ),
+        *(
+            defenses('curves', 20, (network,), f'defense_curves_{network}.png')
+            for network in ('lenet5',)
+        ),
+        defenses('fragile', 10, (*defended, 'resnet20')),
     )
 
 

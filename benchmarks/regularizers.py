@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from neurosens import config, data, models, parallel, regularizers
+from neurosens.convolution import with_fast_input_gradients
 from neurosens.evaluation import plots
 from neurosens.forward import LinenForward
 from neurosens.training import objectives, optimizers, step
@@ -301,7 +302,8 @@ def _variance(arguments: argparse.Namespace) -> None:
         def penalty(params: Any, key: jax.Array) -> jax.Array:
             return regularizer(forward, {**rest, 'params': params}, x, y, key)[0]
 
-        return jax.jit(jax.value_and_grad(penalty))
+        # As in a training step.
+        return jax.jit(jax.value_and_grad(with_fast_input_gradients(penalty)))
 
     units, values, gradients, temporary = {}, {}, {}, {}
     for name, regularizer in _estimators().items():
@@ -321,13 +323,16 @@ def _variance(arguments: argparse.Namespace) -> None:
         logits = forward({**rest, 'params': params}, x)[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    units[_FIT] = functools.partial(_blocked, jax.jit(jax.value_and_grad(fit)), params)
+    fitted = jax.jit(jax.value_and_grad(with_fast_input_gradients(fit)))
+    units[_FIT] = functools.partial(_blocked, fitted, params)
     measured = harness.alternate(units, rounds=arguments.rounds)
     rows, points = [], {}
     for name in gradients:
         milliseconds = 1000 * measured.summary(name).median
-        mean = gradients[name].mean(0)
-        spread = np.sqrt(gradients[name].var(0, ddof=1).sum()) / np.linalg.norm(mean)
+        variance = gradients[name].var(0, ddof=1).sum()
+        # The mean of few draws is longer than what they estimate, by a part of their variance.
+        square = (gradients[name].mean(0) ** 2).sum() - variance / len(gradients[name])
+        spread = np.sqrt(variance / square) if square > 0 else float('inf')
         relative = values[name].std(ddof=1) / values[name].mean()
         points[name] = (milliseconds, spread)
         rows.append(
@@ -338,6 +343,7 @@ def _variance(arguments: argparse.Namespace) -> None:
                 f'{values[name].mean():.4g}',
                 '0' if relative < 1e-5 else f'{relative:.2%}'.replace('%', ' %'),
                 '0' if spread < 1e-4 else f'{100 * spread:.0f} %',
+                '-' if spread < 1e-4 else f'{milliseconds * spread**2:.0f}',
                 harness.percent(measured.share(name, measured.seconds[_FIT])),
             )
         )
@@ -348,11 +354,14 @@ def _variance(arguments: argparse.Namespace) -> None:
         'mean',
         'spread of the value',
         'of the gradient',
+        'ms x spread squared',
         'share of floor',
     )
     definition = (
         f'{arguments.networks[0]}, one batch of {arguments.batch_size}, {arguments.draws} draws. '
-        'Floor: the value and gradient of the cross-entropy of the same batch.'
+        'Floor: the value and gradient of the cross-entropy of the same batch. The mean of N draws '
+        'spreads by sqrt(N) less in N times the time: of estimators the one with the smallest '
+        'product of time and squared spread is the best.'
     )
     if arguments.plot:
         harness.save_figure(_scatter(points), arguments.plot)
@@ -384,6 +393,13 @@ def _scatter(points: Mapping[str, tuple[float, float]]) -> Figure:
         axes.set_title(quantity)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
+        # The mean of more draws of one estimator moves along such a line.
+        times = np.linspace(axes.get_xlim()[1] / 100, axes.get_xlim()[1], 100)
+        top = axes.get_ylim()[1]
+        for work in {round(cost * spread**2) for cost, spread in chosen.values()} - {0}:
+            line = 100 * np.sqrt(work / times)
+            shown = line <= top
+            axes.plot(times[shown], line[shown], ':', color='0.8', linewidth=1, zorder=0)
         axes.legend(frameon=False, fontsize=8)
         plots.style(axes)
     return figure

@@ -211,7 +211,7 @@ def run(
     x, y = np.float32(batch.image) / 255, np.int32(batch.label)
     found: dict[str, Any] = {
         'clean': predictions.accuracy,
-        'clean on attacked': float(predictions.correct[:images].mean()),
+        'clean_of_attacked': float(predictions.correct[:images].mean()),
     }
     draws = np.random.default_rng(seed).normal(0, setting.noise, x.shape)
     noisy = np.float32(np.clip(x + draws, 0, 1))
@@ -243,13 +243,14 @@ def table(
     rows = []
     for name, runs in results.items():
         cells = []
-        for key in ('clean', 'noise', *setting.radii):
+        for key in ('clean', 'clean_of_attacked', 'noise', *setting.radii):
             values = [100 * one[key] for one in runs]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}')
         rows.append((name, *cells, harness.ratio_text(cost.ratio(name, 'standard'))))
     attacked = (f'{norm} {eps:.4g}' for norm, eps in setting.radii.items())
-    header = ('Method', 'clean %', f'noise {setting.noise:g}', *attacked, 'step / standard')
+    of_all = ('clean %', 'clean %, attacked images', f'noise {setting.noise:g}')
+    header = ('Method', *of_all, *attacked, 'step / standard')
     return harness.markdown_table(header, rows)
 
 

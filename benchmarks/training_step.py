@@ -114,12 +114,12 @@ def prepare(
     mesh = harness.start_jax(batch_size, devices=devices, keep_memory=keep_memory)
     batches = load_batches(batch_size, data_dir)
     units = {
-        title: _training_unit(mesh, augmentation, steps, batches)
+        title: training_unit(mesh, augmentation, steps, batches)
         for title, augmentation in AUGMENTATIONS.items()
     }
     if mnist:
         batches = load_batches(batch_size, data_dir, 'mnist')
-        units[_MNIST] = _training_unit(mesh, 'pad_crop', steps * _MORE_STEPS, batches, 'mnist')
+        units[_MNIST] = training_unit(mesh, 'pad_crop', steps * _MORE_STEPS, batches, 'mnist')
     return harness.Prepared(units, {'devices': mesh.size})
 
 
@@ -156,13 +156,25 @@ def make_step(
     return parallel.replicate(mesh, state), train_step, parallel.replicate(mesh, jax.random.key(1))
 
 
-def _training_unit(
+def training_unit(
     mesh: jax.sharding.Mesh,
     augmentation: str,
     steps: int,
     batches: list[data.Batch],
     data_set: str = 'cifar10',
 ) -> harness.Unit:
+    """Makes a unit of training steps, which go on from those before.
+
+    Args:
+        mesh: devices to train on.
+        augmentation: of the config.
+        steps: training steps per unit of work.
+        batches: taken in turn.
+        data_set: whose network is trained.
+
+    Returns:
+        The unit; it ends when state and metrics are there.
+    """
     state, train_step, key = make_step(mesh, augmentation, data_set)
     stream = itertools.cycle(batches)
 

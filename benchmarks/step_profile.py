@@ -1,0 +1,206 @@
+"""Where the time of a training step goes, by the profiler of JAX, on CPU devices.
+
+    python -m benchmarks.step_profile [--batch_size B] [--steps N]
+
+The plain step of ResNet-20, one XLA device per core. Every operation's own time, without that of
+operations inside it, is summed over a few steps and divided by devices and steps. Noting an
+operation takes time itself, which is most of that of short ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+
+from benchmarks import harness, training_step
+from neurosens.onednn import kernel_gradient
+
+# What names of operations begin with or hold.
+_CONVOLUTION, _PRODUCT = 'onednn_convolution', 'onednn_product'
+_BETWEEN_DEVICES = ('psum', 'all-reduce', 'Rendezvous', 'InvokeRendezvous', 'Wait')
+KINDS = (
+    'convolutions, and their gradients of images, by oneDNN',
+    'gradients of kernels, in loops over images',
+    'loops for sums of batch normalisation',
+    'fused elementwise operations',
+    'sums over devices, with waiting for the other',
+    'everything else',
+)
+
+
+class Event(NamedTuple):
+    """An operation on one thread.
+
+    Attributes:
+        name: of the operation.
+        start: when it began, in nanoseconds.
+        duration: how long it took, with those inside it, in nanoseconds.
+    """
+
+    name: str
+    start: float
+    duration: float
+
+
+class Spent(NamedTuple):
+    """What operations of a kind took.
+
+    Attributes:
+        nanoseconds: their own times together.
+        operations: how many there were.
+    """
+
+    nanoseconds: float = 0.0
+    operations: int = 0
+
+    def plus(self, other: Spent) -> Spent:
+        """Both together."""
+        return Spent(self.nanoseconds + other.nanoseconds, self.operations + other.operations)
+
+
+def own_times(events: Iterable[Event]) -> dict[str, Spent]:
+    """Sums the own times of the operations of one thread by kind.
+
+    Args:
+        events: of the thread, in any order; those inside another are nested.
+
+    Returns:
+        By `KINDS`, without the times of operations inside others.
+    """
+    # An operation that begins with another, but lasts longer, is around it.
+    ordered = sorted(events, key=lambda event: (event.start, -event.duration))
+    found = dict.fromkeys(KINDS, Spent())
+    open_events: list[tuple[Event, int]] = []
+    # Of each outermost loop what is spent inside it, and whether it convolves or multiplies.
+    loops: list[tuple[Spent, bool]] = []
+    inside = -1
+    own = [event.duration for event in ordered]
+    place: list[int] = []
+    for number, event in enumerate(ordered):
+        while open_events and _end(open_events[-1][0]) <= event.start:
+            open_events.pop()
+        if not any(_is_loop(outer.name) for outer, _ in open_events):
+            inside = -1
+            if _is_loop(event.name):
+                inside = len(loops)
+                loops.append((Spent(), False))
+        if open_events:
+            own[open_events[-1][1]] -= event.duration
+        place.append(inside)
+        open_events.append((event, number))
+    for event, time_alone, loop in zip(ordered, own, place):
+        spent = Spent(time_alone, 1)
+        if loop >= 0:
+            total, convolves = loops[loop]
+            multiplies = event.name.startswith((_CONVOLUTION, _PRODUCT))
+            loops[loop] = total.plus(spent), convolves or multiplies
+        else:
+            kind = _kind(event.name)
+            found[kind] = found[kind].plus(spent)
+    for total, convolves in loops:
+        kind = KINDS[1] if convolves else KINDS[2]
+        found[kind] = found[kind].plus(total)
+    return found
+
+
+def _end(event: Event) -> float:
+    return event.start + event.duration
+
+
+def _is_loop(name: str) -> bool:
+    return name.startswith('while')
+
+
+def _kind(name: str) -> str:
+    if name.startswith(_CONVOLUTION):
+        return KINDS[0]
+    if name.startswith(_BETWEEN_DEVICES):
+        return KINDS[4]
+    return KINDS[3] if 'fusion' in name else KINDS[5]
+
+
+def profiled(unit: harness.Unit) -> list[list[Event]]:
+    """Runs a unit of work under the profiler.
+
+    Args:
+        unit: what to run; it should have run before.
+
+    Returns:
+        The operations of each thread of XLA's.
+
+    Raises:
+        ValueError: the profiler noted none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            unit()
+        (file,) = pathlib.Path(folder).rglob('*.xplane.pb')
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        threads = [
+            [Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
+            for plane in planes
+            for line in plane.lines
+            if 'XLAEigen' in line.name
+        ]
+    if not any(threads):
+        raise ValueError('The profiler noted no operation of XLA; is this a CPU?')
+    return threads
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--batch_size', type=int, default=128, help='images per step')
+    parser.add_argument('--steps', type=int, default=20, help='training steps under the profiler')
+    harness.add_arguments(parser, devices=('cpu',))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Profiles, sums and prints."""
+    arguments = parse_arguments()
+    harness.use_device('cpu')
+    mesh = harness.start_jax(arguments.batch_size)
+    images = arguments.batch_size // mesh.size
+    if images % kernel_gradient.IMAGES or images == kernel_gradient.IMAGES:
+        raise SystemExit(
+            f'{arguments.batch_size} images are {images} on each of {mesh.size} devices; gradients '
+            f'of kernels are told from convolutions by their loops, which take several times '
+            f'{kernel_gradient.IMAGES} images.'
+        )
+    batches = training_step.load_batches(arguments.batch_size, '')
+    unit = training_step.training_unit(mesh, 'none', arguments.steps, batches)
+    unit()
+    start = time.perf_counter()
+    unit()
+    plain = 1000 * (time.perf_counter() - start) / arguments.steps
+    found = [own_times(events) for events in profiled(unit)]
+    shared = arguments.steps * mesh.size
+    totals = {
+        kind: functools.reduce(Spent.plus, (one[kind] for one in found), Spent()) for kind in KINDS
+    }
+    noted = {kind: spent.nanoseconds / 1e6 / shared for kind, spent in totals.items()}
+    counts = {kind: spent.operations / shared for kind, spent in totals.items()}
+    rows = [(kind, f'{counts[kind]:,.0f}', f'{noted[kind]:.1f}') for kind in KINDS]
+    rows.append(('all', f'{sum(counts.values()):,.0f}', f'{sum(noted.values()):.1f}'))
+    header = ('Own time of', 'operations', 'ms')
+    harness.report(
+        arguments,
+        harness.wrapped(
+            f'ResNet-20, {arguments.steps} steps on {arguments.batch_size} images, {mesh.size} '
+            f'devices; for one step and device. A step without the profiler took {plain:.0f} ms.'
+        ),
+        harness.markdown_table(header, rows),
+        details={'milliseconds': noted},
+    )
+
+
+if __name__ == '__main__':
+    main()
