@@ -156,6 +156,21 @@ def shift_rows(moves: Moves, text: Callable[[np.ndarray], str]) -> list[list[str
     ]
 
 
+def _of_moves(moves: Moves) -> dict[str, float | None]:
+    """Shares of controls and mean changes of neurons by their keys, None where no image counts."""
+    attack = moves.attack.removeprefix(f'{STATIC}/')
+    found: dict[str, float | None] = {}
+    for name, by_size in moves.controls.items():
+        for size, share in by_size.items():
+            found[f'control/{attack}/{name}/{size:g}'] = None if np.isnan(share) else share
+    for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
+        for layer, by_group in by_layer.items():
+            for group, values in by_group.items():
+                mean = float(np.mean(values)) if len(values) else None
+                found[f'{kind}/{attack}/{layer}/{group}'] = mean
+    return found
+
+
 def _missed(report: DefenseReport) -> dict[str, int]:
     """How many images fall at each radius, but to no attack along gradients."""
     found = {}
@@ -197,15 +212,7 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         flat[f'defense/warnings/{name}'] = list(warnings)
     flat |= {f'defense/{key}': count for key, count in _missed(report).items()}
     for moves in report.moves:
-        key = moves.attack.removeprefix(f'{STATIC}/')
-        for name, by_size in moves.controls.items():
-            for size, share in by_size.items():
-                flat[f'defense/control/{key}/{name}/{size:g}'] = None if np.isnan(share) else share
-        for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
-            for layer, by_group in by_layer.items():
-                for group, values in by_group.items():
-                    mean = float(np.mean(values)) if len(values) else None
-                    flat[f'defense/{kind}/{key}/{layer}/{group}'] = mean
+        flat |= {f'defense/{key}': value for key, value in _of_moves(moves).items()}
     if report.diagnosis is not None:
         found = masking_report.masking_facts(report.diagnosis)
         flat.update({f'defense/{key}': value for key, value in found.items()})
@@ -234,18 +241,9 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for key, count in _missed(report).items():
                 writer.writerow([key, count, '', '', len(report.defended.labels)])
             for moves in report.moves:
-                attack = moves.attack.removeprefix(f'{STATIC}/')
-                for name, by_size in moves.controls.items():
-                    for size, share in by_size.items():
-                        key = f'control/{attack}/{name}/{size:g}'
-                        cell = '' if np.isnan(share) else share
-                        writer.writerow([key, cell, '', '', _fooled(moves)])
-                for kind, by_layer in (('shift', moves.shifts), ('noise_shift', moves.noise)):
-                    for layer, by_group in by_layer.items():
-                        for group, values in by_group.items():
-                            mean = np.mean(values) if len(values) else ''
-                            key = f'{kind}/{attack}/{layer}/{group}'
-                            writer.writerow([key, mean, '', '', len(values)])
+                for key, value in _of_moves(moves).items():
+                    cell = '' if value is None else value
+                    writer.writerow([key, cell, '', '', _fooled(moves)])
             writer.writerow(['passes', report.passes, '', '', ''])
             writer.writerow(['relative_cost', report.cost, '', '', ''])
         if report.diagnosis is not None:
