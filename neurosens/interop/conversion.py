@@ -341,7 +341,7 @@ def _normalization(
         ('std', std, cleaned.std, (1.0,)),
     ):
         # An array or a tuple of zeros of the caller's counts as given.
-        given = None if value is None else registry._floats(name, value)
+        given = None if value is None else registry.floats(name, value)
         if given is not None and saved is not None and not _agree(given, saved):
             raise WeightsError(
                 f'{name} is {given}, but the network in the file normalises by {saved}; '

@@ -130,8 +130,8 @@ def create(
             raise ValueError(_validate.unknown(f'{name} option', option, valid))
     return entry.model(
         num_classes=num_classes,
-        mean=_floats('mean', mean),
-        std=_floats('std', std),
+        mean=floats('mean', mean),
+        std=floats('std', std),
         dtype=jnp.dtype(dtype),
         **entry.fixed,
         **{option: _hashable(value) for option, value in options.items()},
@@ -148,7 +148,19 @@ def _entry(name: str) -> _Entry:
     return _ENTRIES[name]
 
 
-def _floats(argument: str, values: Any) -> tuple[float, ...]:
+def floats(argument: str, values: Any) -> tuple[float, ...]:
+    """Numbers of a mean or standard deviation, one for all channels or one for each.
+
+    Args:
+      argument: its name, for the message.
+      values: an iterable of numbers.
+
+    Returns:
+      The numbers as floats.
+
+    Raises:
+      ValueError: they are no such numbers.
+    """
     try:
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
