@@ -396,7 +396,8 @@ def _scatter(points: Mapping[str, tuple[float, float]]) -> Figure:
         # The mean of more draws of one estimator moves along such a line.
         times = np.linspace(axes.get_xlim()[1] / 100, axes.get_xlim()[1], 100)
         top = axes.get_ylim()[1]
-        for work in {round(cost * spread**2) for cost, spread in chosen.values()} - {0}:
+        finite = [(cost, spread) for cost, spread in chosen.values() if np.isfinite(spread)]
+        for work in {round(cost * spread**2) for cost, spread in finite} - {0}:
             line = 100 * np.sqrt(work / times)
             shown = line <= top
             axes.plot(times[shown], line[shown], ':', color='0.8', linewidth=1, zorder=0)

@@ -29,6 +29,7 @@ from benchmarks import (
     harness,
     neurons,
     registry,
+    regularizers,
     scaling,
     step_profile,
     training_step,
@@ -380,6 +381,18 @@ def test_bars_are_as_long_as_the_medians(tmp_path, monkeypatch):
     ours, theirs = axes.patches
     assert (ours.get_width(), theirs.get_width()) == (2000, 4000)
     assert ours.get_facecolor() != theirs.get_facecolor()
+
+
+def test_a_spread_that_draws_cannot_tell_has_no_line_of_equal_work():
+    points = {
+        'sensitivity, one': (40.0, 0.5),
+        'sensitivity, exact': (90.0, 0.0),
+        'Jacobian, one': (40.0, float('inf')),
+    }
+    sensitivity, jacobian = regularizers._scatter(points).axes
+    assert len(sensitivity.lines) == 1 and not jacobian.lines
+    times, spread = sensitivity.lines[0].get_data()
+    np.testing.assert_allclose(times * (spread / 100) ** 2, 40 * 0.5**2, rtol=1e-6)
 
 
 def test_a_plot_of_devices_shows_shares_of_work_and_ratios_of_time():
