@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,15 +17,20 @@ from jax.typing import DTypeLike
 
 from neurosens import _validate, models
 from neurosens.forward import Variables
-from neurosens.interop import cleaning, layers, naming, reading, sequential
+from neurosens.interop import (
+    cleaning,
+    image_sizes,
+    layers,
+    mismatches,
+    naming,
+    pairing,
+    reading,
+    sequential,
+)
 from neurosens.interop.errors import WeightsError
 from neurosens.models import registry
 
 SEQUENTIAL = 'sequential'
-_IN_ORDER = 'save it with PyTorch, or give from_torch the state dict in order'
-_SIZE = 'image_shape=(height, width, channels)'
-# Sides of images that are tried where none is given: only layers behind a flatten depend on it.
-_SIDES = (32, 28, 224, 64, 8, 16, 96, 128, 256, 299)
 
 
 def load_torch(
@@ -176,20 +180,22 @@ def to_torch(
     }
     weights = {'/'.join(leaf[1:-1]): array for leaf, array in flat.items() if leaf[-1] == 'kernel'}
     kernels = {path: layers.to_torch(array, 0) for path, array in weights.items()}
-    found, fits = _fitting(module, image_shape, kernels.values(), lambda _: kernels)
-    _check_variables(module, found, flat, fits or image_shape is not None)
+    found, fits = image_sizes.fitting_layers(
+        module, image_shape, kernels.values(), lambda _: kernels
+    )
+    mismatches.check_variables(module, found, flat, fits or image_shape is not None)
     if like is None:
         usual = naming.namings(module)[0]
-        _check_paths(names, found)
+        pairing.check_paths(names, found)
         chosen = {layer.path: usual(module, layer.path) for layer in found} | dict(names or {})
         state = dict(_torch_arrays(found, chosen, flat))
     else:
         state = {name: np.array(array) for name, array in reading.plain_arrays(like).items()}
         cleaned = cleaning.clean(state)
         arrays = naming.without_unused(module, cleaned.arrays)
-        chosen = _names(module, found, arrays, cleaned.originals, names)
-        problems = _problems(found, chosen, arrays, cleaned.originals)
-        _check(problems, 'The state dict', module, sized=True)
+        chosen = pairing.torch_names(module, found, arrays, cleaned.originals, names)
+        problems = mismatches.find(found, chosen, arrays, cleaned.originals)
+        mismatches.refuse(problems, 'The state dict', module, sized=True)
         for name, array in _torch_arrays(found, chosen, flat):
             # Of counts of batches the one in `like` stays.
             for original in cleaned.originals.get(name, ()):
@@ -221,9 +227,6 @@ def torch_shapes(
     }
 
 
-# ------------------------------------------------------------------------------------ modules
-
-
 def _convert(
     state: reading.StateDict,
     model: str | nn.Module,
@@ -242,7 +245,7 @@ def _convert(
     if not cleaned.arrays:
         raise WeightsError(f'{source} is empty; save the state_dict() of the network.')
     if model == SEQUENTIAL and not ordered:
-        remedy = f'{_IN_ORDER}, or give a module and names={{path: layer}}.'
+        remedy = f'{pairing.IN_ORDER}, or give a module and names={{path: layer}}.'
         naming.check_order(cleaned.arrays, source, remedy, stacked=True)
     if isinstance(model, nn.Module):
         given = {'num_classes': num_classes, 'mean': mean, 'std': std, **options}
@@ -272,21 +275,21 @@ def _convert(
         module = _create(model, cleaned.arrays, num_classes, settings)
     arrays = naming.without_unused(module, cleaned.arrays)
     pair = functools.partial(
-        _names,
+        pairing.torch_names,
         module,
         arrays=arrays,
         originals=cleaned.originals,
         given=names,
         unordered='' if ordered else source,
     )
-    found, fits = _fitting(
-        module, image_shape, arrays.values(), lambda found: _weights(pair(found), arrays)
+    found, fits = image_sizes.fitting_layers(
+        module, image_shape, arrays.values(), lambda found: pairing.weights(pair(found), arrays)
     )
     chosen = pair(found)
-    problems = _problems(found, chosen, arrays, cleaned.originals)
-    _check(problems, source, module, sized=fits or image_shape is not None)
+    problems = mismatches.find(found, chosen, arrays, cleaned.originals)
+    mismatches.refuse(problems, source, module, sized=fits or image_shape is not None)
     if image_shape is None and isinstance(module, models.LeNet5):
-        _check_lenet5(found, source)
+        mismatches.check_lenet5(found, source)
     flat = {
         leaf: jnp.array(
             layers.from_torch(
@@ -359,256 +362,6 @@ def _agree(given: Sequence[float], saved: Sequence[float]) -> bool:
     if len(given) != len(saved) and 1 not in (len(given), len(saved)):
         return False
     return np.allclose(given, saved, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------- layers
-
-
-def _fitting(
-    module: nn.Module,
-    image_shape: tuple[int, ...] | None,
-    arrays: Iterable[np.ndarray],
-    weights: Callable[[tuple[layers.Layer, ...]], Mapping[str, np.ndarray]],
-) -> tuple[tuple[layers.Layer, ...], bool]:
-    """The layers of a module, for images whose layers fit their weights, and whether they do.
-
-    The images decide the channels of the first convolution and the inputs behind a flatten. Where
-    none fit, the layers are those for the first ones that the module takes.
-    """
-    shapes = [image_shape] if image_shape is not None else _image_shapes(arrays)
-    first, refused = None, None
-    other_channels: set[int] = set()
-    for shape in shapes:
-        if shape[-1] in other_channels:
-            continue
-        try:
-            found = layers.trace(module, shape)
-        except WeightsError:
-            raise
-        except ValueError as error:
-            # Such as images that are too small for the pools.
-            refused = error
-            continue
-        first = first or found
-        given = weights(found)
-        wrong = {
-            layer.path
-            for layer in found
-            if layer.kind != layers.NORMALIZATION
-            and layer.path in given
-            and given[layer.path].shape[1:2] != (_inputs(layer),)
-        }
-        convolutions = [layer.path for layer in found if layer.kind == layers.CONVOLUTION]
-        if wrong.intersection(convolutions[:1]):
-            other_channels.add(shape[-1])
-        elif not wrong.intersection(layer.path for layer in found if layer.channels):
-            return found, True
-    if first is None:
-        assert refused is not None
-        raise refused
-    return first, False
-
-
-def _image_shapes(arrays: Iterable[np.ndarray]) -> list[tuple[int, int, int]]:
-    """Shapes of images that a network with these weights may take, in PyTorch's order."""
-    kernels = [array.shape for array in arrays if array.ndim in (2, 4)]
-    channels = [shape[1] for shape in kernels if len(shape) == 4]
-    if channels:
-        # Which convolution comes first is not known here: images have the fewest channels, but
-        # where channels are convolved one by one.
-        either = dict.fromkeys((min(channels), channels[0]))
-        return [(side, side, count) for count in either for side in _SIDES]
-    inputs = kernels[0][1] if kernels else 0
-    for count in (1, 3):
-        side = math.isqrt(inputs // count)
-        if side and inputs == side**2 * count:
-            return [(side, side, count)]
-    raise WeightsError(
-        f'The first layer takes {inputs} inputs, which are no square image of 1 or 3 channels; '
-        f'give {_SIZE}.'
-    )
-
-
-def _inputs(layer: layers.Layer) -> int:
-    return next(shape[-2] for leaf, shape in layer.shapes.items() if leaf[-1] == 'kernel')
-
-
-def _weights(chosen: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights by the path of our layer."""
-    named = {path: arrays.get(f'{layer}.weight') for path, layer in chosen.items()}
-    return {path: array for path, array in named.items() if array is not None}
-
-
-def _names(
-    module: nn.Module,
-    found: Sequence[layers.Layer],
-    arrays: Mapping[str, np.ndarray],
-    originals: Mapping[str, tuple[str, ...]],
-    given: Mapping[str, str] | None,
-    unordered: str = '',
-) -> dict[str, str]:
-    """For the path of each layer PyTorch's name of it.
-
-    `unordered` names what the arrays were read from where that keeps no order.
-    """
-    _check_paths(given, found)
-    known = _bare_names(given or {}, arrays, originals)
-    paths = [layer.path for layer in found]
-    theirs = {name.rpartition('.')[0] for name in arrays}
-    candidates = [
-        {path: known.get(path) or name(module, path) for path in paths}
-        for name in naming.namings(module)
-    ]
-    # The first of the best.
-    best = max(candidates, key=lambda names: len(theirs & set(names.values())))
-    if not naming.is_chain(module) or theirs == set(best.values()):
-        return best
-    if unordered:
-        remedy = f'{_IN_ORDER}, or give names={{path: layer}}.'
-        naming.check_order(arrays, unordered, remedy, but=known.values())
-    return _in_order(found, arrays, known)
-
-
-def _bare_names(
-    given: Mapping[str, str],
-    arrays: Mapping[str, np.ndarray],
-    originals: Mapping[str, tuple[str, ...]],
-) -> dict[str, str]:
-    """Names of layers without the prefixes of wrappers, which users may give with or without."""
-    bare = {name.rpartition('.')[0]: name.rpartition('.')[0] for name in arrays}
-    bare |= {
-        original.rpartition('.')[0]: name.rpartition('.')[0]
-        for name in arrays
-        for original in originals[name]
-    }
-    for layer in given.values():
-        if layer not in bare:
-            raise WeightsError(_validate.unknown('layer of the state dict in names', layer, bare))
-    return {path: bare[layer] for path, layer in given.items()}
-
-
-def _in_order(
-    found: Sequence[layers.Layer], arrays: Mapping[str, np.ndarray], given: Mapping[str, str]
-) -> dict[str, str]:
-    """Pairs the layers of each kind in their order; what is left over keeps our name."""
-    theirs: dict[str, list[str]] = {kind: [] for kind in layers.KINDS}
-    for layer, array in layers.weights(arrays).items():
-        if layer not in given.values():
-            theirs[layers.kind_of_weight(array)].append(layer)
-    waiting = {kind: iter(names) for kind, names in theirs.items()}
-    return {
-        layer.path: given.get(layer.path) or next(waiting[layer.kind], naming.own(None, layer.path))
-        for layer in found
-    }
-
-
-# ------------------------------------------------------------------------------------- checks
-
-
-def _problems(
-    found: Sequence[layers.Layer],
-    chosen: Mapping[str, str],
-    arrays: Mapping[str, np.ndarray],
-    originals: Mapping[str, tuple[str, ...]],
-) -> list[str]:
-    """Phrases for everything that does not fit, each array by its name."""
-    wanted = {
-        f'{chosen[layer.path]}.{name}': shape
-        for layer in found
-        for name, shape in layers.torch_shapes(layer).items()
-        if name != layers.COUNT
-    }
-    problems = []
-    if missing := [name for name in wanted if name not in arrays]:
-        problems.append(f'missing {_listed(missing)}')
-    if unexpected := [originals[name][0] for name in arrays if name not in wanted]:
-        problems.append(f'unexpected {_listed(unexpected)}')
-    both = [(originals[name][0], arrays[name], wanted[name]) for name in arrays if name in wanted]
-    if shapes := [
-        f'{name!r} has shape {array.shape} in place of {shape}'
-        for name, array, shape in both
-        if array.shape != shape
-    ]:
-        problems.append(', '.join(shapes))
-    if kinds := [f'{name!r} ({a.dtype})' for name, a, _ in both if a.dtype.kind != 'f']:
-        problems.append(f'not of floating-point type {", ".join(kinds)}')
-    with np.errstate(over='ignore'):
-        values = [
-            name
-            for name, array, _ in both
-            if array.dtype.kind == 'f' and not np.isfinite(array.astype(np.float32)).all()
-        ]
-    if values:
-        problems.append(f'not finite {_listed(values)}')
-    return problems
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ', '.join(map(repr, names))
-
-
-def _check(problems: Sequence[str], source: str, module: nn.Module, *, sized: bool) -> None:
-    """Refuses what does not fit; `sized` says whether the size of the images is known."""
-    if not problems:
-        return
-    if isinstance(module, models.Classifier):
-        remedy = 'the model and the options that it was trained with'
-    else:
-        remedy = 'names={path: layer} where the order of the layers differs'
-    size = '' if sized else f'{_SIZE}, or '
-    raise WeightsError(
-        f'{source} does not fit {type(module).__name__}: {"; ".join(problems)}; '
-        f'give {size}{remedy}.'
-    )
-
-
-def _check_paths(names: Mapping[str, str] | None, found: Sequence[layers.Layer]) -> None:
-    """Refuses names for layers that the module does not have."""
-    if not isinstance(names, Mapping | None):
-        raise WeightsError(
-            f'names is {names!r}, but it must be a dict of layers of the file by those of the '
-            'module: {path: layer}.'
-        )
-    paths = [layer.path for layer in found]
-    for path in names or ():
-        if path not in paths:
-            raise WeightsError(_validate.unknown('layer in names', path, paths))
-
-
-def _check_lenet5(found: Sequence[layers.Layer], source: str) -> None:
-    """Refuses to guess that images of 28 x 28 pixels have three channels.
-
-    Without the padding of our LeNet-5, as in PyTorch's tutorial, it takes as many features of
-    images of 32 x 32.
-    """
-    inputs = {layer.path: _inputs(layer) for layer in found}
-    if inputs['conv1'] > 1 and inputs['dense3'] == 400:
-        channels = inputs['conv1']
-        raise WeightsError(
-            f'{source} fits LeNet5 for images of 28 x 28 pixels, and without padding for those of '
-            f'32 x 32; give image_shape=(28, 28, {channels}) if its first convolution pads, or '
-            "else the model 'sequential' with strides=1, padding=0 and pool='max'."
-        )
-
-
-def _check_variables(
-    module: nn.Module,
-    found: Sequence[layers.Layer],
-    flat: Mapping[tuple[str, ...], np.ndarray],
-    sized: bool,
-) -> None:
-    """Refuses variables that are not those of the module."""
-    wanted = {leaf: shape for layer in found for leaf, shape in layer.shapes.items()}
-    wrong = sorted(
-        {leaf for leaf, shape in wanted.items() if leaf not in flat or flat[leaf].shape != shape}
-        | (flat.keys() - wanted.keys())
-    )
-    if wrong:
-        raise WeightsError(
-            f'The variables are not those of this {type(module).__name__}: '
-            f'{_listed("/".join(leaf) for leaf in wrong)} differ in name or shape; pass the module '
-            f'that they are of{"" if sized else f", and {_SIZE}"}.'
-        )
 
 
 def _torch_arrays(

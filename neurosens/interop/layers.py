@@ -194,3 +194,8 @@ def to_torch(array: np.ndarray, channels: int) -> np.ndarray:
     else:
         array = array.T
     return np.array(array, order='C')
+
+
+def inputs(layer: Layer) -> int:
+    """Channels or features that a layer with a kernel takes."""
+    return next(shape[-2] for leaf, shape in layer.shapes.items() if leaf[-1] == 'kernel')
