@@ -124,6 +124,11 @@ def _check_training(config: Config) -> None:
     _check('keep_checkpoints', config.keep_checkpoints, low=1)
     _check('cpu_devices', config.cpu_devices, low=0)
     _check_choices({'dtype': (config.dtype, ('float32', 'bfloat16'))})
+    if config.initial_rescaling and not config.initial_weights:
+        raise ConfigError(
+            f'initial_rescaling is {config.initial_rescaling!r}, but there are no weights to '
+            'rescale; name those that it was calibrated on by initial_weights.'
+        )
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

@@ -381,6 +381,9 @@ class Config:
         fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
         network of the same kind that was trained in PyTorch, by images of the same `mean` and
         `std`.
+      initial_rescaling: directory of a defence 'rescaling' that was calibrated on these weights,
+        such as `defense` of that work directory: training starts from the rescaled weights, and
+        `optimizer.freeze` with the rescaled layer trains only the rest. Empty for none.
       epochs: passes over the training set.
       steps: training steps (batches); if not 0, it replaces `epochs`.
       batch_size: images per step, over all devices.
@@ -416,6 +419,7 @@ class Config:
     objective_options: dict = dataclasses.field(default_factory=dict)
     regularizers: dict = dataclasses.field(default_factory=dict)
     initial_weights: str = ''
+    initial_rescaling: str = ''
     epochs: float = 10.0
     steps: int = 0
     batch_size: int = 128

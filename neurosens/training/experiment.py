@@ -16,9 +16,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from neurosens import _validate, data, interop, parallel
+from neurosens import _validate, data, defenses, interop, parallel
 from neurosens import config as config_lib
-from neurosens.forward import LinenForward
+from neurosens.forward import LinenForward, Variables
 from neurosens.training import checkpoints, freezing, monitor, objectives, optimizers
 from neurosens.training.loading import load, make_model
 from neurosens.training.step import (
@@ -94,6 +94,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
       neurosens.data.DatasetNotPreparedError: the data set is not in `data_dir`.
       LayerError: a layer to be watched or regularized is unknown.
       CheckpointError: the initial weights cannot be read.
+      DefenseError: the initial rescaling cannot be read, or is of other weights.
     """
     config_lib.validate(config)
     if config.weights:
@@ -160,6 +161,8 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
         monitor.check(module, info, config.monitor)
     if config.initial_weights:
         _check_initial_weights(config, module)
+    if config.initial_rescaling:
+        _initial_variables(config, module, mesh)
     experiment = Experiment(
         config=config,
         mesh=mesh,
@@ -298,20 +301,34 @@ def initial_state(experiment: Experiment) -> TrainState:
     Raises:
       CheckpointError: they cannot be read.
       WeightsError: they are a file that cannot be read or does not fit.
+      DefenseError: the rescaling cannot be read, or is of other weights.
     """
     state, config = _initializer(experiment)(experiment.key(0)), experiment.config
     if not config.initial_weights:
         return state
-    if pathlib.Path(config.initial_weights).is_file():
-        shape = data.info(config.dataset).image_shape
-        _, variables = interop.load_torch(
-            config.initial_weights, experiment.module, image_shape=shape
-        )
-        variables = parallel.replicate(experiment.mesh, variables)
-    else:
-        variables = load(config.initial_weights, mesh=experiment.mesh).variables
+    variables = _initial_variables(config, experiment.module, experiment.mesh)
     average = None if state.average is None else jax.tree.map(jnp.copy, variables['params'])
     return state._replace(variables=variables, average=average)
+
+
+def _initial_variables(config: config_lib.Config, module: nn.Module, mesh: Mesh) -> Variables:
+    """The variables that `initial_weights` names, rescaled as `initial_rescaling` says."""
+    if pathlib.Path(config.initial_weights).is_file():
+        shape = data.info(config.dataset).image_shape
+        _, loaded = interop.load_torch(config.initial_weights, module, image_shape=shape)
+        variables = parallel.replicate(mesh, loaded)
+    else:
+        variables = load(config.initial_weights, mesh=mesh).variables
+    kept = config.initial_rescaling
+    if not kept:
+        return variables
+    parameters = defenses.load(kept, mesh, variables=variables)
+    if (found := defenses.name_of(parameters)) != 'rescaling':
+        raise defenses.DefenseError(
+            f"The defense in {kept} is {found!r}, but initial_rescaling needs 'rescaling', whose "
+            'factors can go into weights; name one of that kind.'
+        )
+    return defenses.rescaling.fold(parameters, variables)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

@@ -17,7 +17,7 @@ from neurosens import data, fingerprints, neurons, parallel, training
 from neurosens.attacks import Threat, pgd
 from neurosens.forward import LayerError, LinenForward
 from neurosens.regularizers import activation_norm
-from neurosens.training import adversarial, checkpoints, loop, monitor, step
+from neurosens.training import adversarial, loop, monitor, step
 
 CONFIG = config_lib.Config(
     dataset='digits',
@@ -803,69 +803,3 @@ def test_an_unknown_layer_is_named_before_training():
     settings = config_lib.Monitor(images=8, layer='nowhere')
     with pytest.raises(Exception, match='nowhere'):
         training.prepare(dataclasses.replace(CONFIG, monitor=settings))
-
-
-# -------------------------------------------------------------------------------- other weights
-
-
-def with_average(decay, **changes):
-    optimizer = dataclasses.replace(CONFIG.optimizer, ema_decay=decay)
-    return dataclasses.replace(CONFIG, optimizer=optimizer, **changes)
-
-
-@pytest.fixture(scope='module')
-def first(tmp_path_factory):
-    """Finished trainings by the decay of their average: (work directory, result)."""
-
-    @functools.cache
-    def finished(decay):
-        workdir = tmp_path_factory.mktemp('first')
-        return workdir, train(training.prepare(with_average(decay)), workdir)
-
-    return finished
-
-
-def test_training_starts_from_other_weights_with_a_fresh_optimizer(first, tmp_path):
-    workdir, result = first(0.0)
-    settings = dataclasses.replace(CONFIG, initial_weights=str(workdir))
-    experiment = training.prepare(settings)
-    state = training.experiment.initial_state(experiment)
-    best = training.load(workdir).variables
-    assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
-    assert state.step == 0
-    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state.optimizer))
-    again = train(experiment, tmp_path / 'second')
-    assert again.step == 12
-    assert_differ(again.state.variables, result.state.variables)
-
-
-def assert_differ(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
-    assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs)
-
-
-def test_weights_of_another_model_are_refused(first):
-    workdir, _ = first(0.0)
-    other = dataclasses.replace(
-        CONFIG, initial_weights=str(workdir), model_options={'features': (5,)}
-    )
-    with pytest.raises(config_lib.ConfigError, match='must hold the arrays of the model'):
-        training.prepare(other)
-
-
-def test_weights_that_are_not_there_are_named(tmp_path):
-    missing = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'nothing'))
-    with pytest.raises(checkpoints.CheckpointError, match='nothing'):
-        training.prepare(missing)
-
-
-@pytest.mark.parametrize('decays', [(0.0, 0.5), (0.5, 0.5), (0.5, 0.0)])
-def test_averages_start_from_the_weights_that_are_evaluated(first, tmp_path, decays):
-    workdir, _ = first(decays[0])
-    experiment = training.prepare(with_average(decays[1], initial_weights=str(workdir)))
-    state = training.experiment.initial_state(experiment)
-    best = training.load(workdir).variables
-    assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
-    if decays[1]:
-        assert_same_bits(jax.device_get(state.average), jax.device_get(best['params']))
-    assert train(experiment, tmp_path / 'second').step == 12

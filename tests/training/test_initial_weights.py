@@ -1,0 +1,147 @@
+"""Trainings that start from the weights of others, rescaled or as they are."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from interruptions import assert_same_bits, train
+
+from neurosens import config as config_lib
+from neurosens import defenses, training
+from neurosens.training import checkpoints
+
+CONFIG = config_lib.Config(
+    dataset='digits',
+    validation_size=64,
+    model='cnn',
+    model_options={'features': (4,), 'hidden': (8,)},
+    steps=12,
+    batch_size=32,
+    optimizer=config_lib.Optimizer(learning_rate=0.05),
+    log_every=4,
+    evaluate_every=6 / 42,
+)
+
+
+def with_average(decay, **changes):
+    optimizer = dataclasses.replace(CONFIG.optimizer, ema_decay=decay)
+    return dataclasses.replace(CONFIG, optimizer=optimizer, **changes)
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+    """Finished trainings by the decay of their average: (work directory, result)."""
+
+    @functools.cache
+    def finished(decay):
+        workdir = tmp_path_factory.mktemp('first')
+        return workdir, train(training.prepare(with_average(decay)), workdir)
+
+    return finished
+
+
+def test_training_starts_from_other_weights_with_a_fresh_optimizer(first, tmp_path):
+    workdir, result = first(0.0)
+    settings = dataclasses.replace(CONFIG, initial_weights=str(workdir))
+    experiment = training.prepare(settings)
+    state = training.experiment.initial_state(experiment)
+    best = training.load(workdir).variables
+    assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
+    assert state.step == 0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state.optimizer))
+    again = train(experiment, tmp_path / 'second')
+    assert again.step == 12
+    assert_differ(again.state.variables, result.state.variables)
+
+
+def assert_differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs)
+
+
+def test_weights_of_another_model_are_refused(first):
+    workdir, _ = first(0.0)
+    other = dataclasses.replace(
+        CONFIG, initial_weights=str(workdir), model_options={'features': (5,)}
+    )
+    with pytest.raises(config_lib.ConfigError, match='must hold the arrays of the model'):
+        training.prepare(other)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    missing = dataclasses.replace(CONFIG, initial_weights=str(tmp_path / 'nothing'))
+    with pytest.raises(checkpoints.CheckpointError, match='nothing'):
+        training.prepare(missing)
+
+
+@pytest.mark.parametrize('decays', [(0.0, 0.5), (0.5, 0.5), (0.5, 0.0)])
+def test_averages_start_from_the_weights_that_are_evaluated(first, tmp_path, decays):
+    workdir, _ = first(decays[0])
+    experiment = training.prepare(with_average(decays[1], initial_weights=str(workdir)))
+    state = training.experiment.initial_state(experiment)
+    best = training.load(workdir).variables
+    assert_same_bits(jax.device_get(state.variables), jax.device_get(best))
+    if decays[1]:
+        assert_same_bits(jax.device_get(state.average), jax.device_get(best['params']))
+    assert train(experiment, tmp_path / 'second').step == 12
+
+
+# ------------------------------------------------------------------------------- rescaled weights
+
+
+@pytest.fixture
+def rescaled(first, tmp_path):
+    """Keeps a rescaling of the first training: (its directory, parameters, variables)."""
+
+    def keep(layer, variables=None):
+        model = training.load(first(0.0)[0])
+        settings = defenses.rescaling.Settings(layer=layer)
+        parameters = defenses.rescaling.calibrate([0.0, 0.1, 0.3, 0.0], settings=settings)
+        variables = model.variables if variables is None else variables
+        defenses.save(tmp_path / 'defense', parameters, variables=variables)
+        return tmp_path / 'defense', parameters, model.variables
+
+    return keep
+
+
+def from_rescaled(first, directory, **changes):
+    workdir, _ = first(0.0)
+    return dataclasses.replace(
+        CONFIG, initial_weights=str(workdir), initial_rescaling=str(directory), **changes
+    )
+
+
+def test_the_rest_is_trained_around_a_rescaled_layer(first, rescaled, tmp_path):
+    directory, parameters, before = rescaled('conv1')
+    optimizer = dataclasses.replace(CONFIG.optimizer, freeze=('conv1',))
+    experiment = training.prepare(from_rescaled(first, directory, optimizer=optimizer))
+    result = train(experiment, tmp_path / 'tuned')
+    after = result.state.variables['params']
+    for name, weights in before['params']['conv1'].items():
+        wanted = np.asarray(weights) * np.asarray(parameters.scale)
+        np.testing.assert_array_equal(np.asarray(after['conv1'][name]), wanted)
+        assert (wanted != np.asarray(weights)).any()
+    assert_differ(after['head'], before['params']['head'])
+    assert result.step == 12
+
+
+def test_a_rescaling_needs_weights_that_it_was_calibrated_on(first, rescaled):
+    directory, _, before = rescaled('conv1')
+    alone = dataclasses.replace(CONFIG, initial_rescaling=str(directory))
+    with pytest.raises(config_lib.ConfigError, match='initial_weights'):
+        training.prepare(alone)
+    directory, _, _ = rescaled('conv1', jax.tree.map(lambda leaf: leaf + 1, before))
+    with pytest.raises(defenses.DefenseError, match='not known to be calibrated on this model'):
+        training.prepare(from_rescaled(first, directory))
+
+
+def test_what_cannot_go_into_weights_is_refused_before_training(first, rescaled, tmp_path):
+    directory, _, before = rescaled('act1')
+    with pytest.raises(ValueError, match="layer with a kernel 'act1'"):
+        training.prepare(from_rescaled(first, directory))
+    pruned = defenses.pruning.calibrate(np.arange(4.0), settings=defenses.pruning.Settings())
+    defenses.save(tmp_path / 'pruned', pruned, variables=before)
+    with pytest.raises(defenses.DefenseError, match=r"'pruning'.*'rescaling'"):
+        training.prepare(from_rescaled(first, tmp_path / 'pruned'))
