@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from neurosens import _validate
 from neurosens.forward import Forward, Variables, with_edits
-from neurosens.neurons import filtering, units
+from neurosens.neurons import kernels, units
 from neurosens.neurons.ablation import RULES, fragility
 
 
@@ -86,7 +85,8 @@ def calibrate(
     Args:
       responses: d_k of each neuron, such as `ablation.response(...).accuracy` `[N]`.
       settings: strength and rule.
-      norms: norm ||w_k|| of each neuron's weights `[N]`, needed to renormalise.
+      norms: norm ||w_k|| of each neuron's weights `[N]`, of `neurons.kernels.norms`, needed to
+        renormalise.
 
     Returns:
       The factors.
@@ -160,10 +160,10 @@ def fold(parameters: Parameters, variables: Variables) -> Variables:
       ValueError: the layer has no kernel, or its units are scaled apart.
     """
     settings = parameters.settings
-    kernels = filtering.kernels(variables)
-    if settings.layer not in kernels:
+    found = kernels.by_layer(variables)
+    if settings.layer not in found:
         raise ValueError(
-            _validate.unknown('layer with a kernel', settings.layer, tuple(kernels))
+            _validate.unknown('layer with a kernel', settings.layer, tuple(found))
             + ' Other layers are scaled by apply().'
         )
     if settings.unit != 'channel':
@@ -174,19 +174,6 @@ def fold(parameters: Parameters, variables: Variables) -> Variables:
         if (leaf := parameters_tree.get((*path, name))) is not None:
             parameters_tree[(*path, name)] = leaf * parameters.scale.astype(leaf.dtype)
     return {**variables, 'params': unflatten_dict(parameters_tree)}
-
-
-def kernel_norms(variables: Variables, layer: str) -> Float[np.ndarray, ' channels']:
-    """Euclidean norm of the weights of each channel of a layer with a kernel `[C]`, float64.
-
-    Raises:
-      ValueError: the layer has no kernel.
-    """
-    kernels: Any = filtering.kernels(variables)
-    if layer not in kernels:
-        raise ValueError(_validate.unknown('layer with a kernel', layer, tuple(kernels)))
-    kernel = np.asarray(kernels[layer], np.float64)
-    return np.sqrt((kernel**2).reshape(-1, kernel.shape[-1]).sum(0))
 
 
 def skeleton(settings: Settings) -> Parameters:

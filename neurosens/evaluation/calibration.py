@@ -44,7 +44,7 @@ def check_defense(
                 'prune fewer.'
             )
         if isinstance(chosen, rescaling.Settings) and chosen.renormalize:
-            rescaling.kernel_norms(variables, chosen.layer)
+            neurons.kernels.norms(variables, chosen.layer)
         return
     run = functools.partial(inverse_perturbation.directions, forward, settings=chosen)
     found = jax.eval_shape(run, variables, image)
@@ -157,5 +157,5 @@ def calibrate_defense(
     if isinstance(chosen, pruning.Settings):
         return pruning.calibrate(pruning_scores(layer, measure), settings=chosen)
     assert layer.clean is not None
-    norms = rescaling.kernel_norms(variables, chosen.layer) if chosen.renormalize else None
+    norms = neurons.kernels.norms(variables, chosen.layer) if chosen.renormalize else None
     return rescaling.calibrate(layer.clean.accuracy, settings=chosen, norms=norms)

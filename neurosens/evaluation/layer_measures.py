@@ -18,7 +18,7 @@ from neurosens.attacks.result import predicted_classes
 from neurosens.evaluation import accuracy
 from neurosens.evaluation.neuron_report import ThroughNeurons
 from neurosens.forward import Forward, Variables
-from neurosens.neurons import filtering
+from neurosens.neurons import filtering, kernels
 from neurosens.neurons.statistics import activation_summary, from_summary
 
 # Several, since the sign of the correlation with fragility can differ between them.
@@ -273,7 +273,7 @@ def targeting_reports(
     shift = jax.tree.map(lambda leaf: leaf[moved], measured['_shift'])
     norms = None
     if layer.kernel_layer is not None and has_filters(layer):
-        norms = np.asarray(filtering.filter_norms(variables, layer.kernel_layer))
+        norms = np.asarray(kernels.norms(variables, layer.kernel_layer))
     responses = measured['clean'].accuracy
     return {
         score: neurons.targeting_report(
@@ -354,7 +354,8 @@ def _filtering(task: Task) -> dict[str, Any]:
     name = task.layer.kernel_layer
     if name is None:
         return {}
-    alphas = filtering.thresholds(filtering.kernels(task.variables)[name], task.settings.thresholds)
+    kernel = kernels.by_layer(task.variables)[name]
+    alphas = filtering.thresholds(kernel, task.settings.thresholds)
     curves = filtering_curves(
         task.forward, task.variables, task.run, task.wrap, task.attack, layer=name, alphas=alphas
     )

@@ -7,7 +7,7 @@ neuron, class or direction after another do so in chunks; beneath those of singl
 the function of one example that is mapped over the batch (`..._example`).
 """
 
-from neurosens.neurons import correlation, filtering, units
+from neurosens.neurons import correlation, filtering, kernels, units
 from neurosens.neurons.ablation import (
     Ablation,
     Fragility,
@@ -105,6 +105,7 @@ __all__ = [
     'from_summary',
     'influence',
     'influence_example',
+    'kernels',
     'input_gradient_norms',
     'input_gradient_norms_example',
     'labels',

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neurosens import _validate
 from neurosens.forward import Forward, Variables, with_edits
-from neurosens.neurons import chunks, filtering, tail, units
+from neurosens.neurons import chunks, tail, units
+from neurosens.neurons.kernels import by_layer
 
 MODES = ('activation', 'weights')
 RULES = ('mean', 'median', 'zero')
@@ -98,7 +99,7 @@ def ablation_example(
 
 
 def _check_weights(variables: Variables, layer: str, unit: str) -> None:
-    kernels = filtering.kernels(variables)
+    kernels = by_layer(variables)
     if layer not in kernels:
         raise ValueError(
             _validate.unknown('layer with a kernel', layer, tuple(kernels))

@@ -5,10 +5,7 @@ accuracy is compared with the share of weights that are still present (Pravin, M
 Ojha 2024, "Fragility, robustness and antifragility in deep learning", Artificial Intelligence). The
 filters and the two sweeps are theirs; the scores and their threshold tau are ours.
 
-A layer is named by its module path, as in `neurosens.forward`; its kernel is the leaf of that name.
-Kernels are `[..., C]` with the output channels last.
-
-    alphas = thresholds(kernels(variables)['conv1'])
+    alphas = thresholds(kernels.by_layer(variables)['conv1'])
     responses = filtering_responses(
         forward, variables, x, y, alphas=alphas, kind='minmax', layer='conv1', attack=attack
     )
@@ -23,16 +20,15 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from neurosens import _validate
 from neurosens.forward import Forward, Variables
+from neurosens.neurons import kernels
 
 KINDS = ('minmax', 'maxmin', 'pulse')
 
-_LEAF = 'kernel'
 _PULSES = 25
 
 
@@ -82,94 +78,6 @@ class Scores(NamedTuple):
     difference: float
 
 
-# ----------------------------------------------------------------------------------- kernels
-
-
-def _layer(path: tuple, prefix: str) -> str | None:
-    """The module path of a kernel, or None if the leaf at this path is not one."""
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        # The leaf is boxed: an NNX variable, or a Linen array that carries its partitioning.
-        path = path[:-1]
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    layer, _, leaf = name.removeprefix(prefix).rpartition('/')
-    return layer if name.startswith(prefix) and leaf == _LEAF else None
-
-
-def _map_kernels(function: Callable[[str, Array], Array], variables: Variables) -> Variables:
-    """Replaces each kernel by `function(layer, kernel)` and keeps every other leaf."""
-    # Linen keeps parameters in a collection; an NNX state begins with the modules themselves.
-    linen = isinstance(variables, Mapping) and not isinstance(variables, nnx.State)
-    prefix = 'params/' if linen and 'params' in variables else ''
-
-    def visit(path: tuple, leaf: Array) -> Array:
-        layer = _layer(path, prefix)
-        return leaf if layer is None or leaf.ndim < 2 else function(layer, leaf)
-
-    return jax.tree_util.tree_map_with_path(visit, variables)
-
-
-def kernels(variables: Variables) -> dict[str, Float[Array, '... channels']]:
-    """The kernels of all convolution and dense layers.
-
-    Args:
-      variables: a Linen variable dict (its collection `'params'`) or an NNX state.
-
-    Returns:
-      For each layer name the leaf `kernel` of that module, of 2 or more axes with the output
-      channels last. The name is empty for a model that is a single layer.
-    """
-    found: dict[str, Array] = {}
-
-    def note(layer: str, kernel: Array) -> Array:
-        found[layer] = kernel
-        return kernel
-
-    _map_kernels(note, variables)
-    return found
-
-
-def _chosen(variables: Variables, layer: str | None) -> dict[str, Array]:
-    """The kernels that a sweep filters."""
-    found = kernels(variables)
-    if layer is None:
-        if not found:
-            raise ValueError(
-                'The variables hold no kernel of 2 or more axes to filter; give a Linen variable '
-                'dict or an NNX state with a convolution or dense layer.'
-            )
-        return found
-    if layer not in found:
-        raise ValueError(_validate.unknown('layer with a kernel', layer, list(found)))
-    return {layer: found[layer]}
-
-
-def filter_norms(variables: Variables, layer: str, order: float = 2) -> Float[Array, ' channels']:
-    """Norm of the weights that lead to each output channel of a layer.
-
-    Args:
-      variables: a Linen variable dict or an NNX state.
-      layer: name of a convolution or dense layer.
-      order: order of the vector norm, above 0: 1, 2, `float('inf')`, ...
-
-    Returns:
-      One norm per output channel `[C]`, in the order of the channels, in float32 or wider. The bias
-      does not enter.
-
-    Raises:
-      ValueError: the layer has no kernel, or `order` is not above 0.
-    """
-    if not order > 0:
-        raise ValueError(f'order is {order!r}; it must be greater than 0.')
-    kernel = _chosen(variables, layer)[layer]
-    rows = _at_least_float32(kernel).reshape(-1, kernel.shape[-1])
-    return jnp.linalg.norm(rows, ord=order, axis=0)
-
-
-def _at_least_float32(values: ArrayLike) -> Array:
-    values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
 # ----------------------------------------------------------------------------------- filters
 
 
@@ -178,6 +86,11 @@ def _check(kind: str, width: ArrayLike | None) -> None:
         raise ValueError(_validate.unknown('kind of filter', kind, KINDS))
     if isinstance(width, (int, float)):
         _validate.check_range('width', width, low=0, low_open=True)
+
+
+def _at_least_float32(values: ArrayLike) -> Array:
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _pulse_width(theta: Array) -> Array:
@@ -257,7 +170,7 @@ def filter_variables(
       ValueError: the kind is unknown, the width not above 0, or there is no such layer.
     """
     _check(kind, width)
-    chosen = _chosen(variables, layer)
+    chosen = kernels.chosen(variables, layer)
     pulse = jnp.asarray(_default_width(chosen, layer) if width is None else width)
     total = sum(kernel.size for kernel in chosen.values())
     removed = _count_removed(chosen, alpha, kind, pulse)
@@ -265,7 +178,7 @@ def filter_variables(
     def apply(name: str, kernel: Array) -> Array:
         return filter_kernel(kernel, alpha, kind, pulse) if name in chosen else kernel
 
-    return _map_kernels(apply, variables), removed, total
+    return kernels.replaced(apply, variables), removed, total
 
 
 def _count_removed(
@@ -339,7 +252,7 @@ def _checked_thresholds(
     variables: Variables, alphas: ArrayLike, kind: str, layer: str | None, width: ArrayLike | None
 ) -> Array:
     _check(kind, width)
-    _chosen(variables, layer)
+    kernels.chosen(variables, layer)
     alphas = jnp.asarray(alphas)
     if alphas.ndim != 1:
         raise ValueError(
@@ -374,7 +287,7 @@ def present_shares(
     """
     alphas = _checked_thresholds(variables, alphas, kind, layer, width)
     removed = _removed_counts(variables, alphas, width, kind=kind, layer=layer)
-    total = sum(kernel.size for kernel in _chosen(variables, layer).values())
+    total = sum(kernel.size for kernel in kernels.chosen(variables, layer).values())
     return 1 - np.asarray(removed) / total
 
 
@@ -382,7 +295,7 @@ def present_shares(
 def _removed_counts(
     variables: Variables, alphas: Array, width: Array | None, *, kind: str, layer: str | None
 ) -> Int[Array, ' thresholds']:
-    chosen = _chosen(variables, layer)
+    chosen = kernels.chosen(variables, layer)
     if width is None:
         width = jnp.asarray(_default_width(chosen, layer))
     return jax.lax.map(lambda alpha: _count_removed(chosen, alpha, kind, width), alphas)
@@ -454,7 +367,7 @@ def _responses(
     layer: str | None,
 ) -> Responses:
     if width is None:
-        width = jnp.asarray(_default_width(_chosen(variables, layer), layer))
+        width = jnp.asarray(_default_width(kernels.chosen(variables, layer), layer))
 
     def respond(alpha: Array) -> Responses:
         filtered, _, _ = filter_variables(variables, alpha, kind, layer=layer, width=width)

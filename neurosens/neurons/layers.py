@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from neurosens import forward as forward_lib
 from neurosens.forward import Forward, Variables
-from neurosens.neurons import filtering, tail, units
+from neurosens.neurons import tail, units
+from neurosens.neurons.kernels import by_layer
 
 
 class NeuronLayer(NamedTuple):
@@ -63,7 +64,7 @@ def describe(
       ValueError: the unit is unknown.
     """
     facts = tail.layer_facts(forward, variables, _one(x), layer)
-    kernels = filtering.kernels(variables)
+    kernels = by_layer(variables)
     module, is_input = layer.removesuffix(':in'), layer.endswith(':in')
     kernel_layer = None
     for name in forward_lib.layers(forward, variables, x):
@@ -103,7 +104,7 @@ def default_layers(
       ValueError: no layer has a kernel.
     """
     shapes = forward_lib.layers(forward, variables, x)
-    kernels = filtering.kernels(variables)
+    kernels = by_layer(variables)
     with_kernel = [name for name in shapes if name in kernels]
     if not with_kernel:
         raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 from neurosens import defenses
 from neurosens.defenses import pruning, rescaling
 from neurosens.forward import LinenForward
+from neurosens.neurons import kernels
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def test_equal_responses_and_no_strength_change_nothing(net):
 
 
 def test_renormalized_weights_keep_their_sum_of_squares(net):
-    norms = rescaling.kernel_norms(net[1], 'conv1')
+    norms = kernels.norms(net[1], 'conv1')
     kernel = np.asarray(net[1]['params']['conv1']['kernel'], np.float64)
     np.testing.assert_allclose(norms**2, (kernel**2).sum((0, 1, 2)), rtol=1e-6)
     settings = rescaling.Settings(layer='conv1', renormalize=True)

@@ -23,16 +23,15 @@ from neurosens.neurons.filtering import (
     Curve,
     classify,
     filter_kernel,
-    filter_norms,
     filter_variables,
     filtering_responses,
     global_thresholds,
-    kernels,
     present_shares,
     removing_nothing,
     scores,
     thresholds,
 )
+from neurosens.neurons.kernels import by_layer, norms
 
 BATCH = 16
 MANY = hypothesis.settings(max_examples=25, deadline=None)
@@ -187,7 +186,7 @@ def twin(net):
 
 
 def test_the_kernels_are_listed_by_module_path(net, twin):
-    found, other = kernels(net.variables), kernels(twin[1])
+    found, other = by_layer(net.variables), by_layer(twin[1])
     assert {name: kernel.shape for name, kernel in found.items()} == {
         'conv1': (3, 3, 1, 3),
         'dense2': (27, 8),
@@ -216,17 +215,17 @@ def test_deep_boxed_single_and_other_collections():
 
     variables = jax.jit(Net().init)(jax.random.key(0), jnp.ones((1, 4)))
     names = ['block/first', 'block/second', 'params']
-    assert sorted(kernels(variables)) == names
-    assert sorted(kernels(nn.FrozenDict(variables))) == names
+    assert sorted(by_layer(variables)) == names
+    assert sorted(by_layer(nn.FrozenDict(variables))) == names
     filtered, removed, total = filter_variables(variables, 1.0, 'minmax', layer='params')
     assert isinstance(filtered['params']['params']['kernel'], nn.Partitioned)
     assert (int(removed), total) == (12, 12)
     np.testing.assert_array_equal(filtered['params']['params']['kernel'].value, 0)
     np.testing.assert_array_equal(filtered['params_extra']['kernel'], 1)
     alone = jax.jit(nn.Dense(3).init)(jax.random.key(0), jnp.ones((1, 4)))
-    assert [(name, kernel.shape) for name, kernel in kernels(alone).items()] == [('', (4, 3))]
+    assert [(name, kernel.shape) for name, kernel in by_layer(alone).items()] == [('', (4, 3))]
     state = nnx.split(nnx.Dict(params=nnx.Linear(2, 3, rngs=nnx.Rngs(0))))[1]
-    assert list(kernels(state)) == ['params']
+    assert list(by_layer(state)) == ['params']
 
 
 @pytest.mark.parametrize('layer', ['conv1', 'head', None])
@@ -253,8 +252,8 @@ def test_filtered_variables_are_those_zeroed_by_hand(net, twin, kind, layer):
     assert (int(removed), total_other) == (count, total)
     assert isinstance(state, nnx.State)
     chex.assert_trees_all_equal_structs(state, twin[1])
-    for own, kernel in kernels(filtered).items():
-        np.testing.assert_array_equal(kernels(state)[NNX_NAMES[own]], kernel)
+    for own, kernel in by_layer(filtered).items():
+        np.testing.assert_array_equal(by_layer(state)[NNX_NAMES[own]], kernel)
     np.testing.assert_array_equal(state['conv1']['bias'][...], params['conv1']['bias'])
     traced = jax.jit(lambda alpha: filter_variables(net.variables, alpha, kind, layer=layer)[0])
     chex.assert_trees_all_equal(traced(alpha), filtered)
@@ -269,22 +268,20 @@ def test_the_norm_of_each_channel(net, twin):
     for order in (1, 2, 3, np.inf):
         expected = [np.linalg.norm(kernel[..., channel].ravel(), order) for channel in range(3)]
         for variables in (net.variables, twin[1]):
-            np.testing.assert_allclose(filter_norms(variables, 'conv1', order), expected, rtol=1e-5)
-    assert filter_norms(net.variables, 'dense2').shape == (8,)
+            np.testing.assert_allclose(norms(variables, 'conv1', order), expected, rtol=1e-5)
+    assert norms(net.variables, 'dense2').shape == (8,)
     # 16 ** 2 + 1 is no number of bfloat16.
     narrow = {'params': {'head': {'kernel': jnp.array([[16.0], [1.0]], jnp.bfloat16)}}}
-    norm = filter_norms(narrow, 'head')
+    norm = norms(narrow, 'head')
     assert norm.dtype == jnp.float32
     np.testing.assert_allclose(norm, np.sqrt(257), rtol=1e-6)
-    np.testing.assert_array_equal(
-        filter_norms(net.variables, 'conv1'), filter_norms(net.variables, 'conv1', 2)
-    )
+    np.testing.assert_array_equal(norms(net.variables, 'conv1'), norms(net.variables, 'conv1', 2))
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('layer', ['dense2', None])
 def test_the_shares_present_are_those_counted(net, twin, kind, layer):
-    alphas = thresholds(kernels(net.variables)['dense2'], 7) if layer else global_thresholds(7)
+    alphas = thresholds(by_layer(net.variables)['dense2'], 7) if layer else global_thresholds(7)
     expected = []
     for alpha in alphas:
         _, removed, total = filter_variables(net.variables, alpha, kind, layer=layer)
@@ -312,7 +309,7 @@ def test_responses_are_those_of_models_zeroed_by_hand(net, twin, kind, layer):
     if layer is None:
         alphas, width = np.array([-0.3, 0.1, 0.4], np.float32), 0.4
     else:
-        alphas, width = thresholds(kernels(net.variables)[layer], 5), 0.25
+        alphas, width = thresholds(by_layer(net.variables)[layer], 5), 0.25
     alphas = np.concatenate([alphas, [removing_nothing(kind)]]).astype(np.float32)
     options = {'alphas': alphas, 'kind': kind, 'width': width}
     result = filtering_responses(
@@ -347,7 +344,7 @@ def test_responses_of_half_precision_networks(net, dtype):
     """Kernels of the narrow type are filtered as they are, and images of it are attacked."""
     narrow = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
     variables, x = narrow(net.variables), narrow(net.x)
-    alphas = thresholds(kernels(variables)['conv1'].astype(jnp.float32), 4)
+    alphas = thresholds(by_layer(variables)['conv1'].astype(jnp.float32), 4)
     forward = LinenForward(net.forward.module.clone(dtype=dtype), net.forward.kwargs)
     result = filtering_responses(
         forward, variables, x, net.y, alphas=alphas, kind='minmax', layer='conv1', attack=attack
@@ -501,7 +498,7 @@ def test_unequal_steps_are_weighted_by_their_length():
 
 
 def test_a_whole_sweep_of_a_model(net):
-    alphas = thresholds(kernels(net.variables)['conv1'], 9)
+    alphas = thresholds(by_layer(net.variables)['conv1'], 9)
     options = {'kind': 'minmax', 'layer': 'conv1'}
     result = filtering_responses(
         net.forward,
@@ -575,8 +572,8 @@ def respond(**options):
         (lambda: filter_variables(DENSE, 0.0, 'max'), KIND),
         (lambda: filter_variables(DENSE, 0.0, 'minmax', layer='conv9'), LAYER),
         (lambda: filter_variables({'params': {'kernel': np.ones(3)}}, 0.0, 'minmax'), NO_KERNEL),
-        (lambda: filter_norms(DENSE, 'conv9'), LAYER),
-        (lambda: filter_norms(DENSE, 'head', 0), 'order is 0; it must be greater than 0.'),
+        (lambda: norms(DENSE, 'conv9'), LAYER),
+        (lambda: norms(DENSE, 'head', 0), 'order is 0; it must be greater than 0.'),
         (lambda: present_shares(DENSE, np.zeros(3), 'minmax', layer='conv9'), LAYER),
         (lambda: present_shares(DENSE, 0.0, 'minmax'), ALPHAS),
         (lambda: respond(kind='max'), KIND),
