@@ -40,12 +40,11 @@ from neurosens.neurons.input_gradients import (
 )
 from neurosens.neurons.layers import NeuronLayer, default_layers, describe
 from neurosens.neurons.logit_gradients import logit_gradients, logit_gradients_example
+from neurosens.neurons.nearest_flip import Sensitivity, nearest_flip
 from neurosens.neurons.ranking import mean_where_finite, ranking, scaled_sensitivity
 from neurosens.neurons.sensitivity import (
-    Sensitivity,
     check_closed_form,
     closed_form,
-    nearest_flip,
     sensitivity,
     sensitivity_example,
 )
