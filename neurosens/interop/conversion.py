@@ -44,6 +44,7 @@ def load_torch(
     dtype: DTypeLike = jnp.float32,
     image_shape: tuple[int, int, int] | None = None,
     names: Mapping[str, str] | None = None,
+    call: Mapping[str, Any] = {},
     **options: Any,
 ) -> tuple[nn.Module, Variables]:
     """Loads a network that was trained in PyTorch.
@@ -61,6 +62,7 @@ def load_torch(
       dtype: floating-point type of the computation.
       image_shape: height, width and channels of the images.
       names: layers of the file for layers of the module.
+      call: arguments of the module's call besides images.
       **options: options of the model.
 
     Returns:
@@ -83,6 +85,7 @@ def load_torch(
         dtype=dtype,
         image_shape=image_shape,
         names=names,
+        call=call,
         options=options,
     )
 
@@ -97,6 +100,7 @@ def from_torch(
     dtype: DTypeLike = jnp.float32,
     image_shape: tuple[int, int, int] | None = None,
     names: Mapping[str, str] | None = None,
+    call: Mapping[str, Any] = {},
     **options: Any,
 ) -> tuple[nn.Module, Variables]:
     """Converts a state dict of PyTorch.
@@ -120,6 +124,8 @@ def from_torch(
       image_shape: height, width and channels of the images; by default a square that fits.
       names: for layers of the module, by path, the layer in the state dict, with or without the
         prefixes of wrappers, where it is not found by itself.
+      call: arguments of the module's call besides images, such as `{'train': False}`, as of
+        `LinenForward`.
       **options: options of the model, as of `neurosens.models.options`.
 
     Returns:
@@ -143,6 +149,7 @@ def from_torch(
         dtype=dtype,
         image_shape=image_shape,
         names=names,
+        call=call,
         options=options,
     )
 
@@ -154,6 +161,7 @@ def to_torch(
     like: Mapping[str, Any] | None = None,
     image_shape: tuple[int, int, int] | None = None,
     names: Mapping[str, str] | None = None,
+    call: Mapping[str, Any] = {},
     tensors: bool = False,
 ) -> dict[str, Any]:
     """Converts variables to a state dict of PyTorch: the inverse of `from_torch`, bit for bit.
@@ -166,6 +174,7 @@ def to_torch(
         usual names, where the family has some, else our own.
       image_shape: as of `from_torch`.
       names: as of `from_torch`.
+      call: as of `from_torch`.
       tensors: tensors of PyTorch in place of arrays of NumPy.
 
     Returns:
@@ -181,7 +190,7 @@ def to_torch(
     weights = {'/'.join(leaf[1:-1]): array for leaf, array in flat.items() if leaf[-1] == 'kernel'}
     kernels = {path: layers.to_torch(array, 0) for path, array in weights.items()}
     found, fits = image_sizes.fitting_layers(
-        module, image_shape, kernels.values(), lambda _: kernels
+        module, image_shape, kernels.values(), lambda _: kernels, call
     )
     mismatches.check_variables(module, found, flat, fits or image_shape is not None)
     if like is None:
@@ -208,13 +217,17 @@ def to_torch(
 
 
 def torch_shapes(
-    module: nn.Module, image_shape: tuple[int, int, int] = (224, 224, 3)
+    module: nn.Module,
+    image_shape: tuple[int, int, int] = (224, 224, 3),
+    *,
+    call: Mapping[str, Any] = {},
 ) -> dict[str, tuple[int, ...]]:
     """Lists what a state dict of PyTorch for a module holds, without computing anything.
 
     Args:
       module: as of `from_torch`.
       image_shape: height, width and channels of the images.
+      call: as of `from_torch`.
 
     Returns:
       Shapes by PyTorch's usual name, as `to_torch` gives them.
@@ -222,7 +235,7 @@ def torch_shapes(
     usual = naming.namings(module)[0]
     return {
         f'{usual(module, layer.path)}.{name}': shape
-        for layer in layers.trace(module, image_shape)
+        for layer in layers.trace(module, image_shape, call)
         for name, shape in layers.torch_shapes(layer).items()
     }
 
@@ -239,6 +252,7 @@ def _convert(
     dtype: DTypeLike,
     image_shape: tuple[int, int, int] | None,
     names: Mapping[str, str] | None,
+    call: Mapping[str, Any],
     options: dict[str, Any],
 ) -> tuple[nn.Module, Variables]:
     cleaned = cleaning.clean(state)
@@ -272,7 +286,8 @@ def _convert(
     else:
         mean, std = _normalization(cleaned, mean, std)
         settings = {'mean': mean, 'std': std, 'dtype': dtype, **options}
-        module = _create(model, cleaned.arrays, num_classes, settings)
+        head = pairing.head(names, cleaned.arrays, cleaned.originals)
+        module = _create(model, cleaned.arrays, head, num_classes, settings)
     arrays = naming.without_unused(module, cleaned.arrays)
     pair = functools.partial(
         pairing.torch_names,
@@ -283,7 +298,11 @@ def _convert(
         unordered='' if ordered else source,
     )
     found, fits = image_sizes.fitting_layers(
-        module, image_shape, arrays.values(), lambda found: pairing.weights(pair(found), arrays)
+        module,
+        image_shape,
+        arrays.values(),
+        lambda found: pairing.weights(pair(found), arrays),
+        call,
     )
     chosen = pair(found)
     problems = mismatches.find(found, chosen, arrays, cleaned.originals)
@@ -306,10 +325,11 @@ def _convert(
 def _create(
     model: str,
     arrays: Mapping[str, np.ndarray],
+    head: np.ndarray | None,
     num_classes: int | None,
     options: dict[str, Any],
 ) -> nn.Module:
-    """The module of a name, with as many logits as the state dict has."""
+    """The module of a name, with as many logits as the state dict has, or its head if known."""
     if model == SEQUENTIAL:
         valid = (*inspect.signature(sequential.infer).parameters,)[1:]
         for option in options:
@@ -324,7 +344,8 @@ def _create(
         return module
     if model not in models.names():
         raise WeightsError(_validate.unknown('model', model, (*models.names(), SEQUENTIAL)))
-    rows = [len(array) for array in arrays.values() if array.ndim == 2]
+    linear = arrays.values() if head is None else [head]
+    rows = [len(array) for array in linear if array.ndim == 2]
     if num_classes is None and not rows:
         raise WeightsError(
             f'The file has no linear layer, whose outputs a {model} would have as logits; name the '

@@ -6,8 +6,10 @@ first itself. That is a reshape, which no call of a module shows: it is looked f
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import jax.extend.core as jex
@@ -18,11 +20,16 @@ from neurosens.neurons import program
 
 # How the values of an array are ordered. 0: features as in PyTorch, a map with its channels last.
 # A positive number: a flattened map of so many channels, which come last; 1 is PyTorch's own order.
-# A tuple: a map, by the places that its axes have where channels come last.
+# A tuple: a map, by the places that its axes have in PyTorch, where channels come second.
 Order: TypeAlias = int | tuple[int, ...]
 UNKNOWN = -1
 # A map made out of features, of which PyTorch would have made one with its channels first.
 UNFLATTENED = -2
+# A map whose axes are not known; features of it are `UNKNOWN`, but not one number of each channel.
+_UNKNOWN_MAP = -3
+# One number of each image in the place of all its features, which fits any order of theirs.
+_REPEATED = -4
+_CHANNELS = 1
 _PREFIX = 'neurosens.interop/'
 
 
@@ -64,7 +71,8 @@ def _follow(
         name = equation.params['name'] if equation.primitive.name == 'name' else ''
         if name.startswith(_PREFIX):
             (one,), (atom,) = inputs, equation.invars
-            told = isinstance(one, int) and (atom.aval.ndim == 2 or one == UNFLATTENED)
+            features = atom.aval.ndim == 2 and one == UNKNOWN
+            told = isinstance(one, int) and (features or one > 0 or one == UNFLATTENED)
             # A layer may be called again.
             found.setdefault(name.removeprefix(_PREFIX), one if told else 0)
         inner = program.inner_jaxpr(equation)
@@ -84,36 +92,143 @@ def _order(equation: Any, inputs: Sequence[Order | None], after: tuple[int, ...]
         if order is not None
     ]
     before, order = operands[0]
+    order = 0 if order == _REPEATED else order
     match equation.primitive.name:
         case 'conv_general_dilated':
             return 0
         case 'dot_general':
-            return _contracted(equation, inputs, after)
+            return _contracted(equation, inputs, before, order, after)
         case 'reshape':
             return _reshaped(before, order, after)
         case 'transpose':
             return _transposed(order, equation.params['permutation'])
-    changed = {_carried(before, order, after) for before, order in operands} - {0}
-    return changed.pop() if len(changed) == 1 else UNKNOWN if changed else 0
+        case 'broadcast_in_dim':
+            return _broadcast(before, order, equation.params['broadcast_dimensions'], after)
+        case 'stack':
+            others = [axis for axis in range(len(after)) if axis != equation.params['axis']]
+            return _combined([(after, _inserted(*one, others, after)) for one in operands], after)
+        case 'concatenate' | 'pad':
+            return _combined(operands, after)
+    axes = _removed_axes(equation)
+    if axes and len(after) == len(before) - len(axes):
+        return _without(before, order, axes)
+    spread = [(one, _REPEATED if _alike(one, after) else order) for one, order in operands]
+    if all(order == _REPEATED for _, order in spread):
+        return _REPEATED
+    return _combined([one for one in spread if one[1] != _REPEATED], after)
+
+
+def _combined(operands: Sequence[tuple[tuple[int, ...], Order]], after: tuple[int, ...]) -> Order:
+    """Of what takes each element by itself, or windows, parts or sums of several, or joins them."""
+    changed = {_carried(before, order, after) for before, order in operands} - {0, _REPEATED}
+    if len(changed) > 1:
+        return UNKNOWN if any(map(_of_features, changed)) else _UNKNOWN_MAP
+    if not changed:
+        return 0
+    (order,) = changed
+    # Features of another layer have PyTorch's order, which that of a flattened map may not be.
+    other = any(one == 0 and before[-1:] == after[-1:] for before, one in operands)
+    exchanged = isinstance(order, int) and 1 < order < after[-1]
+    return UNKNOWN if other and exchanged else order
+
+
+def _alike(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether one number of each image is spread over all its features."""
+    return len(before) == len(after) and math.prod(before[1:]) == 1 < math.prod(after[1:])
+
+
+def _of_features(order: Order) -> bool:
+    """Whether the last axis has features of a flattened map, or some axis may."""
+    return isinstance(order, int) and (order > 0 or order == UNKNOWN)
 
 
 def _carried(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> Order:
-    """Of what takes each element by itself, or windows, parts or sums of several."""
-    if not order or before == after or len(before) == len(after) > 2:
+    if not order or before == after:
+        return order
+    if _of_features(order):
+        if before[-1:] == after[-1:]:
+            return order
+        return UNKNOWN if len(after) > 1 else 0
+    if len(before) == len(after):
         return order
     # Sums of maps over positions are one number of each channel.
-    return UNKNOWN if len(after) > 2 or len(before) == len(after) == 2 else 0
+    return _UNKNOWN_MAP if len(after) > 2 else 0
+
+
+def _removed_axes(equation: Any) -> Sequence[int]:
+    """Axes that a result may lack."""
+    match equation.primitive.name:
+        case 'squeeze':
+            return equation.params['dimensions']
+        case 'gather':
+            return equation.params['dimension_numbers'].collapsed_slice_dims
+        case 'unstack':
+            return (equation.params['axis'],)
+    return equation.params.get('axes') or ()
+
+
+def _without(before: tuple[int, ...], order: Order, axes: Collection[int]) -> Order:
+    """Of one part, or a sum, along axes that are then gone."""
+    kept = [axis for axis in range(len(before)) if axis not in axes]
+    if _of_features(order):
+        last = order != UNKNOWN and len(before) - 1 in kept
+        return order if last else UNKNOWN if order == UNKNOWN and len(kept) > 1 else 0
+    if len(kept) < 3:
+        # One axis beside the batch.
+        return 0
+    if order in (_UNKNOWN_MAP, UNFLATTENED):
+        return _UNKNOWN_MAP
+    places = _places(order, len(before))
+    return _plain(tuple(places[axis] for axis in kept))
+
+
+def _broadcast(
+    before: tuple[int, ...], order: Order, dimensions: Sequence[int], after: tuple[int, ...]
+) -> Order:
+    """Of the same numbers along axes that are new, or were of size 1."""
+    if all(size == 1 for size, axis in zip(before, dimensions) if axis):
+        return _REPEATED
+    return _inserted(before, order, dimensions, after)
+
+
+def _inserted(
+    before: tuple[int, ...], order: Order, dimensions: Sequence[int], after: tuple[int, ...]
+) -> Order:
+    """Of a value whose axes become these ones, among new ones."""
+    if order == _REPEATED:
+        return order
+    last = dimensions[-1] == len(after) - 1 and before[-1] == after[-1]
+    if _of_features(order):
+        return order if last else UNKNOWN
+    if order in (_UNKNOWN_MAP, UNFLATTENED):
+        return order if len(before) == len(after) else _UNKNOWN_MAP
+    if not order and (last or len(before) < 3):
+        return 0
+    places = _places(order, len(before))
+    new = [axis for axis in range(len(after)) if axis not in dimensions]
+    missing = [place for place in range(len(after)) if place not in places]
+    if len(new) != len(missing) or len(new) > 1:
+        return _UNKNOWN_MAP
+    placed = dict(zip((*dimensions, *new), (*places, *missing)))
+    return _plain(tuple(placed[axis] for axis in range(len(after))))
 
 
 def _reshaped(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> Order:
+    again = len(before) == 2 and len(after) > 2 and order == after[-1]
+    if _of_features(order) and before[-1:] == after[-1:] and not again:
+        return order
     if min(len(before), len(after)) < 2:
         return 0
     if len(after) == 2 and after == (before[0], math.prod(before[1:])):
         return _flattened(before, order)
-    if len(before) == 2 and len(after) > 2 and not order:
-        return UNFLATTENED if math.prod(after[1:-1]) > 1 else 0
-    channels = before[-1] if len(before) > 2 and not order else order
-    return 0 if channels == after[-1] or not (order or len(before) > 2) else UNKNOWN
+    if len(before) == 2 and not order:
+        return UNFLATTENED if len(after) > 2 and math.prod(after[1:-1]) > 1 else 0
+    if again or (not order and before[-1] == after[-1]):
+        return 0
+    # Channels stay apart from positions where they are grouped among themselves alone.
+    grouped = before[-1] in itertools.accumulate(after[:0:-1], operator.mul)
+    features = _of_features(order) or not (order or grouped) or len(after) == 2
+    return UNKNOWN if features else _UNKNOWN_MAP
 
 
 def _flattened(before: tuple[int, ...], order: Order) -> Order:
@@ -121,36 +236,51 @@ def _flattened(before: tuple[int, ...], order: Order) -> Order:
         return order
     if not order:
         return before[-1]
-    if order == (0, len(before) - 1, *range(1, len(before) - 1)):
-        return 1
+    if isinstance(order, tuple):
+        return 1 if list(order) == sorted(order) else UNKNOWN
     return 0 if order == UNFLATTENED else UNKNOWN
 
 
 def _transposed(order: Order, permutation: tuple[int, ...]) -> Order:
-    places = order if isinstance(order, tuple) else tuple(range(len(permutation)))
     if order == UNFLATTENED:
-        return 0 if tuple(permutation) == (0, *places[2:], 1) else UNKNOWN
-    if len(places) < 3 or order == UNKNOWN:
-        return UNKNOWN if order else 0
+        return 0 if tuple(permutation) == _places(0, len(permutation)) else _UNKNOWN_MAP
+    if _of_features(order):
+        return UNKNOWN
+    if len(permutation) < 3 or order == _UNKNOWN_MAP:
+        return order
+    places = _places(order, len(permutation))
     return _plain(tuple(places[axis] for axis in permutation))
 
 
-def _contracted(equation: Any, inputs: Sequence[Order | None], after: tuple[int, ...]) -> Order:
+def _contracted(
+    equation: Any,
+    inputs: Sequence[Order | None],
+    before: tuple[int, ...],
+    order: Order,
+    after: tuple[int, ...],
+) -> Order:
     """A weighted sum along one axis leaves another in its place; others are not told apart."""
     if len(after) < 3:
         return 0
     contracted, batch = equation.params['dimension_numbers']
     sides = [side for side, order in enumerate(inputs) if order is not None]
-    shape, order = equation.invars[sides[0]].aval.shape, inputs[sides[0]]
-    if len(sides) > 1 or batch[0] or len(contracted[0]) > 1 or len(shape) != len(after):
+    if any(_of_features(order) for order in inputs if order is not None):
         return UNKNOWN
-    if order in (UNKNOWN, UNFLATTENED):
-        return UNKNOWN
-    places = order if isinstance(order, tuple) else tuple(range(len(shape)))
+    if len(sides) > 1 or batch[0] or len(contracted[0]) > 1 or len(before) != len(after):
+        return _UNKNOWN_MAP
+    if order in (_UNKNOWN_MAP, UNFLATTENED):
+        return _UNKNOWN_MAP
+    places = _places(order, len(before))
     (axis,) = contracted[sides[0]]
     kept = places[:axis] + places[axis + 1 :]
     return _plain((*kept, places[axis]) if sides[0] == 0 else (places[axis], *kept))
 
 
+def _places(order: Order, dimensions: int) -> tuple[int, ...]:
+    """The places in PyTorch of the axes of a map, which has its channels last or is a tuple."""
+    return order if isinstance(order, tuple) else (0, *range(2, dimensions), _CHANNELS)
+
+
 def _plain(places: tuple[int, ...]) -> Order:
-    return 0 if places == tuple(range(len(places))) else places
+    *others, last = places
+    return 0 if last == _CHANNELS and others == sorted(others) else places

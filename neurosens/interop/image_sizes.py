@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -20,6 +21,7 @@ def fitting_layers(
     image_shape: tuple[int, ...] | None,
     arrays: Iterable[np.ndarray],
     weights: Callable[[tuple[layers.Layer, ...]], Mapping[str, np.ndarray]],
+    call: Mapping[str, Any],
 ) -> tuple[tuple[layers.Layer, ...], bool]:
     """Finds images for which the layers of a module fit their weights.
 
@@ -30,6 +32,7 @@ def fitting_layers(
       image_shape: height, width and channels of the images; by default several sizes are tried.
       arrays: the weights, of which the channels of the images are guessed.
       weights: from the layers of the module to the weights of those that have some, by path.
+      call: arguments of the module's call by name.
 
     Returns:
       `(found, fits)`: the layers, and whether they fit. Where no images fit, the layers are those
@@ -46,7 +49,7 @@ def fitting_layers(
         if shape[-1] in other_channels:
             continue
         try:
-            found = layers.trace(module, shape)
+            found = layers.trace(module, shape, call)
         except WeightsError:
             raise
         except ValueError as error:

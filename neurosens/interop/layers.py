@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neurosens import _validate
 from neurosens.interop import flattening
 from neurosens.interop.errors import WeightsError
 from neurosens.models import BatchNorm
@@ -51,24 +53,29 @@ class Layer(NamedTuple):
     shapes: dict[tuple[str, ...], tuple[int, ...]]
 
 
-def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
+def trace(
+    module: nn.Module, image_shape: tuple[int, ...], call: Mapping[str, Any]
+) -> tuple[Layer, ...]:
     """Lists the layers of a module with arrays, in the order in which they run.
 
     Which of them take a flattened feature map, and how it was flattened, is read from the program
     that the module is: pools, concatenations and reshapes need not be modules.
 
     Args:
-      module: `module.init(key, x)` makes its variables.
+      module: `module.init(key, x, **call)` makes its variables.
       image_shape: height, width and channels.
+      call: arguments of the call by name.
 
     Returns:
       The layers; nothing is computed.
 
     Raises:
       WeightsError: an array belongs to a layer other than `nn.Conv`, `nn.Dense` and
-        `nn.BatchNorm`; or the order in which a layer takes its inputs cannot be told.
+        `nn.BatchNorm`; or the order in which a layer takes its inputs cannot be told; or the call
+        takes other arguments.
       ValueError: as of the module, such as for images that are too small.
     """
+    _check_call(module, call)
     found: dict[str, str] = {}
 
     def visit(
@@ -87,7 +94,7 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(visit):
         program, variables = jax.make_jaxpr(
-            lambda x: module.init(jax.random.key(0), x), return_shape=True
+            lambda x: module.init(jax.random.key(0), x, **call), return_shape=True
         )(image)
     orders = flattening.orders(program.jaxpr)
     shapes: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {path: {} for path in found}
@@ -112,6 +119,29 @@ def trace(module: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...]:
     )
 
 
+def _check_call(module: nn.Module, call: Mapping[str, Any]) -> None:
+    """Refuses arguments that a module's call does not take, and too few of them."""
+    if not isinstance(call, Mapping):
+        raise WeightsError(
+            f'call is {call!r}, but it must be a dict of arguments of the call by name.'
+        )
+    others = [*inspect.signature(module.__call__).parameters.values()][1:]
+    named = [one for one in others if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    names = [one.name for one in named]
+    any_name = any(one.kind is one.VAR_KEYWORD for one in others)
+    for name in () if any_name else call:
+        if name not in names:
+            raise WeightsError(
+                _validate.unknown(f'argument of {type(module).__name__} in call', name, names)
+            )
+    missing = [one.name for one in named if one.default is one.empty and one.name not in call]
+    if missing:
+        raise WeightsError(
+            f'{type(module).__name__} takes {" and ".join(missing)} besides images; give '
+            f'call={{{", ".join(f"{name!r}: ..." for name in missing)}}}.'
+        )
+
+
 def _check_order(module: nn.Module, path: str, kind: str, order: int) -> None:
     """Refuses layers of which nothing says in which order PyTorch would give them their inputs."""
     if order == flattening.UNKNOWN:
@@ -120,7 +150,7 @@ def _check_order(module: nn.Module, path: str, kind: str, order: int) -> None:
             f'{path!r}, so in which order PyTorch has them cannot be told; join or cut maps before '
             f'they are flattened, or convert {path!r} by hand.'
         )
-    if order == flattening.UNFLATTENED and kind == CONVOLUTION:
+    if order == flattening.UNFLATTENED and kind in (CONVOLUTION, NORMALIZATION):
         raise WeightsError(
             f'{type(module).__name__} makes a map out of features before {path!r}, which PyTorch '
             'does channels first; do so too: x.reshape(B, C, H, W).transpose(0, 2, 3, 1).'

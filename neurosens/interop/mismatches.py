@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from neurosens import models
-from neurosens.interop import layers
+from neurosens.interop import layers, naming
 from neurosens.interop.errors import SIZE, WeightsError
 
 
@@ -74,14 +74,14 @@ def refuse(problems: Sequence[str], source: str, module: nn.Module, *, sized: bo
     """
     if not problems:
         return
+    remedies = [] if sized else [SIZE]
     if isinstance(module, models.Classifier):
-        remedy = 'the model and the options that it was trained with'
-    else:
-        remedy = 'names={path: layer} where the order of the layers differs'
-    size = '' if sized else f'{SIZE}, or '
+        remedies.append('the model and the options that it was trained with')
+    if naming.is_chain(module):
+        remedies.append('names={path: layer} where the order of the layers differs')
     raise WeightsError(
         f'{source} does not fit {type(module).__name__}: {"; ".join(problems)}; '
-        f'give {size}{remedy}.'
+        f'give {", or ".join(remedies)}.'
     )
 
 

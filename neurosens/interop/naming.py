@@ -156,7 +156,8 @@ def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     if model.startswith('densenet') and any(name.startswith('dense1.') for name in arrays):
         return {'newest_first': True}
     if model.startswith('wide_resnet') and 'init_conv.weight' in arrays:
-        return {'padding': 'same'}
+        # All of RobustBench compute with it.
+        return {'padding': 'same', 'activation': 'silu'}
     found = {}
     first = {'resnet': 'conv1.weight', 'densenet': 'features.conv0.weight'}
     stem = arrays.get(first.get(model.rstrip('0123456789'), ''))

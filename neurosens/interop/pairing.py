@@ -56,6 +56,18 @@ def torch_names(
     return _in_order(found, arrays, known)
 
 
+def head(
+    given: Mapping[str, str] | None,
+    arrays: Mapping[str, np.ndarray],
+    originals: Mapping[str, tuple[str, ...]],
+) -> np.ndarray | None:
+    """The weight of the last layer, where names (as of `torch_names`) say which one that is."""
+    if not isinstance(given, Mapping) or 'head' not in given:
+        return None
+    layer = _bare_names({'head': given['head']}, arrays, originals)['head']
+    return arrays.get(f'{layer}.weight')
+
+
 def _bare_names(
     given: Mapping[str, str],
     arrays: Mapping[str, np.ndarray],

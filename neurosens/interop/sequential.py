@@ -16,6 +16,9 @@ from neurosens.interop.errors import WeightsError
 from neurosens.models import common
 
 _POOLS = ('max', 'avg', 'none', 'mean')
+# How far behind its layer a normalisation is numbered where it stands before or after the
+# activation, which has a number, too.
+_PLACES = {'before': 1, 'after': 2}
 
 
 class Convolution(NamedTuple):
@@ -28,7 +31,7 @@ class Convolution(NamedTuple):
       padding: zeros on each side.
       pool: after the activation, 'max' or 'avg' over 2 x 2 positions, 'mean' over all, or 'none'.
       bias: whether each channel has a bias.
-      norm: whether batch normalisation follows.
+      norm: whether it has batch normalisation.
     """
 
     features: int
@@ -46,7 +49,7 @@ class Hidden(NamedTuple):
     Attributes:
       features: number of outputs.
       bias: whether each output has a bias.
-      norm: whether batch normalisation follows.
+      norm: whether it has batch normalisation.
     """
 
     features: int
@@ -65,11 +68,13 @@ class Sequential(common.Classifier):
       convolutions: the convolutions.
       hidden: the linear layers before the head.
       head_bias: whether each logit has a bias.
+      norm: whether batch normalisation stands 'before' or 'after' the activation.
     """
 
     convolutions: tuple[Convolution, ...] = ()
     hidden: tuple[Hidden, ...] = ()
     head_bias: bool = True
+    norm: str = 'before'
 
     @nn.compact
     def __call__(
@@ -87,6 +92,16 @@ class Sequential(common.Classifier):
         Raises:
           ValueError: the images are too small for the strides and pools.
         """
+
+        def activated(x: Array, k: int, norm: bool) -> Array:
+            steps: list[nn.Module] = [common.Activation(self.activation, name=f'act{k}')]
+            if norm:
+                normalization = common.batch_norm(name=f'norm{k}', train=train, dtype=self.dtype)
+                steps.insert(self.norm == 'after', normalization)
+            for step in steps:
+                x = step(x)
+            return x
+
         x = common.Normalize(self.mean, self.std, name='normalize')(x)
         for k, layer in enumerate(self.convolutions, start=1):
             x = nn.Conv(
@@ -100,9 +115,7 @@ class Sequential(common.Classifier):
                 param_dtype=jnp.float32,
                 name=f'conv{k}',
             )(x)
-            if layer.norm:
-                x = common.batch_norm(name=f'norm{k}', train=train, dtype=self.dtype)(x)
-            x = common.Activation(self.activation, name=f'act{k}')(x)
+            x = activated(x, k, layer.norm)
             if layer.pool == 'mean':
                 x = common.global_average_pool(x)[:, None, None]
             else:
@@ -117,9 +130,7 @@ class Sequential(common.Classifier):
                 param_dtype=jnp.float32,
                 name=f'dense{k}',
             )(x)
-            if dense.norm:
-                x = common.batch_norm(name=f'norm{k}', train=train, dtype=self.dtype)(x)
-            x = common.Activation(self.activation, name=f'act{k}')(x)
+            x = activated(x, k, dense.norm)
         # Without a dtype it computes in the wider one of its float32 parameters and the features.
         head = nn.Dense(
             self.num_classes, use_bias=self.head_bias, param_dtype=jnp.float32, name='head'
@@ -131,12 +142,12 @@ class Sequential(common.Classifier):
 
 
 class _Found(NamedTuple):
-    """A layer of the state dict."""
+    """A layer of the state dict, and the name of its normalisation, if it has one."""
 
     name: str
     weight: np.ndarray
     bias: bool
-    norm: bool
+    norm: str
 
 
 def infer(
@@ -149,6 +160,7 @@ def infer(
     padding: int | Sequence[int] | None = None,
     pool: str | Sequence[str] | None = None,
     activation: str = 'relu',
+    norm: str = 'before',
 ) -> Sequential:
     """The stack whose weights a state dict holds.
 
@@ -165,6 +177,7 @@ def infer(
       pool: what follows their activations, one for all or one for each: 'max' or 'avg' over 2 x 2
         positions, 'mean' over all positions, or 'none'.
       activation: the nonlinearity, a name of `neurosens.models.Activation`.
+      norm: whether batch normalisations stand 'before' or 'after' the activation of their layer.
 
     Returns:
       The module.
@@ -173,7 +186,10 @@ def infer(
       WeightsError: the layers are no plain stack, or an option is missing.
       ValueError: an option has a wrong value.
     """
+    common.check_choice('norm', norm, tuple(_PLACES))
     layers = list(_layers(arrays))
+    for layer in layers:
+        _check_norm(layer, norm)
     convolutions = [layer for layer in layers if layer.weight.ndim == 4]
     dense = [layer for layer in layers if layer.weight.ndim == 2]
     depth = len(convolutions)
@@ -209,13 +225,16 @@ def infer(
                 features=len(layer.weight),
                 kernel=layer.weight.shape[2:],
                 bias=layer.bias,
-                norm=layer.norm,
+                norm=bool(layer.norm),
                 **options,
             )
             for layer, options in zip(convolutions, every)
         ),
-        hidden=tuple(Hidden(len(layer.weight), layer.bias, layer.norm) for layer in dense[:-1]),
+        hidden=tuple(
+            Hidden(len(layer.weight), layer.bias, bool(layer.norm)) for layer in dense[:-1]
+        ),
         head_bias=dense[-1].bias,
+        norm=norm,
     )
 
 
@@ -234,7 +253,7 @@ def _layers(arrays: Mapping[str, np.ndarray]) -> Iterator[_Found]:
                     f'The normalisation {name!r} stands behind no layer of its width; this is no '
                     'plain stack, so name the model it is of.'
                 )
-            pending = pending._replace(norm=True)
+            pending = pending._replace(norm=name)
             continue
         if weight is None or weight.ndim not in (2, 4) or not leaves.keys() <= {'weight', 'bias'}:
             shapes = ', '.join(f'{leaf} {array.shape}' for leaf, array in leaves.items())
@@ -244,9 +263,25 @@ def _layers(arrays: Mapping[str, np.ndarray]) -> Iterator[_Found]:
             )
         if pending is not None:
             yield pending
-        pending = _Found(name, weight, 'bias' in leaves, False)
+        pending = _Found(name, weight, 'bias' in leaves, '')
     if pending is not None:
         yield pending
+
+
+def _check_norm(layer: _Found, norm: str) -> None:
+    """Refuses a normalisation that stands elsewhere, where numbers of one stack tell it."""
+    (stack, _, first), (other, _, second) = layer.name.rpartition('.'), layer.norm.rpartition('.')
+    if stack != other or not (first.isdecimal() and second.isdecimal()):
+        return
+    behind = int(second) - int(first)
+    if behind == _PLACES[norm]:
+        return
+    places = [place for place, distance in _PLACES.items() if distance == behind]
+    remedy = f'norm={places[0]!r} if all stand so, or ' if places else ''
+    raise WeightsError(
+        f'The normalisation {layer.norm!r} is {behind} behind {layer.name!r} by its number, but '
+        f'{norm} the activation it would be {_PLACES[norm]}; give {remedy}a module.'
+    )
 
 
 def _check_follows(before: _Found, after: _Found) -> None:

@@ -61,6 +61,15 @@ FAMILIES = {
         wrap=lambda network: networks.AttackerModel(network, MEAN, STD),
         prefix='module.',
     ),
+    'robustness, ImageNet': Family(
+        lambda: networks.ResNet(
+            networks.Bottleneck, (1, 1), 5, stem='imagenet', shortcut='downsample', head='fc'
+        ),
+        lambda: models.ResNet(stem='imagenet', block='bottleneck', mean=MEAN, std=STD, **CIFAR),
+        image=(32, 32, 3),
+        wrap=lambda network: networks.AttackerModel(network, MEAN, STD),
+        prefix='module.',
+    ),
     'wide ResNet of TRADES': Family(
         lambda: networks.WideResNet(10, 2, 5),
         lambda: models.WideResNet(num_classes=5, depth=10, width=2),
@@ -187,13 +196,11 @@ def test_usual_names_load_into_a_bare_network(name, images, logits_of, assert_sa
     assert_same(logits_of(fresh, (x - mean) / std), logits_of(source, x))
 
 
-def test_a_file_tells_the_padding_of_wide_residual_networks(images, logits_of, assert_same):
+def test_a_file_tells_the_options_of_wide_residual_networks(images, logits_of, assert_same):
     network = networks.randomize(networks.DeepMindWideResNet(10, 1, 5))
     state = network.state_dict()
-    module, variables = interop.from_torch(
-        state, 'wide_resnet', depth=10, width=1, activation='silu'
-    )
-    assert module.padding == 'same'
+    module, variables = interop.from_torch(state, 'wide_resnet', depth=10, width=1)
+    assert module.padding == 'same' and module.activation == 'silu'
     x = images(2, 8, 8, 3)
     assert_same(logits_of(module, x, variables), logits_of(network, x))
     # The other padding would go unnoticed: names and shapes are all that a file has.
@@ -306,7 +313,9 @@ LARGE = {
     ),
     'wide_resnet28_10': (lambda: networks.WideResNet(28, 10, 1000), {}, None),
     'wide_resnet28_10 of DeepMind': (
-        lambda: networks.DeepMindWideResNet(28, 10, 1000), {'padding': 'same'}, None
+        lambda: networks.DeepMindWideResNet(28, 10, 1000),
+        {'padding': 'same', 'activation': 'silu'},
+        None,
     ),
     'wide_resnet34_10': (lambda: networks.WideResNet(34, 10, 1000), {}, None),
     'preact_resnet18': (lambda: networks.PreActResNet((2, 2, 2, 2), 1000), {}, None),
@@ -583,7 +592,8 @@ def test_everything_that_does_not_fit_is_named_at_once():
         "The state dict does not fit LeNet5: missing 'fc2.bias'; unexpected 'module.fc1.scale'; "
         "'module.fc3.weight' has shape (10, 80) in place of (10, 84); not of floating-point type "
         "'module.conv1.bias' (int8); not finite 'module.conv2.weight'; give the model and the "
-        'options that it was trained with.'
+        'options that it was trained with, or names={path: layer} where the order of the layers '
+        'differs.'
     )
 
 

@@ -172,31 +172,6 @@ def test_maps_made_of_features_are_made_as_in_pytorch(assert_converts):
         )
 
 
-@pytest.mark.parametrize(
-    'mix',
-    [
-        lambda x: jnp.concatenate([flat(x), flat(2 * x)], -1),
-        lambda x: flat(x)[:, ::2],
-        lambda x: flat(x) + flat(x.transpose(0, 3, 1, 2)),
-        lambda x: flat(x.transpose(0, 2, 1, 3)),
-    ],
-)
-def test_features_in_an_order_that_cannot_be_told_are_refused(mix):
-    class Mixed(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(5, name='head')(mix(nn.Conv(4, (1, 1))(x)))
-
-    state = {'a.weight': np.ones((4, 3, 1, 1)), 'b.weight': np.ones((5, 240))}
-    with pytest.raises(interop.WeightsError) as caught:
-        interop.from_torch(state, Mixed(), image_shape=IMAGE)
-    assert str(caught.value) == (
-        "Mixed joins, cuts or exchanges features of a flattened map before 'head', so in which "
-        'order PyTorch has them cannot be told; join or cut maps before they are flattened, or '
-        "convert 'head' by hand."
-    )
-
-
 class Separable(nn.Module):
     """A convolution of each channel by itself, and a normalisation without parameters."""
 

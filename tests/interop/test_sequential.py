@@ -34,6 +34,14 @@ STACKS = {
         (10, 14, 2),
         {'strides': (1, 2), 'padding': (0, 2), 'pool': ('avg', 'none'), 'activation': 'tanh'},
     ),
+    'with normalisations behind activations': (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(16, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 4),
+        ),
+        (8, 8, 3),
+        {'strides': 2, 'padding': 1, 'pool': 'max', 'norm': 'after'},
+    ),
     'with the mean over positions': (
         lambda: nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from neurosens import interop, models
+from neurosens.forward import LinenForward
 
 NAMES = {
     'cifar_resnet20': ({}, ['conv1', 'bn1', 'layer1.0.conv1', 'layer3.2.bn2', 'linear']),
@@ -53,6 +54,17 @@ def test_variables_come_back_bit_for_bit_under_the_usual_names(name, tmp_path):
     loaded, again = interop.load_torch(path, name, **options)
     assert loaded == module
     jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_files_of_deepmind_tell_padding_and_activation():
+    size = {'depth': 10, 'width': 1}
+    options = {'padding': 'same', 'activation': 'silu'}
+    module = models.create('wide_resnet', num_classes=5, **size, **options)
+    shapes = interop.torch_shapes(module)
+    state = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    assert interop.from_torch(state, 'wide_resnet', **size)[0] == module
+    given, _ = interop.from_torch(state, 'wide_resnet', activation='relu', **size)
+    assert given.activation == 'relu' and given.padding == 'same'
 
 
 def test_inputs_behind_a_flatten_change_their_order(images):
@@ -140,8 +152,72 @@ def test_what_is_missing_is_named():
     assert str(caught.value) == (
         "The state dict does not fit MLP: missing 'head.weight', 'head.bias'; 'fc1.bias' has shape "
         "(3,) in place of (2,); not finite 'fc1.weight'; give the model and the options that it "
-        'was trained with.'
+        'was trained with, or names={path: layer} where the order of the layers differs.'
     )
+
+
+def test_names_are_no_remedy_where_layers_do_not_go_by_their_order():
+    state = {'conv1.weight': np.ones((16, 3, 3, 3)), 'linear.weight': np.ones((10, 64))}
+    with pytest.raises(interop.WeightsError, match=r'options that it was trained with\.$'):
+        interop.from_torch(state, 'cifar_resnet20', image_shape=(32, 32, 3))
+
+
+def test_the_head_may_stand_anywhere():
+    state = {'out.weight': (3, 4), 'hidden.weight': (4, 12)}
+    state |= {'out.bias': (3,), 'hidden.bias': (4,)}
+    state = {f'net.{name}': np.ones(shape, np.float32) for name, shape in state.items()}
+    names = {'dense1': 'hidden', 'head': 'net.out'}
+    module, variables = interop.from_torch(
+        state, 'mlp', hidden=(4,), names=names, image_shape=(2, 2, 3)
+    )
+    assert module.num_classes == 3
+    assert variables['params']['head']['kernel'].shape == (4, 3)
+
+
+class Switched(nn.Module):
+    """A linear layer whose call has arguments of its own."""
+
+    @nn.compact
+    def __call__(self, x, train, *, scale, shift=0.0):
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(2, name='head')(scale * x + shift)
+
+
+CALLS = [
+    ({}, 'Switched takes train and scale besides images; give '
+     "call={'train': ..., 'scale': ...}."),
+    ({'train': False}, "Switched takes scale besides images; give call={'scale': ...}."),
+    ({'train': False, 'scales': 1.0}, "Unknown argument of Switched in call 'scales'; valid names "
+     'are train, scale, shift.'),
+    ('train', "call is 'train', but it must be a dict of arguments of the call by name."),
+]  # fmt: skip
+
+
+def test_a_call_may_take_arguments_besides_images(tmp_path):
+    state = {'head.weight': np.ones((2, 48), np.float32), 'head.bias': np.ones(2, np.float32)}
+    path = tmp_path / 'weights.safetensors'
+    safetensors.numpy.save_file(state, path)
+    module, call = Switched(), {'train': False, 'scale': 2.0}
+    _, variables = interop.from_torch(state, module, call=call)
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, interop.load_torch(path, module, call=call)[1]
+    )
+    x = np.full((1, 4, 4, 3), 0.5, np.float32)
+    logits, _ = LinenForward(module, call)(variables, x)
+    np.testing.assert_allclose(logits, [[49, 49]])
+    back = interop.to_torch(module, variables, call=call)
+    np.testing.assert_array_equal(back['head.weight'], state['head.weight'])
+    shapes = interop.torch_shapes(module, (4, 4, 3), call=call)
+    assert shapes == {'head.weight': (2, 48), 'head.bias': (2,)}
+    for given, sentence in CALLS:
+        for convert in (
+            lambda call: interop.from_torch(state, module, call=call),
+            lambda call: interop.to_torch(module, variables, call=call),
+            lambda call: interop.torch_shapes(module, call=call),
+        ):
+            with pytest.raises(interop.WeightsError) as caught:
+                convert(given)
+            assert str(caught.value) == sentence
 
 
 def save(state, path):
@@ -195,6 +271,40 @@ def test_a_normalisation_may_not_be_put_behind_another_layer(tmp_path):
     save(stack('1', '4', '6', norm='2'), path)
     module, _ = interop.load_torch(path, 'sequential')
     assert [layer.norm for layer in module.hidden] == [True, False]
+
+
+PLACES = [
+    ('2', {}, "'2' is 2 behind '0' by its number, but before the activation it would be 1; give "
+     "norm='after' if all stand so, or a module."),
+    ('1', {'norm': 'after'}, "'1' is 1 behind '0' by its number, but after the activation it would "
+     "be 2; give norm='before' if all stand so, or a module."),
+    ('3', {}, "'3' is 3 behind '0' by its number, but before the activation it would be 1; give a "
+     'module.'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('norm', 'options', 'sentence'), PLACES)
+def test_numbers_tell_what_stands_before_a_normalisation(norm, options, sentence):
+    shapes = {**stack('0', width=12, norm=norm), '5.weight': (3, 12)}
+    state = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(state, 'sequential', **options)
+    assert str(caught.value) == f'The normalisation {sentence}'
+    with pytest.raises(ValueError, match="norm is 'batch', but it must be one of before, after"):
+        interop.from_torch(state, 'sequential', norm='batch')
+
+
+def test_a_normalisation_may_stand_behind_the_activation(images):
+    generator = np.random.default_rng(0)
+    shapes = {**stack('0', width=12, norm='2'), '3.weight': (3, 12)}
+    state = {name: generator.uniform(0.5, 1, shape) for name, shape in shapes.items()}
+    state['0.weight'] -= 0.75
+    module, variables = interop.from_torch(state, 'sequential', norm='after')
+    x = images(3, 2, 2, 3)
+    f = np.maximum(x.transpose(0, 3, 1, 2).reshape(3, -1) @ state['0.weight'].T, 0)
+    f = (f - state['2.running_mean']) / np.sqrt(state['2.running_var'] + 1e-5)
+    logits = (f * state['2.weight'] + state['2.bias']) @ state['3.weight'].T
+    np.testing.assert_allclose(module.apply(variables, x), logits, rtol=1e-4, atol=1e-4)
 
 
 class OneDimension(nn.Module):
