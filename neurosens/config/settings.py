@@ -26,7 +26,9 @@ class Optimizer:
       accumulate: batches whose mean gradient makes one update.
       ema_decay: decay per update of the averaged weights, which are then evaluated; 0 is off.
       freeze: layers whose parameters stay as they are, each with all that is inside it; running
-        statistics of normalisation still follow the data.
+        statistics of normalisation still follow the data, unless `freeze_statistics` has them.
+      freeze_statistics: layers whose batch normalisations normalise by their running statistics in
+        training too, which stay as they are; each with all that is inside it.
       freeze_random: freeze equally many single parameters drawn at random in place of these layers,
         as a control.
     """
@@ -42,6 +44,7 @@ class Optimizer:
     accumulate: int = 1
     ema_decay: float = 0.0
     freeze: tuple[str, ...] = ()
+    freeze_statistics: tuple[str, ...] = ()
     freeze_random: bool = False
 
 
@@ -278,6 +281,14 @@ PRUNED_BY = (
     'targeting_log',
     'input_gradients',
 )
+RESPONSES = (
+    'accuracy',
+    'loss',
+    'margin',
+    'accuracy_attacked',
+    'loss_attacked',
+    'margin_attacked',
+)
 
 
 @dataclasses.dataclass
@@ -288,7 +299,7 @@ class Defense:
       name: 'inverse_perturbation', 'rescaling' (compress and amplify), 'pruning', or empty for
         none. The parameters are kept in `defense` of the work directory.
       parameters: where those of an earlier calibration are, such as that directory; empty means to
-        calibrate on training images as `options`, `images` and `measure` say.
+        calibrate on training images as `options`, `images`, `measure` and `response` say.
       options: settings of that defence, as in `neurosens.defenses.<name>.Settings`.
       images: images of the training split that it is calibrated on; 0 means all.
       measure: what pruning ranks neurons by, 'sensitivity' (median of std / |Delta|),
@@ -297,6 +308,9 @@ class Defense:
         'ablation_attacked' (the same of images attacked as `neurons.eps` says), 'targeting' (the
         neuron's mean change by that attack), 'targeting_relative' (to its clean activation),
         'targeting_log' (of the logarithm of the change) or 'input_gradients'.
+      response: what is lost without a neuron, by which rescaling calls it fragile: 'accuracy',
+        'loss' or 'margin', or, as 'accuracy_attacked', 'loss_attacked' or 'margin_attacked', that
+        of images attacked as `neurons.eps` says.
       attacks: attacks made on the defended model besides those of `evaluation.attacks`.
       surrogates: whose gradients attacks on inverse perturbation follow besides its exact one:
         'straight_through' ones, those of 'soft' choices, and of each of its 'candidates' alone.
@@ -310,6 +324,7 @@ class Defense:
     options: dict = dataclasses.field(default_factory=dict)
     images: int = 1000
     measure: str = 'sensitivity'
+    response: str = 'accuracy'
     attacks: tuple[str, ...] = ('apgd', 'apgd_dlr', 'square')
     surrogates: tuple[str, ...] = SURROGATES
     surrogate_attacks: tuple[str, ...] = ('pgd',)

@@ -64,11 +64,14 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, '... channels']) -> Float[Array, '... channels']:
+    def __call__(
+        self, x: Float[Array, '... channels'], use_running_average: bool | None = None
+    ) -> Float[Array, '... channels']:
         """Returns (x - mean) / sqrt(variance + epsilon) * scale + bias of each channel.
 
         Args:
             x: values of shape [..., channels], of a floating-point type.
+            use_running_average: in place of the attribute, where not None.
 
         Returns:
             Normalised values of the same shape. The running averages, in the collection
@@ -80,7 +83,9 @@ class BatchNorm(nn.Module):
         values = x.astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))
         scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
         bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
-        if self.use_running_average:
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average:
             # Operations known to all who look into the programs of networks.
             factor = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
             y = values * factor + (bias - running_mean.value * factor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,11 +15,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from neurosens import _validate, data, defenses, interop, parallel
+from neurosens import _validate, data, parallel
 from neurosens import config as config_lib
-from neurosens.forward import LinenForward, Variables
-from neurosens.training import checkpoints, freezing, monitor, objectives, optimizers
-from neurosens.training.loading import load, make_model
+from neurosens.forward import LinenForward
+from neurosens.training import freezing, initial_weights, monitor, objectives, optimizers
+from neurosens.training.loading import make_model
 from neurosens.training.step import (
     GradientShares,
     Metrics,
@@ -145,6 +144,7 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     seen: dict[str, Any] = {
         'augmentation': config.augmentation,
         'image_size': info.image_shape[0],
+        'freeze_statistics': config.optimizer.freeze_statistics,
     }
     train_step = make_train_step(
         module,
@@ -159,10 +159,12 @@ def prepare(config: config_lib.Config, mesh: Mesh | None = None) -> Experiment:
     )
     if config.monitor.images:
         monitor.check(module, info, config.monitor)
+    if config.optimizer.freeze_statistics:
+        image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+        freezing.check_statistics(shapes, config.optimizer.freeze_statistics)
     if config.initial_weights:
-        _check_initial_weights(config, module)
-    if config.initial_rescaling:
-        _initial_variables(config, module, mesh)
+        initial_weights.check(config, module, mesh)
     experiment = Experiment(
         config=config,
         mesh=mesh,
@@ -200,26 +202,6 @@ def _frozen(config: config_lib.Config) -> freezing.Choice:
         return freezing.as_many_at_random(parameters, frozen, key)
 
     return choice
-
-
-def _check_initial_weights(config: config_lib.Config, module: nn.Module) -> None:
-    """Refuses a work directory or file whose model has other arrays than the one to be trained."""
-    if pathlib.Path(config.initial_weights).is_file():
-        interop.load_torch(
-            config.initial_weights, module, image_shape=data.info(config.dataset).image_shape
-        )
-        return
-    _, saved = checkpoints.read_config(config.initial_weights, 'best')
-    shapes = [
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.info(name).image_shape)))
-        for model, name in ((module, config.dataset), (make_model(saved), saved.dataset))
-    ]
-    if shapes[0] != shapes[1]:
-        raise config_lib.ConfigError(
-            f'initial_weights is {config.initial_weights!r}, a {saved.model} with '
-            f'{saved.model_options} for {saved.dataset}; it must hold the arrays of the model to '
-            f'be trained, {config.model} with {config.model_options} for {config.dataset}.'
-        )
 
 
 def _trace(experiment: Experiment) -> Metrics:
@@ -306,29 +288,9 @@ def initial_state(experiment: Experiment) -> TrainState:
     state, config = _initializer(experiment)(experiment.key(0)), experiment.config
     if not config.initial_weights:
         return state
-    variables = _initial_variables(config, experiment.module, experiment.mesh)
+    variables = initial_weights.variables(config, experiment.module, experiment.mesh)
     average = None if state.average is None else jax.tree.map(jnp.copy, variables['params'])
     return state._replace(variables=variables, average=average)
-
-
-def _initial_variables(config: config_lib.Config, module: nn.Module, mesh: Mesh) -> Variables:
-    """The variables that `initial_weights` names, rescaled as `initial_rescaling` says."""
-    if pathlib.Path(config.initial_weights).is_file():
-        shape = data.info(config.dataset).image_shape
-        _, loaded = interop.load_torch(config.initial_weights, module, image_shape=shape)
-        variables = parallel.replicate(mesh, loaded)
-    else:
-        variables = load(config.initial_weights, mesh=mesh).variables
-    kept = config.initial_rescaling
-    if not kept:
-        return variables
-    parameters = defenses.load(kept, mesh, variables=variables)
-    if (found := defenses.name_of(parameters)) != 'rescaling':
-        raise defenses.DefenseError(
-            f"The defense in {kept} is {found!r}, but initial_rescaling needs 'rescaling', whose "
-            'factors can go into weights; name one of that kind.'
-        )
-    return defenses.rescaling.fold(parameters, variables)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

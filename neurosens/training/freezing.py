@@ -7,15 +7,19 @@ frozen and the others trained on. The control, equally many parameters drawn at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from neurosens import _validate
+from neurosens.forward import Variables
+from neurosens.models import BatchNorm
 
 Choice = Callable[[optax.Params], PyTree]
 
@@ -75,14 +79,48 @@ def layers(parameters: optax.Params, names: Sequence[str]) -> PyTree:
       ValueError: a layer has no parameters.
     """
     owners = jax.tree_util.tree_map_with_path(lambda path, _: _owners(path), parameters)
-    known = sorted({owner for found in _leaves(owners) for owner in found})
-    for name in names:
-        if name not in known:
-            raise ValueError(_validate.unknown('layer with parameters', name, known))
+    _check_known('layer with parameters', names, owners)
     chosen = set(names)
     return jax.tree.map(
         lambda found: jnp.array(not chosen.isdisjoint(found)), owners, is_leaf=_is_names
     )
+
+
+def check_statistics(variables: Variables, names: Sequence[str]) -> None:
+    """Checks the names of layers whose running statistics are to stay.
+
+    Args:
+      variables: of the model, or their shapes.
+      names: layers such as `'norm1'` or `'stage1_block1'`, with all that is inside them.
+
+    Raises:
+      ValueError: a layer has no running statistics.
+    """
+    statistics = variables.get('batch_stats', {})
+    owners = jax.tree_util.tree_map_with_path(lambda path, _: _owners(path), statistics)
+    _check_known('layer with running statistics', names, owners)
+
+
+@contextlib.contextmanager
+def kept_statistics(names: Sequence[str]) -> Iterator[None]:
+    """Where modules are called, batch normalisations of some layers act as in evaluation.
+
+    They normalise by their running statistics, and leave them as they are.
+
+    Args:
+      names: layers, with all that is inside them, whose normalisations are
+        `neurosens.models.BatchNorm`.
+    """
+    chosen = set(names)
+
+    def intercept(call: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
+        called = isinstance(context.module, BatchNorm) and context.method_name == '__call__'
+        if called and not chosen.isdisjoint(_prefixes(context.module.path)):
+            keywords = {**keywords, 'use_running_average': True}
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 def as_many_at_random(parameters: optax.Params, frozen: PyTree, key: PRNGKeyArray) -> PyTree:
@@ -113,8 +151,18 @@ def as_many_at_random(parameters: optax.Params, frozen: PyTree, key: PRNGKeyArra
 
 def _owners(path: tuple) -> tuple[str, ...]:
     """The layers that a parameter belongs to, from the outermost to its own."""
-    names = [str(entry.key) for entry in path[:-1]]
+    return _prefixes([str(entry.key) for entry in path[:-1]])
+
+
+def _prefixes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple('/'.join(names[: depth + 1]) for depth in range(len(names)))
+
+
+def _check_known(kind: str, names: Sequence[str], owners: PyTree) -> None:
+    known = sorted({owner for found in _leaves(owners) for owner in found})
+    for name in names:
+        if name not in known:
+            raise ValueError(_validate.unknown(kind, name, known))
 
 
 def _is_names(value: object) -> bool:

@@ -17,7 +17,7 @@ from neurosens import data, parallel
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.forward import Forward, LinenForward, Variables
 from neurosens.regularizers import Regularizer
-from neurosens.training import inner
+from neurosens.training import freezing, inner
 from neurosens.training.objectives import Objective, Outcome, Replayed
 from neurosens.training.shared_pass import ObjectivePass, Requests
 
@@ -141,6 +141,7 @@ def make_train_step(
     *,
     augmentation: str = 'none',
     image_size: int | None = None,
+    freeze_statistics: Sequence[str] = (),
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> TrainStep:
@@ -160,6 +161,8 @@ def make_train_step(
       mesh: devices to run on.
       augmentation: name of an augmentation of `neurosens.data`.
       image_size: side of the images that the model sees; by default as they come.
+      freeze_statistics: layers whose batch normalisations keep and use their running statistics,
+        as of `freezing.kept_statistics`.
       accumulate: batches per update; `optimizer` must already accumulate them.
       ema_decay: decay of the averaged parameters per update.
 
@@ -169,7 +172,7 @@ def make_train_step(
       the objective with `objective/<term>` of one that is a sum, and per regularizer
       `<name>/penalty` and its own.
     """
-    losses = _make_losses(module, objective, regularizers)
+    losses = _make_losses(module, objective, regularizers, freeze_statistics)
     replayed = objective if isinstance(objective, Replayed) else None
     see = _make_images(augmentation, image_size, replayed)
 
@@ -237,6 +240,7 @@ def make_gradient_shares(
     *,
     augmentation: str = 'none',
     image_size: int | None = None,
+    freeze_statistics: Sequence[str] = (),
 ) -> GradientShares:
     """Compiles what says how much of a step's gradient each term of the loss makes.
 
@@ -245,15 +249,16 @@ def make_gradient_shares(
       objective: the loss.
       regularizers: penalties added to it.
       mesh: devices to run on.
-      augmentation: as of `make_train_step`, like the next.
+      augmentation: as of `make_train_step`, like the next two.
       image_size: side of the images that the model sees.
+      freeze_statistics: layers whose batch normalisations keep their running statistics.
 
     Returns:
       A jitted function of what a training step takes, to be called before it: for `objective` (or,
       if that is a sum, each `objective/<term>`) and each regularizer `<name>/gradient_share`, the
       norm of the term's own gradient, weighted as in the loss, divided by the sum of all norms.
     """
-    losses = _make_losses(module, objective, regularizers)
+    losses = _make_losses(module, objective, regularizers, freeze_statistics)
     replayed = objective if isinstance(objective, Replayed) else None
     see = _make_images(augmentation, image_size, replayed)
 
@@ -281,7 +286,10 @@ _Losses: TypeAlias = Callable[..., tuple[dict[str, Array], Outcome, dict[str, Ar
 
 
 def _make_losses(
-    module: nn.Module, objective: Objective, regularizers: Sequence[WeightedRegularizer]
+    module: nn.Module,
+    objective: Objective,
+    regularizers: Sequence[WeightedRegularizer],
+    freeze_statistics: Sequence[str],
 ) -> _Losses:
     """The terms of the loss by name, in the order in which they are added."""
     forward = LinenForward(module, {'train': False})
@@ -335,8 +343,12 @@ def _make_losses(
             metrics.update({f'{term.name}/{name}': value for name, value in others.items()})
         return parts, outcome, metrics
 
+    def with_kept_statistics(*arguments: Any) -> Any:
+        with freezing.kept_statistics(freeze_statistics):
+            return losses(*arguments)
+
     # Derivatives that a term takes itself, also in forward mode, are traced before it is rewritten.
-    return with_fast_input_gradients(losses)
+    return with_fast_input_gradients(with_kept_statistics if freeze_statistics else losses)
 
 
 def _wanted(

@@ -91,32 +91,35 @@ def test_averages_start_from_the_weights_that_are_evaluated(first, tmp_path, dec
 # ------------------------------------------------------------------------------- rescaled weights
 
 
-@pytest.fixture
-def rescaled(first, tmp_path):
-    """Keeps a rescaling of the first training: (its directory, parameters, variables)."""
-
-    def keep(layer, variables=None):
-        model = training.load(first(0.0)[0])
-        settings = defenses.rescaling.Settings(layer=layer)
-        parameters = defenses.rescaling.calibrate([0.0, 0.1, 0.3, 0.0], settings=settings)
-        variables = model.variables if variables is None else variables
-        defenses.save(tmp_path / 'defense', parameters, variables=variables)
-        return tmp_path / 'defense', parameters, model.variables
-
-    return keep
+def normalized(**changes):
+    """The settings of a model with normalisation of batches."""
+    options = {**CONFIG.model_options, 'features': (4, 4), 'norm': 'batch'}
+    return dataclasses.replace(CONFIG, model_options=options, **changes)
 
 
-def from_rescaled(first, directory, **changes):
-    workdir, _ = first(0.0)
-    return dataclasses.replace(
-        CONFIG, initial_weights=str(workdir), initial_rescaling=str(directory), **changes
-    )
+@pytest.fixture(scope='module')
+def first_normalized(tmp_path_factory):
+    """The work directory of a finished training with normalisation."""
+    workdir = tmp_path_factory.mktemp('normalized')
+    train(training.prepare(normalized()), workdir)
+    return workdir
 
 
-def test_the_rest_is_trained_around_a_rescaled_layer(first, rescaled, tmp_path):
-    directory, parameters, before = rescaled('conv1')
+def keep(workdir, directory, layer='conv1', variables=None):
+    """Keeps a rescaling of a model, as settings: (the settings, parameters, variables)."""
+    model = training.load(workdir)
+    settings = defenses.rescaling.Settings(layer=layer)
+    parameters = defenses.rescaling.calibrate([0.0, 0.1, 0.3, 0.0], settings=settings)
+    variables = model.variables if variables is None else variables
+    defenses.save(directory, parameters, variables=variables)
+    names = {'initial_weights': str(workdir), 'initial_rescaling': str(directory)}
+    return names, parameters, model.variables
+
+
+def test_the_rest_is_trained_around_a_rescaled_layer(first, tmp_path):
+    names, parameters, before = keep(first(0.0)[0], tmp_path / 'defense')
     optimizer = dataclasses.replace(CONFIG.optimizer, freeze=('conv1',))
-    experiment = training.prepare(from_rescaled(first, directory, optimizer=optimizer))
+    experiment = training.prepare(dataclasses.replace(CONFIG, optimizer=optimizer, **names))
     result = train(experiment, tmp_path / 'tuned')
     after = result.state.variables['params']
     for name, weights in before['params']['conv1'].items():
@@ -127,21 +130,52 @@ def test_the_rest_is_trained_around_a_rescaled_layer(first, rescaled, tmp_path):
     assert result.step == 12
 
 
-def test_a_rescaling_needs_weights_that_it_was_calibrated_on(first, rescaled):
-    directory, _, before = rescaled('conv1')
-    alone = dataclasses.replace(CONFIG, initial_rescaling=str(directory))
+def test_normalisation_behind_a_rescaled_layer_keeps_its_statistics(first_normalized, tmp_path):
+    """Of batches they would divide by what the filters were multiplied with."""
+    names, parameters, before = keep(first_normalized, tmp_path / 'defense')
+    with pytest.raises(config_lib.ConfigError, match=r"'conv1'.*freeze_statistics"):
+        training.prepare(normalized(**names))
+    still = {'freeze': ('conv1', 'norm1'), 'freeze_statistics': ('norm1',)}
+    optimizer = dataclasses.replace(CONFIG.optimizer, **still)
+    experiment = training.prepare(normalized(optimizer=optimizer, **names))
+    state = training.experiment.initial_state(experiment)
+    x = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
+    rescaled, _ = defenses.rescaling.apply(parameters, experiment.forward)(before, x)
+    found, _ = experiment.forward(state.variables, x)
+    np.testing.assert_allclose(found, rescaled, rtol=1e-4, atol=1e-5)
+    after = train(experiment, tmp_path / 'tuned').state.variables
+    for collection in ('params', 'batch_stats'):
+        expected = jax.device_get(state.variables[collection]['norm1'])
+        assert_same_bits(jax.device_get(after[collection]['norm1']), expected)
+    assert_differ(after['batch_stats']['norm2'], state.variables['batch_stats']['norm2'])
+    assert_differ(after['params']['head'], state.variables['params']['head'])
+
+
+def test_a_rescaling_needs_weights_that_it_was_calibrated_on(first, tmp_path):
+    workdir, _ = first(0.0)
+    names, _, before = keep(workdir, tmp_path / 'defense')
+    alone = {'initial_rescaling': names['initial_rescaling']}
     with pytest.raises(config_lib.ConfigError, match='initial_weights'):
-        training.prepare(alone)
-    directory, _, _ = rescaled('conv1', jax.tree.map(lambda leaf: leaf + 1, before))
+        training.prepare(dataclasses.replace(CONFIG, **alone))
+    others = jax.tree.map(lambda leaf: leaf + 1, before)
+    names, _, _ = keep(workdir, tmp_path / 'others', variables=others)
     with pytest.raises(defenses.DefenseError, match='not known to be calibrated on this model'):
-        training.prepare(from_rescaled(first, directory))
+        training.prepare(dataclasses.replace(CONFIG, **names))
 
 
-def test_what_cannot_go_into_weights_is_refused_before_training(first, rescaled, tmp_path):
-    directory, _, before = rescaled('act1')
+def test_what_cannot_go_into_weights_is_refused_before_training(first, tmp_path):
+    names, _, before = keep(first(0.0)[0], tmp_path / 'defense', layer='act1')
     with pytest.raises(ValueError, match="layer with a kernel 'act1'"):
-        training.prepare(from_rescaled(first, directory))
+        training.prepare(dataclasses.replace(CONFIG, **names))
     pruned = defenses.pruning.calibrate(np.arange(4.0), settings=defenses.pruning.Settings())
     defenses.save(tmp_path / 'pruned', pruned, variables=before)
     with pytest.raises(defenses.DefenseError, match=r"'pruning'.*'rescaling'"):
-        training.prepare(from_rescaled(first, tmp_path / 'pruned'))
+        training.prepare(
+            dataclasses.replace(CONFIG, **{**names, 'initial_rescaling': str(tmp_path / 'pruned')})
+        )
+
+
+def test_a_layer_without_statistics_is_named():
+    optimizer = dataclasses.replace(CONFIG.optimizer, freeze_statistics=('conv1',))
+    with pytest.raises(ValueError, match=r"running statistics.*'conv1'.*norm1"):
+        training.prepare(normalized(optimizer=optimizer))
