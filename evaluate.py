@@ -80,16 +80,22 @@ def main(arguments: Sequence[str]) -> int:
     defended = None if parameters is None else _defend(job, mesh, key, parameters)
     found, compared = _measure(job, mesh, key)
     if parallel.is_primary():
-        sections, facts = _write_sections(job, found, compared, defended)
-        evaluation.remove_sections(job.directory, neurons=found is None, defense=defended is None)
-        evaluation.write(
-            report,
-            job.directory,
-            facts,
-            training.logs.read(job.workdir),
-            sections=sections,
-            provenance=scripts.provenance('evaluate.py', arguments),
-        )
+        with scripts.user_errors():
+            sections, facts = _write_sections(job, found, compared, defended)
+            evaluation.remove_sections(
+                job.directory, neurons=found is None, defense=defended is None
+            )
+            evaluation.write(
+                report,
+                job.directory,
+                facts,
+                training.logs.read(job.workdir),
+                sections=sections,
+                provenance=scripts.provenance('evaluate.py', arguments),
+            )
+    if parameters is not None:
+        _keep(job, parameters)
+    if parallel.is_primary():
         # What long attacks had noted, to go on after an interruption, is now in the report.
         shutil.rmtree(job.notes, ignore_errors=True)
         print(
@@ -254,7 +260,7 @@ def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
 
 
 def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluation.DefenseReport:
-    """Attacks what a defence defends, and keeps its parameters."""
+    """Attacks what a defence defends."""
     with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
         defended = evaluation.evaluate_defense(
             job.model.forward,
@@ -270,10 +276,16 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluat
             directory=job.notes,
             surrogate=job.transferred,
         )
-    defenses.save(job.workdir / 'defense', parameters, variables=job.model.variables)
     if parallel.is_primary():
         print(f'\n{evaluation.defense_table(defended)}')
     return defended
+
+
+def _keep(job: Job, parameters: Any) -> None:
+    """Keeps the parameters of a defence in the work directory, unless they are from there."""
+    directory, kept = job.workdir / 'defense', job.config.defense.parameters
+    if not kept or pathlib.Path(kept).resolve() != directory.resolve():
+        defenses.save(directory, parameters, variables=job.model.variables)
 
 
 def _attack_radius(config: config_lib.Config) -> float:
@@ -299,17 +311,20 @@ def _measure(
         eps=_attack_radius(job.config),
         population=job.population,
     )
-    found = measure(job.model.forward, job.model.variables, settings=settings, progress=job.bars)
-    if parallel.is_primary():
-        print(f'\n{evaluation.neuron_table(found)}')
-    if job.other is None:
-        return found, None
-    compared = measure(
-        job.other.forward,
-        job.other.variables,
-        settings=_comparison(settings),
-        progress=lambda name: job.bars(f'compared {name}'),
-    )
+    with scripts.user_errors():
+        found = measure(
+            job.model.forward, job.model.variables, settings=settings, progress=job.bars
+        )
+        if parallel.is_primary():
+            print(f'\n{evaluation.neuron_table(found)}')
+        if job.other is None:
+            return found, None
+        compared = measure(
+            job.other.forward,
+            job.other.variables,
+            settings=_comparison(settings),
+            progress=lambda name: job.bars(f'compared {name}'),
+        )
     return found, compared
 
 

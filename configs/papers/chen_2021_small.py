@@ -22,7 +22,14 @@ def get_config() -> Config:
         optimizer=Optimizer(name='sgd', learning_rate=0.05, weight_decay=5e-4),
         schedule=Schedule(name='cosine', warmup=0.1),
         log_every=50,
-        evaluation=Evaluation(attacks=('fgsm', 'pgd'), norm='linf', eps=(0.05, 0.1), limit=256),
+        evaluation=Evaluation(
+            attacks=('fgsm', 'pgd'),
+            norm='linf',
+            eps=(0.05, 0.1),
+            limit=256,
+            auto_steps=50,
+            queries=500,
+        ),
         neurons=Neurons(measures=('influence',), layers=('act2',), limit=256),
         defense=Defense(
             name='inverse_perturbation',

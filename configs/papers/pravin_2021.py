@@ -13,7 +13,8 @@ python train.py --config=configs/papers/pravin_2021.py --config.data_dir=DIR --w
 python evaluate.py --workdir=runs/plain
 python train.py --config=configs/papers/pravin_2021.py --config.data_dir=DIR --workdir=runs/tuned \
   --config.initial_weights=runs/plain --config.initial_rescaling=runs/plain/defense \
-  --config.optimizer.freeze="('conv1',)" --config.epochs=5
+  --config.optimizer.freeze="('conv1', 'norm1')" \
+  --config.optimizer.freeze_statistics="('norm1',)" --config.epochs=5
 """
 
 from neurosens.config import Config, Defense, Evaluation, Neurons, Optimizer, Schedule
@@ -33,7 +34,9 @@ def get_config() -> Config:
         log_every=50,
         evaluate_every=5,
         evaluation=Evaluation(
-            attacks=('fgsm', 'pgd', 'apgd', 'apgd_dlr'), norm='linf', eps=(0.005, 0.0125)
+            attacks=('fgsm', 'pgd', 'apgd', 'apgd_dlr', 'autoattack'),
+            norm='linf',
+            eps=(0.005, 0.0125),
         ),
         neurons=Neurons(
             measures=('ablation', 'targeting'),

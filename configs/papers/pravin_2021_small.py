@@ -32,7 +32,9 @@ def get_config() -> Config:
             attacks=('fgsm', 'pgd', 'apgd', 'apgd_dlr'),
             norm='linf',
             eps=(0.45 * 0.3081,),
-            limit=1000,
+            limit=500,
+            auto_steps=50,
+            queries=500,
         ),
         neurons=Neurons(
             measures=('ablation', 'targeting'),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,8 +121,8 @@ def attack_batch(
 
     Raises:
       ValueError: images, labels and `each` differ in number, or an image is not finite or outside
-        the bounds, or the radius is infinite (as far as values are known: not inside a caller's
-        jit).
+        the bounds, a label is not one of the model's classes, or the radius is infinite (as far as
+        values are known: not inside a caller's jit).
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     if x.ndim < 2 or y.shape != x.shape[:1]:
@@ -132,6 +133,7 @@ def attack_batch(
         raise ValueError(
             f'index has shape {jnp.shape(index)}; it must have a value for each of {len(x)} images.'
         )
+    check_labels(forward, variables, x, y)
     if threat is not None:
         check_images(x, threat.bounds)
         if not unbounded:
@@ -183,6 +185,43 @@ def check_images(x: Float[Array | np.ndarray, 'batch ...'], bounds: tuple[float,
     )
 
 
+def check_labels(
+    forward: Forward,
+    variables: Variables,
+    x: Float[Array | np.ndarray, 'batch ...'],
+    y: Int[Array | np.ndarray, ' batch'],
+) -> None:
+    """Raises a ValueError unless labels are classes of the model; those of traced images pass.
+
+    Any other label would call every image misclassified. The model is not run, and traced once for
+    each shape of images.
+
+    Args:
+      forward: the model.
+      variables: its variables.
+      x: images.
+      y: labels.
+    """
+    if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer) or not len(y):
+        return
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    try:
+        classes = jax.eval_shape(_logits, forward, variables, one).shape[-1]
+    except (flax.errors.FlaxError, TypeError, ValueError):
+        # The attack says better what is wrong with images that the model does not take.
+        return
+    if isinstance(y, jax.Array) and not y.is_fully_addressable:
+        # Some lie with other processes.
+        low, high = jax.device_get(_extremes(y))
+    else:
+        low, high = np.asarray(y).min(), np.asarray(y).max()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f'Label {low if low < 0 else high} is not one of the {classes} classes of the model, '
+            f'which are counted from 0 to {classes - 1}; give labels of the model that is attacked.'
+        )
+
+
 def check_radius(threat: Bounded) -> None:
     """Raises a ValueError where the eps of a threat, if it has one, is not finite, if known."""
     eps = getattr(threat, 'eps', 0.0)
@@ -191,6 +230,12 @@ def check_radius(threat: Bounded) -> None:
             f'The eps of the threat is {float(eps)}; without a radius there are only the attacks '
             'that look for the smallest perturbation: fab, fmn, deepfool, carlini_wagner.'
         )
+
+
+# Jitted, so that its shapes are remembered.
+@jax.jit
+def _logits(forward: Forward, variables: Variables, x: Array) -> Array:
+    return forward(variables, x)[0]
 
 
 @jax.jit

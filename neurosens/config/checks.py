@@ -16,6 +16,7 @@ from neurosens.config.settings import (
     NORMS,
     PROJECTING,
     PRUNED_BY,
+    RESPONSES,
     SPLITS,
     SURROGATES,
     TARGETS,
@@ -246,7 +247,12 @@ def _check_neurons(neurons: Neurons) -> None:
 def _check_defense(config: Config) -> None:
     defense, evaluation = config.defense, config.evaluation
     _check('defense.images', defense.images, low=0)
-    _check_choices({'defense.measure': (defense.measure, PRUNED_BY)})
+    _check_choices(
+        {
+            'defense.measure': (defense.measure, PRUNED_BY),
+            'defense.response': (defense.response, RESPONSES),
+        }
+    )
     if defense.name and evaluation.norm == 'spatial':
         raise ConfigError(
             f"defense.name is {defense.name!r} and evaluation.norm 'spatial', in which no "
@@ -264,7 +270,7 @@ def _check_defense(config: Config) -> None:
             'defense.name too.'
         )
     usual = Defense()
-    for name in ('options', 'images', 'measure'):
+    for name in ('options', 'images', 'measure', 'response'):
         if defense.parameters and getattr(defense, name) != getattr(usual, name):
             raise ConfigError(
                 f'defense.{name} is for a calibration, and defense.parameters names the result of '

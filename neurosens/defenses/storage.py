@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 import typing
 from types import ModuleType
 from typing import Any
@@ -85,7 +86,8 @@ def save(
 ) -> None:
     """Writes the parameters of a defence, in place of older ones there.
 
-    Every process calls it. The directory appears only when it is whole.
+    Every process calls it. The directory appears only when it is whole, and older parameters stay
+    until then.
 
     Args:
       directory: where they go, such as `WORKDIR/defense`.
@@ -100,12 +102,25 @@ def save(
         'contents': fingerprints.of_tree(leaves),
         'model': None if variables is None else fingerprints.of_tree(variables),
     }
+    path = pathlib.Path(directory).resolve()
+    # Orbax removes what it replaces before it writes.
+    fresh = path.with_name(f'.{path.name}.new')
     ocp.save_checkpointables(
-        pathlib.Path(directory).absolute(),
-        {_ITEM: leaves},
-        overwrite=True,
-        custom_metadata=fingerprints.signed(record),
+        fresh, {_ITEM: leaves}, overwrite=True, custom_metadata=fingerprints.signed(record)
     )
+    _put_in_place(fresh, path)
+
+
+def _put_in_place(fresh: pathlib.Path, path: pathlib.Path) -> None:
+    parallel.barrier('defense written')
+    if parallel.is_primary():
+        older = path.with_name(f'.{path.name}.old')
+        shutil.rmtree(older, ignore_errors=True)
+        if path.exists():
+            path.rename(older)
+        fresh.rename(path)
+        shutil.rmtree(older, ignore_errors=True)
+    parallel.barrier('defense in place')
 
 
 def load(

@@ -32,7 +32,8 @@ def check_defense(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: an option is wrong, or asks for more neurons than a layer has.
+      ValueError: an option is wrong, does not fit another, or asks for more neurons than a layer
+        has.
     """
     chosen = defenses.make_settings(settings.name, settings.options)
     image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
@@ -44,7 +45,13 @@ def check_defense(
                 'prune fewer.'
             )
         if isinstance(chosen, rescaling.Settings) and chosen.renormalize:
-            neurons.kernels.norms(variables, chosen.layer)
+            norms = neurons.kernels.norms(variables, chosen.layer)
+            if len(norms) != layer.neurons:
+                raise ValueError(
+                    f'renormalize needs the norm of the weights of each neuron, but layer '
+                    f'{chosen.layer!r} has {len(norms)} filters and {layer.neurons} neurons of '
+                    f"unit {chosen.unit!r}; set unit to 'channel', or leave renormalize out."
+                )
         return
     run = functools.partial(inverse_perturbation.directions, forward, settings=chosen)
     found = jax.eval_shape(run, variables, image)
@@ -74,6 +81,9 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
       A score for each neuron, larger where it goes first with the order `'most'` `[N]`; by
       `'scaled_sensitivity'` minus infinity for one that flips no image or never varies, such as a
       dead one, and NaN where all logits are.
+
+    Raises:
+      ValueError: the images show nothing of that measure.
     """
     if measure == 'scaled_sensitivity':
         assert layer.delta is not None
@@ -82,7 +92,15 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
         unreachable = np.isnan(score) & ~np.isnan(layer.delta).all(0)
         # The smallest is the most sensitive.
         return np.where(unreachable, -np.inf, -np.abs(score))
-    return layer.importance()[_IMPORTANCE.get(measure, measure)]
+    scores, name = layer.importance(), _IMPORTANCE.get(measure, measure)
+    if name not in scores:
+        reason = 'the logits of every image are NaN'
+        if measure.startswith('targeting'):
+            reason = 'FGSM moves no image, as where all are misclassified or no gradient leads away'
+        raise ValueError(
+            f'defense.measure is {measure!r}, but {reason}; take other images, or another measure.'
+        )
+    return scores[name]
 
 
 def calibrate_defense(
@@ -98,7 +116,7 @@ def calibrate_defense(
 ) -> Any:
     """Parameters of the defence that a config names.
 
-    Inverse perturbation takes its directions, rescaling nodal-dropout responses and pruning the
+    Inverse perturbation takes its directions, rescaling the nodal-dropout response and pruning the
     measure of the settings from the first `settings.images` images.
 
     Args:
@@ -108,7 +126,7 @@ def calibrate_defense(
       mesh: devices to run on.
       settings: the defence, its options, and the images it is calibrated on.
       key: randomness of measures that are estimated.
-      eps: linf radius of the attack of measures that need one.
+      eps: linf radius of the attack of measures and responses that need one.
       batch_size: images at once over all devices.
 
     Returns:
@@ -116,7 +134,8 @@ def calibrate_defense(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: an option is wrong, images do not suffice, or a measure needs another radius.
+      ValueError: an option is wrong, images do not suffice, or a measure or response needs another
+        radius.
     """
     chosen = defenses.make_settings(settings.name, settings.options)
     limit = settings.images or None
@@ -130,11 +149,13 @@ def calibrate_defense(
         return inverse_perturbation.calibrate(
             forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
         )
-    measure = 'ablation' if isinstance(chosen, rescaling.Settings) else settings.measure
-    attacked = measure == 'ablation_attacked' or measure.startswith('targeting')
+    measure, option, value = settings.measure, 'measure', settings.measure
+    if isinstance(chosen, rescaling.Settings):
+        measure, option, value = 'ablation', 'response', settings.response
+    attacked = value.endswith('_attacked') or value.startswith('targeting')
     if attacked and not eps > 0:
         raise ValueError(
-            f'defense.measure is {measure!r}, which attacks images, but the radius is {eps}; give '
+            f'defense.{option} is {value!r}, which attacks images, but the radius is {eps}; give '
             'neurons.eps.'
         )
     report = neuron_measures.measure(
@@ -156,6 +177,7 @@ def calibrate_defense(
     (layer,) = report.layers
     if isinstance(chosen, pruning.Settings):
         return pruning.calibrate(pruning_scores(layer, measure), settings=chosen)
-    assert layer.clean is not None
     norms = neurons.kernels.norms(variables, chosen.layer) if chosen.renormalize else None
-    return rescaling.calibrate(layer.clean.accuracy, settings=chosen, norms=norms)
+    found = layer.attacked if attacked else layer.clean
+    responses = getattr(found, value.removesuffix('_attacked'))
+    return rescaling.calibrate(responses, settings=chosen, norms=norms)

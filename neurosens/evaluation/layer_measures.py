@@ -42,7 +42,7 @@ def predict_batch(forward: Forward, variables: Variables, batch: data.Batch) -> 
 
 
 def fgsm_images(eps: Array, forward: Forward, variables: Variables, x: Array, y: Array) -> Array:
-    """Attacks by FGSM in linf.
+    """Attacks by FGSM in linf; images that are misclassified already stay as they are.
 
     Args:
       eps: radius in pixel units, traced.
@@ -452,7 +452,9 @@ def _attack_through(task: Task) -> dict[str, Any]:
     def step(batch: data.Batch) -> dict[str, Array]:
         x = data.to_float(batch.image)
         predictions = predict_batch(task.forward, task.variables, batch)['predictions']
-        problem = (task.forward, task.variables, x, predictions, task.key)
+        # Logits that are NaN show no class to leave.
+        defined = predictions >= 0
+        problem = (task.forward, task.variables, x, jnp.maximum(predictions, 0), task.key)
         budget: dict[str, Any] = {
             'threat': threat,
             'steps': task.settings.attack_steps,
@@ -468,10 +470,11 @@ def _attack_through(task: Task) -> dict[str, Any]:
             keep=task.settings.attack_keep,
         )
         return {
-            'success': result.success,
+            'success': result.success & defined[:, None],
             'reached': result.reached,
             'gain': result.gain,
-            'pgd': attacks.pgd(*problem, **budget, restarts=task.settings.attack_restarts).success,
+            'pgd': defined
+            & attacks.pgd(*problem, **budget, restarts=task.settings.attack_restarts).success,
         }
 
     arrays = task.run(step, progress=task.wrap)

@@ -202,6 +202,23 @@ def test_results_are_inside_the_threat_and_what_they_claim(net, name, seed, shar
         np.testing.assert_array_equal(x_adv[~success], x[~success])
 
 
+@pytest.mark.parametrize('label', [4, -1])
+def test_labels_that_are_no_classes_are_refused(net, label):
+    y = np.where(np.arange(BATCH) == 3, label, np.asarray(net.y))
+    whole = (net.forward, net.variables, np.asarray(net.x), y, KEY)
+    sentence = f'Label {label} is not one of the 4 classes of the model'
+    for attack in (*(chosen(name)[0] for name in ATTACKS), attacks.autoattack):
+        with pytest.raises(ValueError, match=sentence):
+            attack(*whole, threat=Threat('l2', 0.5))
+    with pytest.raises(ValueError, match=sentence):
+        attacks.spatial(*whole, threat=attacks.Motion(20.0))
+    # Also where they are split over devices, and not inside of a caller's jit.
+    x, split = parallel.shard(parallel.data_mesh(), (whole[2], y))
+    with pytest.raises(ValueError, match=sentence):
+        attacks.noise(net.forward, net.variables, x, split, KEY, threat=Threat('l2', 0.5))
+    jax.eval_shape(lambda x: attacks.noise(*whole[:2], x, y, KEY, threat=Threat('l2', 0.5)), x)
+
+
 def operations(jaxpr):
     """How many a program has, those of its loops and branches counted once each."""
     inner = [jax.extend.core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]

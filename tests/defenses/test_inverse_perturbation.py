@@ -24,7 +24,7 @@ from neurosens.defenses.inverse_perturbation import (
     partition,
     passes,
 )
-from neurosens.forward import LayerError, LinenForward
+from neurosens.forward import LayerError, LinenForward, with_edits, with_input_transform
 
 
 class Rectified(nn.Module):
@@ -190,6 +190,31 @@ def test_bad_input_is_refused_with_one_sentence(model):
         calibrate(forward, variables, x, y, settings=Settings(front=9))
 
 
+def test_directions_that_are_not_finite_are_named_with_class_and_layer(model):
+    forward, variables, x, y = model
+
+    def root(z):
+        # Has no finite derivative where a number is 0.
+        return z + 0 * jnp.sqrt(z)
+
+    dark = x.copy()
+    dark[7, 0, 0] = 0
+    y = np.asarray(forward(variables, dark)[0].argmax(-1))
+    for lossy, message in (
+        (
+            with_input_transform(forward, root),
+            f"Class {y[7]} has 1 calibration images .* at 'head:in', 'hidden' are not finite; mend",
+        ),
+        (
+            with_edits(forward, {'head:in': lambda h: h + root(h - h)}),
+            "Class 0 has [1-9].* at 'hidden' are not finite; mend",
+        ),
+    ):
+        settings = dataclasses.replace(SMALL, layers=('hidden', 'head:in'))
+        with pytest.raises(ValueError, match=message):
+            calibrate(lossy, variables, dark, y, settings=settings)
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
@@ -236,6 +261,87 @@ def test_settings_are_checked(changes):
 # ------------------------------------------------------------------------------------- the defence
 
 
+@pytest.fixture(scope='module')
+def cases(model, parameters):
+    """Models and what was calibrated on them: plainly, of several layers, and of channels."""
+    several = dataclasses.replace(
+        SMALL, layers=('hidden', 'head:in'), tail_mode='offset', offset=1, prototypes=2, top=1
+    )
+
+    class Convolved(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(5, (3, 3), name='conv1')(4 * x.reshape(-1, 4, 4, 1) - 2)
+            x = nn.Dropout(0.0, deterministic=True, name='act1')(nn.relu(x))
+            return 3 * nn.Dense(3, name='head')(x.reshape(len(x), -1))
+
+    forward, x = LinenForward(Convolved()), np.reshape(model[2], (-1, 4, 4))
+    variables = Convolved().init(jax.random.key(2), x)
+    y = np.asarray(forward(variables, x)[0].argmax(-1))
+    channels = dataclasses.replace(
+        SMALL, layers=('act1',), unit='channel', front=1, tail=2, tail_mode='offset', offset=1
+    )
+    convolved = forward, variables, x, y
+    return {
+        'plain': (model, parameters),
+        'several': (model, calibrate(*model, settings=several)),
+        'channels': (convolved, calibrate(*convolved, settings=channels)),
+    }
+
+
+def pooled(parameters, h):
+    """Neurons of one image's activation of a layer."""
+    h = np.asarray(h, np.float64)
+    return h.sum((0, 1)) if parameters.settings.unit == 'channel' else h.ravel()
+
+
+def lift(model, parameters, z, label):
+    """J of one image for a class: its front minus its tail, of all layers."""
+    layers = parameters.settings.layers
+    tapped = model[0](model[1], z[None], taps=layers)[1]
+    total = 0.0
+    for layer in layers:
+        h = pooled(parameters, tapped[layer][0])
+        total += h[parameters.front[layer][label]].sum() - h[parameters.tail[layer][label]].sum()
+    return total
+
+
+@pytest.mark.parametrize('name', ['several', 'channels'])
+def test_layers_add_up_and_channels_are_sums(cases, name):
+    (forward, variables, x, y), parameters = cases[name]
+    settings = parameters.settings
+    assert np.bincount(y).min() > 3
+    found = directions(forward, variables, x, settings=settings)
+    parts = {
+        layer: [partition(influence, settings) for influence in found.influence[layer][:4]]
+        for layer in settings.layers
+    }
+
+    def total(z, row):
+        tapped = forward(variables, z[None], taps=settings.layers)[1]
+        value = 0.0
+        for layer in settings.layers:
+            h = tapped[layer][0]
+            h = h.sum((0, 1)) if settings.unit == 'channel' else h
+            value += h[parts[layer][row].front].sum() - h[parts[layer][row].tail].sum()
+        return value
+
+    for row in range(4):
+        expected = normalize(jax.grad(total)(jnp.asarray(x[row]), row))
+        np.testing.assert_allclose(found.direction[row], expected, rtol=1e-3, atol=1e-5)
+    for label in range(3):
+        for layer in settings.layers:
+            influence = neurons.influence(
+                forward, variables, x[y == label], layer=layer, unit=settings.unit
+            )
+            part = partition(influence.mean(0), settings)
+            np.testing.assert_array_equal(parameters.front[layer][label], part.front)
+            np.testing.assert_array_equal(parameters.tail[layer][label], part.tail)
+        lifts = [lift((forward, variables), parameters, z, label) for z in x[y == label]]
+        np.testing.assert_allclose(parameters.mean[label], np.mean(lifts), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(parameters.std[label], np.std(lifts), rtol=1e-4, atol=1e-5)
+
+
 def oracle_logits(model, parameters, z):
     """The defence in plain loops: every candidate of one image, and the plain logits."""
     forward, variables, *_ = model
@@ -246,10 +352,8 @@ def oracle_logits(model, parameters, z):
     for label in order:
         sizes = settings.rho
         if settings.adaptive:
-            h = np.asarray(forward(variables, z[None], taps=('head:in',))[1]['head:in'][0])
-            lift = h[parameters.front['head:in'][label]].sum()
-            lift -= h[parameters.tail['head:in'][label]].sum()
-            away = (float(parameters.mean[label]) - lift) / float(parameters.std[label])
+            away = float(parameters.mean[label]) - lift(model, parameters, z, label)
+            away /= float(parameters.std[label])
             sizes = [settings.rho[int(np.clip(np.floor(away), 0, len(settings.rho) - 1))]]
         for prototype in range(settings.prototypes):
             for size in sizes:
@@ -276,9 +380,18 @@ def combine(rule, plain, candidates, owners):
     return np.mean([logits for logits, vote in zip(every, votes) if vote == winner], 0)
 
 
-@pytest.mark.parametrize('rule', inverse_perturbation.RULES)
-@pytest.mark.parametrize('sized', [False, True])
-def test_the_defence_is_what_plain_loops_say(model, parameters, rule, sized):
+@pytest.mark.parametrize(
+    ('name', 'rule', 'sized'),
+    [
+        *(('plain', rule, sized) for rule in inverse_perturbation.RULES for sized in (False, True)),
+        ('several', 'margin', False),
+        ('several', 'majority', True),
+        ('channels', 'average', True),
+        ('channels', 'margin', False),
+    ],
+)
+def test_the_defence_is_what_plain_loops_say(cases, name, rule, sized):
+    model, parameters = cases[name]
     settings = dataclasses.replace(parameters.settings, rule=rule, adaptive=sized)
     chosen = dataclasses.replace(parameters, settings=settings)
     x = model[2][:12]
@@ -343,16 +456,23 @@ def test_the_exact_gradient_is_the_derivative(model, parameters):
     np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-2)
 
 
-@pytest.mark.parametrize('rule', inverse_perturbation.RULES)
-def test_the_soft_gradient_is_the_derivative_of_soft_choices(model, parameters, rule):
+@pytest.mark.parametrize(
+    ('rule', 'sized'), [*((rule, False) for rule in inverse_perturbation.RULES), ('average', True)]
+)
+def test_the_soft_gradient_is_the_derivative_of_soft_choices(model, parameters, rule, sized):
     # So short that nothing is clipped, through which these gradients pass.
     settings = dataclasses.replace(
-        parameters.settings, rule=rule, rho=(0.02, 0.05), temperature=0.5
+        parameters.settings, rule=rule, rho=(0.02, 0.05), temperature=0.5, adaptive=sized
     )
-    soft = apply(dataclasses.replace(parameters, settings=settings), model[0], gradient='soft')
+    z = np.float64(0.4 + 0.2 * model[2][:1])
+    # One deviation from the benign mean, where the size is half way between the two.
+    lifts = [lift(model, parameters, z[0], label) for label in range(3)]
+    chosen = dataclasses.replace(
+        parameters, settings=settings, mean=jnp.float32(lifts) + parameters.std
+    )
+    soft = apply(chosen, model[0], gradient='soft')
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model[1])
-        z = np.float64(0.4 + 0.2 * model[2][:1])
 
         def value(z):
             return soft(variables, z)[0][0, 1]

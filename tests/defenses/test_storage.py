@@ -1,11 +1,13 @@
 """Defences on disk: what was saved comes back, and damage is noticed."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from neurosens import defenses
-from neurosens.defenses import inverse_perturbation, pruning, rescaling
+from neurosens.defenses import inverse_perturbation, pruning, rescaling, storage
 
 
 def examples():
@@ -34,6 +36,29 @@ def test_what_was_saved_comes_back(tmp_path, parameters):
     # A later calibration takes its place.
     defenses.save(tmp_path / 'defense', examples()[1])
     assert defenses.name_of(defenses.load(tmp_path / 'defense')) == 'rescaling'
+
+
+def test_older_parameters_stay_until_newer_ones_are_whole(tmp_path, monkeypatch):
+    directory, (_, older, newer) = tmp_path / 'new' / 'defense', examples()
+    defenses.save(directory, older)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(path, *arguments, **options):
+        # As Orbax does before it writes.
+        shutil.rmtree(path, ignore_errors=True)
+        raise Stop
+
+    for module, name in ((storage.ocp, 'save_checkpointables'), (storage, '_put_in_place')):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupt)
+            with pytest.raises(Stop):
+                defenses.save(directory, newer)
+        assert defenses.name_of(defenses.load(directory)) == 'rescaling'
+    defenses.save(directory, newer)
+    assert defenses.name_of(defenses.load(directory)) == 'pruning'
+    assert [path.name for path in directory.parent.iterdir()] == ['defense']
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):

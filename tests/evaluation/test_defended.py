@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import pathlib
 import types
 
 import flax.linen as nn
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neurosens import attacks, config, data, defenses, evaluation, neurons, parallel
+from neurosens import (
+    attacks,
+    command_line,
+    config,
+    data,
+    defenses,
+    evaluation,
+    neurons,
+    parallel,
+)
 from neurosens.defenses import inverse_perturbation, oracles
 from neurosens.evaluation import defended as defended_module
 from neurosens.evaluation import defense_moves, defense_report
@@ -390,12 +400,63 @@ def test_a_neuron_that_flips_no_image_is_the_least_sensitive(measured):
     assert np.isnan(evaluation.pruning_scores(undefined, 'scaled_sensitivity')).all()
 
 
-@pytest.mark.parametrize('measure', ['ablation_attacked', 'targeting'])
-def test_a_measure_under_attack_needs_a_radius(problem, measure):
+@pytest.mark.parametrize(
+    ('measure', 'value', 'sentence'),
+    [
+        ('targeting_log', 0, "'targeting_log', but FGSM moves no image"),
+        ('sensitivity', np.nan, "'sensitivity', but the logits of every image are NaN"),
+    ],
+)
+def test_a_measure_that_the_images_do_not_show_is_named(problem, measure, value, sentence):
     forward, variables, source = problem
-    settings = config.Defense(name='pruning', options={'count': 5}, measure=measure)
+    settings = config.Defense(name='pruning', options={'count': 5}, images=0, measure=measure)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, value), variables)
     mesh, key = parallel.data_mesh(1), jax.random.key(0)
-    with pytest.raises(ValueError, match=f"'{measure}', which attacks images, but the radius is 0"):
+    with pytest.raises(ValueError, match=f'defense.measure is {sentence}.*another measure'):
+        evaluation.calibrate_defense(
+            forward, broken, source, mesh, settings, key, eps=0.12, batch_size=60
+        )
+
+
+def test_every_response_rescales_by_its_own_factors(problem, measured):
+    forward, variables, source = problem
+    options = {'layer': 'head:in', 'rule': 'median', 'strength': 0.25}
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    clean, attacked = measured.clean, measured.attacked
+    factors = []
+    for response, known in (
+        ('accuracy', clean.accuracy),
+        ('loss', clean.loss),
+        ('margin', clean.margin),
+        ('accuracy_attacked', attacked.accuracy),
+        ('loss_attacked', attacked.loss),
+        ('margin_attacked', attacked.margin),
+    ):
+        settings = config.Defense(name='rescaling', options=options, images=0, response=response)
+        parameters = evaluation.calibrate_defense(
+            forward, variables, source, mesh, settings, key, eps=0.12, batch_size=60
+        )
+        expected = defenses.rescaling.calibrate(known, settings=parameters.settings)
+        np.testing.assert_allclose(parameters.scale, expected.scale, rtol=1e-5)
+        factors.append(np.round(parameters.scale, 4))
+    assert len(np.unique(factors, axis=0)) == 6
+    assert config.Defense().response == 'accuracy'
+
+
+@pytest.mark.parametrize(
+    ('name', 'option', 'value'),
+    [
+        ('pruning', 'measure', 'ablation_attacked'),
+        ('pruning', 'measure', 'targeting'),
+        ('rescaling', 'response', 'margin_attacked'),
+    ],
+)
+def test_a_measure_under_attack_needs_a_radius(problem, name, option, value):
+    forward, variables, source = problem
+    settings = config.Defense(name=name, options={'layer': 'head:in'}, **{option: value})
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    message = f"defense.{option} is '{value}', which attacks images, but the radius is 0"
+    with pytest.raises(ValueError, match=message):
         evaluation.calibrate_defense(forward, variables, source, mesh, settings, key, eps=0.0)
 
 
@@ -586,6 +647,13 @@ def test_autoattack_meets_both_models_and_what_it_warns_of_is_said(problem, tmp_
     section = evaluation.defense_section(warned)
     said = [text for block in section.blocks for text in getattr(block, 'sentences', ())]
     assert said == ['adaptive/autoattack-linf-0.12: It may be random.']
+
+
+def test_the_config_of_compress_and_amplify_asks_for_autoattack():
+    path = pathlib.Path(__file__).resolve().parents[2] / 'configs/papers/pravin_2021.py'
+    settings = command_line.load_file(path)
+    # What the undefended model meets the defended one does too.
+    assert settings.defense.name == 'rescaling' and 'autoattack' in settings.evaluation.attacks
 
 
 def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):

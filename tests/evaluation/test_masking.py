@@ -18,6 +18,7 @@ import pytest
 
 from neurosens import evaluation, parallel
 from neurosens.attacks import Threat, random_forward
+from neurosens.defenses import inverse_perturbation
 from neurosens.evaluation import masking, masking_checks
 from neurosens.evaluation.masking_checks import slack
 from neurosens.evaluation.masking_models import (
@@ -228,11 +229,12 @@ class NoisyLinear(Linear):
 NUMBERS = itertools.count()
 
 
-@pytest.mark.parametrize('declared', [True, False])
-def test_randomness_is_found_declared_or_not(diagnose, declared):
+@pytest.mark.parametrize(('declared', 'draws'), [(True, 1), (True, 8), (False, 1)])
+def test_randomness_is_found_declared_or_not(diagnose, declared, draws):
     forward = random_forward(NoisyForward, KEY) if declared else LinenForward(NoisyLinear())
-    found = diagnose(forward, queries=0, float64_images=0)
-    assert 'randomness' in warnings(found)
+    found = diagnose(forward, queries=0, float64_images=0, draws=draws)
+    # What is declared is averaged over draws.
+    assert ('randomness' in warnings(found)) == (draws == 1)
     assert figures(found, 'randomness')['changed_logits'] == IMAGES
     assert figures(found, 'randomness')['changed_class'] > 0
 
@@ -400,6 +402,59 @@ def test_transforms_and_edits_are_found_at_any_depth(problem):
     both, _ = straight_forward(transforms[0], EDITS)
     assert gradient(both, x).any()
     assert straight_forward(LinenForward(Linear()), EDITS)[1] == 0
+
+
+@pytest.fixture(scope='module')
+def inverse():
+    """What inverse perturbation moves images of each class by."""
+    settings = inverse_perturbation.Settings(front=1, tail=1, rho=(0.05,), top=1)
+    directions = jax.random.normal(KEY, (CLASSES, 1, SIDE, SIDE, 1))
+    return dataclasses.replace(inverse_perturbation.skeleton(settings), directions=directions)
+
+
+def test_an_inverse_perturbation_takes_its_own_straight_gradients(problem, inverse):
+    x, _, templates = problem
+    variables = classifier(templates)
+    edited = with_edits(LinenForward(Linear()), {'head': jnp.round})
+    # At the border clipping has no derivative towards the outside.
+    dark = np.zeros_like(x[:4])
+
+    @jax.jit
+    def look(forward):
+        def total(x):
+            logits = forward(variables, x)[0]
+            return logits[:, 0].sum(), logits
+
+        return jax.grad(total, has_aux=True)(dark)
+
+    gradient, logits = look(inverse_perturbation.apply(inverse, LinenForward(Linear())))
+    own = inverse_perturbation.apply(inverse, LinenForward(Linear()), gradient='straight_through')
+    straight, count = straight_forward(
+        inverse_perturbation.apply(inverse, LinenForward(Linear())), TRANSFORMS
+    )
+    found, same = look(straight)
+    assert count == 1
+    np.testing.assert_allclose(same, logits, rtol=1e-5)
+    np.testing.assert_array_equal(found, look(own)[0])
+    assert (np.abs(found - gradient) > 1e-3).any()
+    # Edits inside of it are another matter.
+    rounded = inverse_perturbation.apply(inverse, edited)
+    straight, count = straight_forward(rounded, EDITS)
+    found, same = look(straight)
+    assert count == 1 and straight.gradient == 'exact' and not look(rounded)[0].any()
+    np.testing.assert_array_equal(same, look(rounded)[1])
+    np.testing.assert_allclose(found, gradient, rtol=1e-5)
+    both, count = straight_forward(rounded, TRANSFORMS)
+    assert count == 1 and both.gradient == 'straight_through'
+
+
+def test_an_inverse_perturbation_is_diagnosed_whole(diagnose, inverse):
+    defended = inverse_perturbation.apply(inverse, LinenForward(Linear()))
+    found = diagnose(defended, images=8, queries=0, steps=3, float64_images=4)
+    judged = {check.name for check in found.checks if check.passed is not None}
+    assert judged >= {'precision', 'straight_through'}
+    assert figures(found, 'straight_through')['transforms'] == 1
+    assert figures(found, 'precision')['images'] == 4
 
 
 def test_a_transform_of_another_shape_keeps_its_derivative(problem):

@@ -308,6 +308,16 @@ def test_neurons_are_ranked_by_the_score_asked_for(model, source, ranking):
     np.testing.assert_array_equal(layer.through.neurons, neurons.ranking(score)[:, :2])
 
 
+def test_images_that_show_no_class_are_not_attacked_through_neurons(model, source):
+    forward, variables, x = model
+    head = {**variables['params']['head'], 'bias': np.full(10, np.nan, np.float32)}
+    broken = {'params': {**variables['params'], 'head': head}}
+    settings = {'ranking': 'scaled', 'attack_neurons': 2, 'attack_steps': 1}
+    layer, report = measure((forward, broken, x), source, 'attack', layer='head:in', **settings)
+    assert (report.predictions == -1).all()
+    assert not layer.through.success.any() and not layer.through.pgd.any()
+
+
 def test_attacks_through_neurons_take_the_settings(model, source):
     settings = {
         'attack_neurons': 3,

@@ -452,7 +452,10 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
         '--config.evaluation.masking_images=0',
         '--config.neurons.measures=()',
     )
+    before = (workdir / 'defense').stat()
     scripts.here('evaluate.py', *again, '--config.defense.name=inverse_perturbation')
+    # They stay as they are, not written anew.
+    assert (workdir / 'defense').stat() == before
     repeated = json.loads((workdir / 'report' / 'results.json').read_text())
     for key in ('clean_accuracy', 'settings', 'adaptive/pgd-linf-0.1'):
         assert repeated[f'defense/{key}'] == results[f'defense/{key}']
@@ -507,6 +510,38 @@ def test_defences_come_and_go_with_the_command(trained, scripts, tmp_path, name,
     assert 'defense/name' not in json.loads((report / 'results.json').read_text())
 
 
+@pytest.mark.parametrize('function', ['measure_neurons', 'defense_section'])
+def test_what_shows_only_in_the_end_is_one_sentence_too(
+    trained, scripts, tmp_path, monkeypatch, function
+):
+    def refuse(*arguments, **options):
+        raise ValueError('The weights leave nothing to sweep.')
+
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns('report', 'defense'))
+    monkeypatch.setattr(evaluation, function, refuse)
+    measures = "('statistics',)" if function == 'measure_neurons' else '()'
+    out, error = scripts.here(
+        'evaluate.py',
+        f'--workdir={workdir}',
+        '--noprogress',
+        '--config.defense.name=pruning',
+        "--config.defense.options={'layer': 'act2', 'order': 'random'}",
+        '--config.defense.measure=influence',
+        '--config.defense.attacks=()',
+        '--config.defense.images=40',
+        '--config.evaluation.attacks=()',
+        '--config.evaluation.eps=()',
+        '--config.evaluation.limit=40',
+        '--config.evaluation.masking_images=0',
+        f'--config.neurons.measures={measures}',
+        status=2,
+    )
+    assert 'clean_accuracy' in out and error == 'error: The weights leave nothing to sweep.\n'
+    # Nothing of it stands beside the report of an earlier evaluation.
+    assert not (workdir / 'defense').exists()
+
+
 def test_commands_are_shown_as_a_shell_takes_them():
     arguments = ["--a=('x','y')", '--b=$HOME/`c`', """--d="e" 'f'""", '--g=(1,2)', '', '--h=!i']
     command = command_scripts.provenance('evaluate.py', arguments)['command']
@@ -543,7 +578,23 @@ MISTAKES = [
         ['--config.defense.name=inverse_perturbation', "--config.defense.options={'rho': ('a',)}"],
         "rho is 'a'; it must be a number",
     ),
+    (
+        [
+            '--config.defense.name=rescaling',
+            "--config.defense.options={'layer': 'conv1', 'unit': 'unit', 'renormalize': True}",
+        ],
+        "'conv1' has 4 filters and 256 neurons of unit 'unit'; set unit to 'channel'",
+    ),
     (['--config.defense.measure=size'], "Unknown defense.measure 'size'"),
+    (['--config.defense.response=size'], "Unknown defense.response 'size'"),
+    (
+        [
+            '--config.defense.name=rescaling',
+            '--config.defense.parameters=nowhere',
+            '--config.defense.response=loss',
+        ],
+        'defense.response is for a calibration, and defense.parameters names the result',
+    ),
     (["--config.defense.surrogates=('hard',)"], "Unknown defense.surrogates item 'hard'"),
     (['--config.model=mlp'], '--config.model is fixed by the trained model'),
     (['--config=configs/mnist.py'], '--config is fixed by the trained model'),

@@ -12,7 +12,12 @@ from jaxtyping import ArrayLike, Float, Int
 
 from neurosens import _validate, parallel
 from neurosens.defenses import images
-from neurosens.defenses.inverse_perturbation.direction import directions, normalize, partition
+from neurosens.defenses.inverse_perturbation.direction import (
+    Direction,
+    directions,
+    normalize,
+    partition,
+)
 from neurosens.defenses.inverse_perturbation.settings import DEFAULT, Parameters, Settings
 from neurosens.forward import Forward, Variables
 
@@ -48,7 +53,7 @@ def calibrate(
     Raises:
       LayerError: a layer cannot be tapped.
       ValueError: the images are empty, outside [0, 1] or not finite, labels do not fit, or a class
-        has too few correctly classified images.
+        has too few correctly classified images, or one without a finite direction.
     """
     x, y = images.check(x, y)
     _validate.check_whole('batch_size', batch_size)
@@ -65,6 +70,7 @@ def calibrate(
                 f'Class {label} has {len(rows)} correctly classified calibration images, fewer '
                 f'than its {settings.prototypes} directions need; calibrate with more images.'
             )
+        _check_finite(found, rows, label)
     front, rear = {}, {}
     for layer in settings.layers:
         means = [found.influence[layer][rows].mean(0, dtype=np.float64) for rows in members]
@@ -73,8 +79,8 @@ def calibrate(
         rear[layer] = np.stack([part.tail for part in parts])
     lifts = [
         sum(
-            found.activation[layer][rows][:, front[layer][label]].sum(1, dtype=np.float64)
-            - found.activation[layer][rows][:, rear[layer][label]].sum(1, dtype=np.float64)
+            found.activation[layer][np.ix_(rows, front[layer][label])].sum(1, dtype=np.float64)
+            - found.activation[layer][np.ix_(rows, rear[layer][label])].sum(1, dtype=np.float64)
             for layer in settings.layers
         )
         for label, rows in enumerate(members)
@@ -89,6 +95,27 @@ def calibrate(
         as_float([np.std(lift) for lift in lifts]),
         settings,
     )
+
+
+def _check_finite(found: Direction, rows: np.ndarray, label: int) -> None:
+    """Raises a ValueError where one of the images of a class would make its mean no number."""
+
+    def spoilt(values: ArrayLike) -> np.ndarray:
+        return ~np.isfinite(np.asarray(values)[rows].reshape(len(rows), -1)).all(1)
+
+    layers = {
+        name: spoilt(found.influence[name]) | spoilt(found.activation[name])
+        for name in found.influence
+    }
+    lost = np.any([spoilt(found.direction), *layers.values()], axis=0)
+    if lost.any():
+        # Where all layers are finite, the gradient is lost on the way from them to the image.
+        named = [name for name, each in layers.items() if each.any()] or list(layers)
+        raise ValueError(
+            f'Class {label} has {lost.sum()} calibration images whose activations or gradients '
+            f'at {", ".join(map(repr, named))} are not finite; mend what divides by zero in the '
+            'model, or name other layers.'
+        )
 
 
 def _centres(vectors: np.ndarray, prototypes: int, seed: int) -> np.ndarray:
