@@ -9,10 +9,12 @@ Each row runs in a process of its own. Training steps with every regularizer are
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 
 from benchmarks import harness, neuron_problems
 from neurosens import attacks, neurons, parallel
@@ -43,7 +45,8 @@ def prepare_pgd(*, batch_size: int) -> harness.Prepared:
         batch_size: images.
 
     Returns:
-        No units; the temporaries of the program and the peak of the process in MiB.
+        No units; the temporaries of the program, those of one input gradient of as many images, and
+        the peak of the process, in MiB.
     """
     mesh = harness.start_jax(batch_size)
     forward, variables, x, y = _resnet(mesh, batch_size)
@@ -54,7 +57,14 @@ def prepare_pgd(*, batch_size: int) -> harness.Prepared:
         threat = attacks.Threat('linf', 8 / 255)
         return attacks.pgd(forward, variables, x, y, key, threat=threat, steps=_STEPS)
 
-    return _measured(mesh, pgd, variables, x, y, key)
+    @jax.jit
+    @functools.partial(jax.grad, argnums=1)
+    def gradient(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = forward(variables, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum()
+
+    floor = functools.partial(harness.temporary_memory, mesh, gradient, variables, x, y)
+    return _measured(mesh, floor, pgd, variables, x, y, key)
 
 
 def prepare_delta(*, chunk: int) -> harness.Prepared:
@@ -64,7 +74,7 @@ def prepare_delta(*, chunk: int) -> harness.Prepared:
         chunk: derivatives of logits at once for each image.
 
     Returns:
-        As `prepare_pgd`.
+        As `prepare_pgd`, but with the temporaries of one forward pass.
     """
     mesh = harness.start_jax(IMAGES)
     forward, variables, x, _ = _resnet(mesh, IMAGES)
@@ -73,15 +83,24 @@ def prepare_delta(*, chunk: int) -> harness.Prepared:
     def delta(variables: Any, x: jax.Array) -> Any:
         return neurons.sensitivity(forward, variables, x, layer=LAYER, chunk=chunk)
 
-    return _measured(mesh, delta, variables, x)
+    @jax.jit
+    def logits(variables: Any, x: jax.Array) -> jax.Array:
+        return forward(variables, x)[0]
+
+    floor = functools.partial(harness.temporary_memory, mesh, logits, variables, x)
+    return _measured(mesh, floor, delta, variables, x)
 
 
 def _measured(
-    mesh: jax.sharding.Mesh, function: Callable[..., Any], *arguments: Any
+    mesh: jax.sharding.Mesh,
+    floor: Callable[[], float],
+    function: Callable[..., Any],
+    *arguments: Any,
 ) -> harness.Prepared:
-    temporary = harness.temporary_memory(mesh, function, *arguments)
+    # The peak first: a process keeps what compiling other programs took.
     peak = harness.peak_memory(lambda: jax.block_until_ready(function(*arguments)))
-    return harness.Prepared({}, {'temporary': temporary, 'peak': peak})
+    temporary = harness.temporary_memory(mesh, function, *arguments)
+    return harness.Prepared({}, {'temporary': temporary, 'floor': floor(), 'peak': peak})
 
 
 def _rows(factory: str, option: str, values: Sequence[int]) -> list[tuple[str, ...]]:
@@ -90,7 +109,9 @@ def _rows(factory: str, option: str, values: Sequence[int]) -> list[tuple[str, .
         spec = harness.WorkerSpec(f'benchmarks.memory:{factory}', {option: value})
         with harness.worker(spec) as worker:
             found: Mapping[str, float] = worker.details
-        rows.append((f'{value}', f'{found["temporary"]:.0f}', f'{found["peak"]:.0f}'))
+        temporary, floor = found['temporary'], found['floor']
+        cells = (f'{temporary:.0f}', f'{floor:.0f}', harness.percent(floor / temporary))
+        rows.append((f'{value}', *cells, f'{found["peak"]:.0f}'))
     return rows
 
 
@@ -107,12 +128,13 @@ def main() -> None:
     """Measures and prints."""
     arguments = parse_arguments()
     harness.use_device(arguments.device)
-    columns = ('temporaries of the program', 'peak of the process')
+    columns = ('temporaries of the program', 'floor', 'share of floor', 'peak of the process')
     pgd = _rows('prepare_pgd', 'batch_size', arguments.batches)
     delta = _rows('prepare_delta', 'chunk', arguments.chunks)
     definition = (
         'MiB, each row in a process of its own, which keeps what it frees; the temporaries are '
-        'those of all devices, the peak includes JAX itself.'
+        'those of all devices, the peak includes JAX itself. Floor: the temporaries of one input '
+        'gradient of as many images, or of one forward pass.'
     )
     harness.report(
         arguments,

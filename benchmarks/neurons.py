@@ -553,7 +553,8 @@ def prepare_memory(*, chunk: int, images: int, output: str = '') -> harness.Prep
         output: not used.
 
     Returns:
-        No units; the peak and what the compiler says it needs, in MiB.
+        No units; what the compiler says that it needs and that a forward pass does, and by how
+        much the process grows, in MiB.
     """
     del output
     mesh = harness.start_jax()
@@ -565,13 +566,14 @@ def prepare_memory(*, chunk: int, images: int, output: str = '') -> harness.Prep
     )
     options = {'layer': 'act1', 'chunk': chunk}
     compiled = neurons.ablation.lower(forward, variables, x, y, **options).compile()  # type: ignore[attr-defined]
-    temporary = compiled.memory_analysis().temp_size_in_bytes * mesh.size
+    temporary = compiled.memory_analysis().temp_size_in_bytes * mesh.size / 2**20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     jax.block_until_ready(compiled(forward, variables, x, y))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return harness.Prepared(
-        {}, {'temporary_mib': temporary / 2**20, 'grown_mib': (after - before) / 1024}
-    )
+    grown = (after - before) / 1024
+    logits = jax.jit(lambda variables, x: forward(variables, x)[0])
+    floor = harness.temporary_memory(mesh, logits, variables, x)
+    return harness.Prepared({}, {'temporary': temporary, 'floor': floor, 'grown': grown})
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -584,14 +586,25 @@ def memory(arguments: argparse.Namespace) -> None:
         with harness.worker(spec) as worker:
             found[chunk] = dict(worker.details)
     rows = [
-        (f'{chunk}', f'{facts["temporary_mib"]:.0f}', f'{facts["grown_mib"]:.0f}')
+        (
+            f'{chunk}',
+            f'{facts["temporary"]:.0f}',
+            harness.percent(facts['floor'] / facts['temporary']),
+            f'{facts["grown"]:.0f}',
+        )
         for chunk, facts in found.items()
     ]
-    header = ('Chunk', 'temporaries of the program, MiB', 'growth of the process, MiB')
+    header = ('Chunk', 'temporaries of the program, MiB', 'share of floor')
+    header = (*header, 'growth of the process, MiB')
+    floor = next(iter(found.values()))['floor']
+    definition = (
+        'Ablation of 64 filters, batches of 250, each chunk in a process of its own. Floor: the '
+        f'{floor:.0f} MiB of one forward pass.'
+    )
     if arguments.plot:
         figure = Figure(figsize=(4.5, 3.2), layout='constrained')
         axes = figure.subplots()
-        axes.plot(CHUNKS, [facts['temporary_mib'] for facts in found.values()], marker='o')
+        axes.plot(CHUNKS, [facts['temporary'] for facts in found.values()], marker='o')
         axes.set_xlabel('chunk: neurons at once')
         axes.set_ylabel('temporaries of the program (MiB)')
         axes.set_xlim(left=0)
@@ -599,7 +612,7 @@ def memory(arguments: argparse.Namespace) -> None:
         harness.save_figure(figure, arguments.plot)
     harness.report(
         arguments,
-        'Ablation of 64 filters, batches of 250, each chunk in a process of its own.',
+        harness.wrapped(definition),
         harness.markdown_table(header, rows),
     )
 

@@ -241,7 +241,7 @@ def _row(measured: harness.Measurement, term: str, known: Term) -> tuple[str, ..
 def _memory(arguments: argparse.Namespace) -> None:
     tables = []
     for name in arguments.networks:
-        rows = []
+        rows, floor = [], 0.0
         for term in TERMS:
             options = {'name': name, 'terms': [term], 'batch_size': arguments.batch_size}
             found = {}
@@ -250,13 +250,18 @@ def _memory(arguments: argparse.Namespace) -> None:
                 with harness.worker(spec) as worker:
                     found[module] = dict(worker.details)
             ours, theirs = found['regularizers'], found['torch_regularizers']
-            cells = (ours['temporary'], ours['peak'], theirs['peak'])
-            rows.append((term, *(f'{cell:.0f}' for cell in cells)))
-        header = ('Term', 'temporaries of the step', 'peak of the process', 'that of PyTorch')
+            # The plain step comes first.
+            floor = floor or ours['temporary']
+            peaks = (f'{side["peak"]:.0f}' for side in (ours, theirs))
+            share = harness.percent(floor / ours['temporary'])
+            rows.append((term, f'{ours["temporary"]:.0f}', share, *peaks))
+        header = ('Term', 'temporaries of the step', 'share of floor')
+        header = (*header, 'peak of the process', 'that of PyTorch')
         tables += [f'{name}:', harness.markdown_table(header, rows)]
     definition = (
         f'MiB for training steps on batches of {arguments.batch_size}, each in a process of its '
-        'own, which keeps what it frees; the temporaries are those of all devices.'
+        'own, which keeps what it frees; the temporaries are those of all devices. Floor: those of '
+        'the plain step.'
     )
     harness.report(arguments, harness.wrapped(definition), *tables)
 

@@ -108,7 +108,9 @@ def foolbox_attacks(network: torch.nn.Module, setting: Setting) -> dict[str, Att
     """Returns the attack of foolbox that the others have too."""
     kind = {'linf': foolbox.attacks.LinfPGD, 'l2': foolbox.attacks.L2PGD}[setting.norm]
     attack = kind(abs_stepsize=setting.step_size, steps=setting.pgd_steps, random_start=True)
-    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    # Else it moves the network to a GPU where there is one.
+    device = next(network.parameters()).device
+    model = foolbox.PyTorchModel(network, bounds=(0, 1), device=device)
     return {'pgd': lambda x, y: attack(model, x, y, epsilons=setting.eps)[1]}
 
 

@@ -98,7 +98,9 @@ def smallest(
     success if the network takes black for another class; here it is none.
     """
     ((images, labels),) = _tensors(network, x, y, len(x))
-    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    # Else it moves the network to a GPU where there is one.
+    device = next(network.parameters()).device
+    model = foolbox.PyTorchModel(network, bounds=(0, 1), device=device)
     _, found, success = _SMALLEST[attack, norm]()(model, images, labels, epsilons=None)
     if attack == 'carlini_wagner':
         success &= found.flatten(1).ne(0).any(1)
