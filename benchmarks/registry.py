@@ -215,7 +215,7 @@ def _subjects() -> tuple[Subject, ...]:
         training('cifar10', 1, 95, *reduced),
         *(
             defenses('defended', 40, (network,), f'defense_shifts_{network}.png')
-            for network in defended
+            for network in (*defended, 'resnet20')
         ),
         *(
             defenses('curves', 20, (network,), f'defense_curves_{network}.png')
