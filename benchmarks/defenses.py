@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from matplotlib.figure import Figure
@@ -45,6 +46,9 @@ _STEPS, _QUERIES = 20, 300
 _CHANGES = {'l2': 'l2 norm', 'relative_l2': 'relative l2 norm', 'mean_log': 'mean logarithm'}
 # Without a filter a network loses few images of a hundred: fewer would tell no filters apart.
 _RESPONSE_IMAGES = 10_000
+
+# From a name and what finds a result to the result, found now or before.
+Keep: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 
 
 class Setting(NamedTuple):
@@ -308,27 +312,56 @@ def curves(problem: Problem, folder: pathlib.Path) -> list[Table]:
 
 def found_curves(problem: Problem, folder: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracies by change, degree and attack."""
-    return harness.kept(
-        folder,
-        f'{problem.name}_curves',
-        (
-            problem.setting,
-            _STEPS,
-            _QUERIES,
-            STRENGTHS,
-            MEASURES,
-            ORDERS,
-            _ATTACKS,
-            _RESPONSE_IMAGES,
-        ),
-        lambda: _curves(problem),
+    settings = (
+        problem.setting,
+        _STEPS,
+        _QUERIES,
+        STRENGTHS,
+        MEASURES,
+        ORDERS,
+        _ATTACKS,
+        _RESPONSE_IMAGES,
     )
 
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        return harness.kept(folder, f'{problem.name}_curves{name}', settings, make)
 
-def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
+    return keep('', lambda: _curves(problem, _changed(problem), keep))
+
+
+class Changed(NamedTuple):
+    """A network that a defence changes to some degree.
+
+    Attributes:
+        model: the changed network.
+        surrogates: whose gradients attacks follow besides its own, by name.
+    """
+
+    model: Any
+    surrogates: Mapping[str, Any] = {}
+
+
+def _curves(
+    problem: Problem, changed: Mapping[str, Mapping[str, Changed]], keep: Keep
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracies of all, those of each model kept on their own, should the run be stopped."""
+
+    def accuracies(name: str, degree: str, of: Changed) -> dict[str, float]:
+        label = re.sub(r'\W+', '_', f' {name} {degree}')
+        return keep(label, lambda: _accuracies(problem, of.model, of.surrogates))
+
+    # Nothing moved, rescaled or pruned is the same model for all.
+    unchanged = {'0': accuracies('unchanged', '0', Changed(problem.forward))}
+    return {
+        name: unchanged | {degree: accuracies(name, degree, of) for degree, of in by_degree.items()}
+        for name, by_degree in changed.items()
+    }
+
+
+def _changed(problem: Problem) -> dict[str, dict[str, Changed]]:
+    """The changed networks by change and degree above 0."""
     setting = problem.setting
-    changed: dict[str, dict[str, Any]] = {}
-    surrogates: dict[int, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Changed]] = {}
     options = {'layers': (setting.front,), 'rho': setting.rho}
     moving = _calibrated(problem, config.Defense(name=INVERSE, options=options))
     for rho in setting.rho:
@@ -337,9 +370,9 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
         parameters = dataclasses.replace(moving, settings=chosen)
         parameters = parallel.replicate(problem.mesh, parameters)
         model = inverse_perturbation.apply(parameters, problem.forward)
-        changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = model
         adaptive = inverse_perturbation.adaptive(parameters, problem.forward)
-        surrogates[id(model)] = {name: adaptive[name] for name in SURROGATES[:2]}
+        through = {name: adaptive[name] for name in SURROGATES[:2]}
+        changed.setdefault('inverse perturbation', {})[f'{rho:g}'] = Changed(model, through)
     report = _measure(problem, setting.first[0], ('ablation',), _RESPONSE_IMAGES)
     assert report.clean is not None
     for strength in STRENGTHS[1:]:
@@ -347,9 +380,8 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
             report.clean.accuracy,
             settings=rescaling.Settings(layer=setting.first[0], strength=strength),
         )
-        changed.setdefault('compress/amplify', {})[f'{strength:g}'] = rescaling.apply(
-            rescaled, problem.forward
-        )
+        model = rescaling.apply(rescaled, problem.forward)
+        changed.setdefault('compress/amplify', {})[f'{strength:g}'] = Changed(model)
     last = _measure(problem, 'head:in', ('sensitivity', 'ablation'))
     for measure in MEASURES:
         for order in ORDERS if measure == MEASURES[0] else ORDERS[:2]:
@@ -359,19 +391,9 @@ def _curves(problem: Problem) -> dict[str, dict[str, dict[str, float]]]:
                     evaluation.pruning_scores(last, measure),
                     settings=pruning.Settings(count=count, order=order),
                 )
-                changed.setdefault(f'prune {label}', {})[str(count)] = pruning.apply(
-                    pruned, problem.forward
-                )
-    # Nothing moved, rescaled or pruned is the same model for all.
-    unchanged = {'0': _accuracies(problem, problem.forward, {})}
-    return {
-        name: unchanged
-        | {
-            degree: _accuracies(problem, model, surrogates.get(id(model), {}))
-            for degree, model in by_degree.items()
-        }
-        for name, by_degree in changed.items()
-    }
+                model = pruning.apply(pruned, problem.forward)
+                changed.setdefault(f'prune {label}', {})[str(count)] = Changed(model)
+    return changed
 
 
 def _measure(

@@ -845,6 +845,42 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
 
 
 @pytest.mark.parity
+def test_a_stopped_run_of_curves_goes_on_where_it_was(defences, tmp_path, monkeypatch):
+    problem = types.SimpleNamespace(name='net', setting=(), forward='plain')
+    changed = {
+        'prune most': {'10': defences.Changed('a'), '20': defences.Changed('b')},
+        'prune least': {'10': defences.Changed('c', {'soft': 'surrogate'})},
+    }
+    measured, fails = [], ['c']
+
+    def accuracies(problem, model, surrogates):
+        if model in fails:
+            raise KeyboardInterrupt
+        measured.append(model)
+        return {'clean': len(measured), 'through': len(surrogates)}
+
+    monkeypatch.setattr(defences, '_accuracies', accuracies)
+    monkeypatch.setattr(defences, '_changed', lambda problem: changed)
+    with pytest.raises(KeyboardInterrupt):
+        defences.found_curves(problem, tmp_path)
+    assert measured == ['plain', 'a', 'b']
+    fails.clear()
+    found = defences.found_curves(problem, tmp_path)
+    assert measured == ['plain', 'a', 'b', 'c']
+    plain, (a, b, c) = {'clean': 1, 'through': 0}, range(2, 5)
+    assert found == {
+        'prune most': {
+            '0': plain,
+            '10': {'clean': a, 'through': 0},
+            '20': {'clean': b, 'through': 0},
+        },
+        'prune least': {'0': plain, '10': {'clean': c, 'through': 1}},
+    }
+    # All of it is known by now.
+    assert defences.found_curves(problem, tmp_path) == found and len(measured) == 4
+
+
+@pytest.mark.parity
 def test_curves_and_filters_have_a_row_for_each_degree_and_network(defences, tmp_path, monkeypatch):
     values = {'clean': 0.9, 'fgsm': 0.5, 'pgd': 0.4, 'apgd_dlr': 0.3, 'square': 0.35, 'worst': 0.2}
     found = {
@@ -860,7 +896,8 @@ def test_curves_and_filters_have_a_row_for_each_degree_and_network(defences, tmp
                 facts[f'targeting_{score}_{kind}_{of}'] = 0.25
                 facts[f'targeting_{score}_{kind}_{of}_p'] = 0.0312
     facts['targeting_l2_score_partial'] = None
-    monkeypatch.setattr(defences, '_curves', lambda problem: found)
+    monkeypatch.setattr(defences, '_changed', lambda problem: {})
+    monkeypatch.setattr(defences, '_curves', lambda *_: found)
     monkeypatch.setattr(defences, '_fragile', lambda problem: facts)
     text = made(monkeypatch, defences, 'defenses.curves.lenet5', tmp_path)
     rows = [row for row in cells_of(text) if row[0] in found]
