@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
@@ -79,20 +80,28 @@ def main(arguments: Sequence[str]) -> int:
     report = _attack(job, mesh, key)
     defended = None if parameters is None else _defend(job, mesh, key, parameters)
     found, compared = _measure(job, mesh, key)
+    ended = None
     if parallel.is_primary():
-        with scripts.user_errors():
-            sections, facts = _write_sections(job, found, compared, defended)
-            evaluation.remove_sections(
-                job.directory, neurons=found is None, defense=defended is None
-            )
-            evaluation.write(
-                report,
-                job.directory,
-                facts,
-                training.logs.read(job.workdir),
-                sections=sections,
-                provenance=scripts.provenance('evaluate.py', arguments),
-            )
+        try:
+            with scripts.user_errors():
+                sections, facts = _write_sections(job, found, compared, defended)
+                evaluation.remove_sections(
+                    job.directory, neurons=found is None, defense=defended is None
+                )
+                evaluation.write(
+                    report,
+                    job.directory,
+                    facts,
+                    training.logs.read(job.workdir),
+                    sections=sections,
+                    provenance=scripts.provenance('evaluate.py', arguments),
+                )
+        except SystemExit as error:
+            ended = error
+    # Only the first process knows, and all of them keep the defence.
+    status = max(parallel.gather(np.array([0 if ended is None else int(ended.code or 1)])))
+    if status:
+        raise ended or SystemExit(int(status))
     if parameters is not None:
         _keep(job, parameters)
     if parallel.is_primary():

@@ -25,6 +25,7 @@ def get_config() -> Config:
         dataset='cifar10',
         validation_size=5000,
         model='resnet18',
+        model_options={'stem': 'imagenet'},
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         epochs=30,

@@ -358,8 +358,8 @@ def apgd(
       Per example the latest iterate that is misclassified, or else the one of largest loss.
 
     Raises:
-      ValueError: a number or choice is out of range, the model has too few classes for the loss, or
-        images are not finite or out of bounds.
+      ValueError: a number or choice is out of range, the model has too few classes for the loss,
+        images are not finite or out of bounds, or a label is no class.
     """
     for name, value in (('steps', steps), ('restarts', restarts), ('draws', draws)):
         _validate.check_whole(name, value)

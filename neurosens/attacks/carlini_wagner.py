@@ -162,8 +162,8 @@ def carlini_wagner(
       Per example the nearest image that fools the model and its distance.
 
     Raises:
-      ValueError: the norm is not l2, a number is out of range, or images are not finite or out of
-        bounds.
+      ValueError: the norm is not l2, a number is out of range, images are not finite or out of
+        bounds, or a label is no class.
     """
     _validate.check_whole('steps', steps)
     _validate.check_whole('searches', searches)

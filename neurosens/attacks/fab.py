@@ -243,7 +243,8 @@ def fab(
       Per example the nearest misclassified image and its distance.
 
     Raises:
-      ValueError: a number is out of range, or images are not finite or out of bounds.
+      ValueError: a number is out of range, images are not finite or out of bounds, or a label is no
+        class.
     """
     _validate.check_whole('steps', steps)
     _validate.check_whole('restarts', restarts)

@@ -130,7 +130,8 @@ def fmn(
       Per example the nearest image that fools the model and its distance.
 
     Raises:
-      ValueError: a number is out of range, or images are not finite or out of bounds.
+      ValueError: a number is out of range, images are not finite or out of bounds, or a label is no
+        class.
     """
     _validate.check_whole('steps', steps)
     _validate.check_range('step_size', step_size, low=0, low_open=True)

@@ -131,7 +131,8 @@ def latent_attack(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: a number is out of range, or images are not finite or out of bounds.
+      ValueError: a number is out of range, images are not finite or out of bounds, or a label is no
+        class.
     """
     check_steps(steps, restarts, 'random')
     return attack_batch(
@@ -261,8 +262,8 @@ def activation_attack(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: a number or choice is out of range, the neuron does not exist, or images are not
-        finite or out of bounds.
+      ValueError: a number or choice is out of range, the neuron does not exist, images are not
+        finite or out of bounds, or a label is no class.
     """
     check_steps(steps, restarts, start)
     units.check_unit(unit)

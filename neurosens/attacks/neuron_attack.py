@@ -230,7 +230,7 @@ def neuron_attack(
     Raises:
       LayerError: a layer cannot be tapped.
       ValueError: a number or choice is out of range, a neuron does not exist, delta is not finite,
-        or images are not finite or out of bounds.
+        images are not finite or out of bounds, or a label is no class.
     """
     check_steps(steps, restarts, start)
     if isinstance(weight, (int, float)):

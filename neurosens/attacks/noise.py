@@ -71,7 +71,8 @@ def noise(
       Per example the image of largest cross-entropy, misclassified if any is.
 
     Raises:
-      ValueError: `restarts` is below 1, or images are not finite or out of bounds.
+      ValueError: `restarts` is below 1, images are not finite or out of bounds, or a label is no
+        class.
     """
     _validate.check_whole('restarts', restarts)
     return attack_batch(

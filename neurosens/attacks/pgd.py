@@ -241,7 +241,8 @@ def pgd(
       loss among those.
 
     Raises:
-      ValueError: a number or choice is out of range, or images are not finite or out of bounds.
+      ValueError: a number or choice is out of range, images are not finite or out of bounds, or a
+        label is no class.
     """
     _validate.check_whole('steps', steps)
     _validate.check_whole('restarts', restarts)

@@ -195,8 +195,8 @@ def spatial(
       Per example the motion of largest cross-entropy, misclassified if any is.
 
     Raises:
-      ValueError: a number is out of range, or images are not finite, out of bounds or without
-        height, width and channels.
+      ValueError: a number is out of range, images are not finite, out of bounds or without height,
+        width and channels, or a label is no class.
     """
     _validate.check_whole('angles', angles)
     _validate.check_whole('shifts', shifts)

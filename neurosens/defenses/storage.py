@@ -114,13 +114,20 @@ def save(
 def _put_in_place(fresh: pathlib.Path, path: pathlib.Path) -> None:
     parallel.barrier('defense written')
     if parallel.is_primary():
-        older = path.with_name(f'.{path.name}.old')
-        shutil.rmtree(older, ignore_errors=True)
+        older = _older(path)
         if path.exists():
+            # What an earlier run left beside them is older still.
+            if older.exists():
+                shutil.rmtree(older)
             path.rename(older)
         fresh.rename(path)
         shutil.rmtree(older, ignore_errors=True)
     parallel.barrier('defense in place')
+
+
+def _older(path: pathlib.Path) -> pathlib.Path:
+    """Where parameters are while others take their place."""
+    return path.with_name(f'.{path.name}.old')
 
 
 def load(
@@ -141,6 +148,9 @@ def load(
         of `variables`.
     """
     path = pathlib.Path(directory).absolute()
+    if not path.is_dir() and _older(path.resolve()).is_dir():
+        # A run was stopped between two renames.
+        path = _older(path.resolve())
     if not path.is_dir():
         raise DefenseError(f'There is no defense in {directory}; calibrate one first.')
     try:

@@ -65,7 +65,13 @@ def head(
     if not isinstance(given, Mapping) or 'head' not in given:
         return None
     layer = _bare_names({'head': given['head']}, arrays, originals)['head']
-    return arrays.get(f'{layer}.weight')
+    weight = arrays.get(f'{layer}.weight')
+    if weight is None or weight.ndim != 2:
+        raise WeightsError(
+            f"names['head'] is {given['head']!r}, which is no linear layer; name the one that "
+            'gives the logits.'
+        )
+    return weight
 
 
 def _bare_names(

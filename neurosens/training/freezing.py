@@ -109,12 +109,14 @@ def kept_statistics(names: Sequence[str]) -> Iterator[None]:
 
     Args:
       names: layers, with all that is inside them, whose normalisations are
-        `neurosens.models.BatchNorm`.
+        `neurosens.models.BatchNorm`, or `flax.linen.BatchNorm` that are told by their call whether
+        to use running averages.
     """
     chosen = set(names)
 
     def intercept(call: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
-        called = isinstance(context.module, BatchNorm) and context.method_name == '__call__'
+        kinds = (BatchNorm, nn.BatchNorm)
+        called = isinstance(context.module, kinds) and context.method_name == '__call__'
         if called and not chosen.isdisjoint(_prefixes(context.module.path)):
             keywords = {**keywords, 'use_running_average': True}
         return call(*arguments, **keywords)

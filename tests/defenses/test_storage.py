@@ -1,5 +1,6 @@
 """Defences on disk: what was saved comes back, and damage is noticed."""
 
+import pathlib
 import shutil
 
 import jax
@@ -88,6 +89,27 @@ def test_damage_is_one_clear_error(tmp_path):
             defenses.load(directory)
     largest.write_bytes(whole)
     defenses.load(directory)
+
+
+def test_a_run_stopped_between_two_renames_leaves_the_older_parameters(tmp_path, monkeypatch):
+    directory, (older, newer, _) = tmp_path / 'defense', examples()[:3]
+    defenses.save(directory, older)
+    rename = pathlib.Path.rename
+
+    def stopped(path, target):
+        if path.name.endswith('.new'):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, 'rename', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        defenses.save(directory, newer)
+    monkeypatch.undo()
+    assert not directory.exists()
+    assert defenses.name_of(defenses.load(directory)) == defenses.name_of(older)
+    defenses.save(directory, newer)
+    assert defenses.load(directory).settings == newer.settings
+    assert [path.name for path in tmp_path.iterdir()] == ['defense']
 
 
 def test_settings_from_plain_values_are_checked():

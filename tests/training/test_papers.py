@@ -62,6 +62,13 @@ def test_the_docstring_says_how_to_run_it(path):
     assert f'python train.py --config=configs/papers/{path.name} --config.data_dir=DIR' in text
 
 
+def test_the_stem_of_the_fragile_filters_is_that_of_the_programs():
+    config = command_line.load_file(REPOSITORY / 'configs' / 'papers' / 'pravin_2021.py')
+    module = training.make_model(config)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert shapes['params']['conv1']['kernel'].shape == (7, 7, 3, 64)
+
+
 def test_every_config_of_a_paper_is_listed():
     text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
     listed = set(re.findall(r'`configs/papers/(\w+\.py)`', text))
