@@ -29,6 +29,8 @@ UNFLATTENED = -2
 _UNKNOWN_MAP = -3
 # One number of each image in the place of all its features, which fits any order of theirs.
 _REPEATED = -4
+# An `_UNKNOWN_MAP` that was made out of features.
+_REMADE = -5
 _CHANNELS = 1
 _PREFIX = 'neurosens.interop/'
 
@@ -70,9 +72,9 @@ def _follow(
             continue
         name = equation.params['name'] if equation.primitive.name == 'name' else ''
         if name.startswith(_PREFIX):
-            (one,), (atom,) = inputs, equation.invars
-            features = atom.aval.ndim == 2 and one == UNKNOWN
-            told = isinstance(one, int) and (features or one > 0 or one == UNFLATTENED)
+            (one,) = inputs
+            one = UNFLATTENED if one == _REMADE else one
+            told = isinstance(one, int) and (one > 0 or one in (UNKNOWN, UNFLATTENED))
             # A layer may be called again.
             found.setdefault(name.removeprefix(_PREFIX), one if told else 0)
         inner = program.inner_jaxpr(equation)
@@ -109,6 +111,8 @@ def _order(equation: Any, inputs: Sequence[Order | None], after: tuple[int, ...]
             return _combined([(after, _inserted(*one, others, after)) for one in operands], after)
         case 'concatenate' | 'pad':
             return _combined(operands, after)
+    if _of_features(order) and order != 1 and _exchanges(equation, len(before) - 1):
+        return UNKNOWN
     axes = _removed_axes(equation)
     if axes and len(after) == len(before) - len(axes):
         return _without(before, order, axes)
@@ -122,7 +126,9 @@ def _combined(operands: Sequence[tuple[tuple[int, ...], Order]], after: tuple[in
     """Of what takes each element by itself, or windows, parts or sums of several, or joins them."""
     changed = {_carried(before, order, after) for before, order in operands} - {0, _REPEATED}
     if len(changed) > 1:
-        return UNKNOWN if any(map(_of_features, changed)) else _UNKNOWN_MAP
+        if any(map(_of_features, changed)):
+            return UNKNOWN
+        return max(map(_lost, changed), key=lambda order: order == _REMADE)
     if not changed:
         return 0
     (order,) = changed
@@ -152,7 +158,12 @@ def _carried(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> O
     if len(before) == len(after):
         return order
     # Sums of maps over positions are one number of each channel.
-    return _UNKNOWN_MAP if len(after) > 2 else 0
+    return _lost(order) if len(after) > 2 else 0
+
+
+def _lost(order: Order) -> Order:
+    """Of a map whose axes can no longer be told."""
+    return _REMADE if order in (UNFLATTENED, _REMADE) else _UNKNOWN_MAP
 
 
 def _removed_axes(equation: Any) -> Sequence[int]:
@@ -167,6 +178,21 @@ def _removed_axes(equation: Any) -> Sequence[int]:
     return equation.params.get('axes') or ()
 
 
+def _exchanges(equation: Any, axis: int) -> bool:
+    """Whether values along this axis are put elsewhere, or summed up one after the other."""
+    parameters = equation.params
+    match equation.primitive.name:
+        case 'rev':
+            return axis in parameters['dimensions']
+        case 'sort':
+            return parameters['dimension'] == axis
+        case 'gather':
+            return axis in parameters['dimension_numbers'].start_index_map
+        case 'cumsum' | 'cumprod' | 'cummax' | 'cummin' | 'cumlogsumexp':
+            return parameters['axis'] == axis
+    return False
+
+
 def _without(before: tuple[int, ...], order: Order, axes: Collection[int]) -> Order:
     """Of one part, or a sum, along axes that are then gone."""
     kept = [axis for axis in range(len(before)) if axis not in axes]
@@ -176,8 +202,8 @@ def _without(before: tuple[int, ...], order: Order, axes: Collection[int]) -> Or
     if len(kept) < 3:
         # One axis beside the batch.
         return 0
-    if order in (_UNKNOWN_MAP, UNFLATTENED):
-        return _UNKNOWN_MAP
+    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+        return _lost(order)
     places = _places(order, len(before))
     return _plain(tuple(places[axis] for axis in kept))
 
@@ -200,8 +226,8 @@ def _inserted(
     last = dimensions[-1] == len(after) - 1 and before[-1] == after[-1]
     if _of_features(order):
         return order if last else UNKNOWN
-    if order in (_UNKNOWN_MAP, UNFLATTENED):
-        return order if len(before) == len(after) else _UNKNOWN_MAP
+    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+        return order if len(before) == len(after) else _lost(order)
     if not order and (last or len(before) < 3):
         return 0
     places = _places(order, len(before))
@@ -228,7 +254,7 @@ def _reshaped(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> 
     # Channels stay apart from positions where they are grouped among themselves alone.
     grouped = before[-1] in itertools.accumulate(after[:0:-1], operator.mul)
     features = _of_features(order) or not (order or grouped) or len(after) == 2
-    return UNKNOWN if features else _UNKNOWN_MAP
+    return UNKNOWN if features else _lost(order)
 
 
 def _flattened(before: tuple[int, ...], order: Order) -> Order:
@@ -243,10 +269,10 @@ def _flattened(before: tuple[int, ...], order: Order) -> Order:
 
 def _transposed(order: Order, permutation: tuple[int, ...]) -> Order:
     if order == UNFLATTENED:
-        return 0 if tuple(permutation) == _places(0, len(permutation)) else _UNKNOWN_MAP
+        return 0 if tuple(permutation) == _places(0, len(permutation)) else _REMADE
     if _of_features(order):
         return UNKNOWN
-    if len(permutation) < 3 or order == _UNKNOWN_MAP:
+    if len(permutation) < 3 or order in (_UNKNOWN_MAP, _REMADE):
         return order
     places = _places(order, len(permutation))
     return _plain(tuple(places[axis] for axis in permutation))
@@ -267,9 +293,9 @@ def _contracted(
     if any(_of_features(order) for order in inputs if order is not None):
         return UNKNOWN
     if len(sides) > 1 or batch[0] or len(contracted[0]) > 1 or len(before) != len(after):
-        return _UNKNOWN_MAP
-    if order in (_UNKNOWN_MAP, UNFLATTENED):
-        return _UNKNOWN_MAP
+        return _lost(order)
+    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+        return _lost(order)
     places = _places(order, len(before))
     (axis,) = contracted[sides[0]]
     kept = places[:axis] + places[axis + 1 :]

@@ -1,6 +1,7 @@
 """The order of features is followed through a module, or the module refused; NumPy knows it too."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -149,6 +150,12 @@ def test_features_may_be_weighed_by_numbers_in_their_order(module, images):
         lambda x: x.reshape(len(x), -1, 6).max(-1),
         lambda x: flat(x).reshape(len(x), -1, 6).max(-1),
         lambda x: jnp.stack([flat(x), flat(2 * x)], -1).max(-1),
+        lambda x: flat(x)[:, ::-1],
+        lambda x: flat(x)[:, np.arange(96)[::-1]],
+        lambda x: flat(x).cumsum(-1),
+        lambda x: jnp.sort(flat(x), -1),
+        lambda x: x.reshape(len(x), -1, 6),
+        lambda x: flat(x).reshape(len(x), -1, 6),
         lambda x: (f := flat(x)) + nn.Dense(f.shape[-1])(f),
         lambda x: (f := flat(x)) * nn.sigmoid(nn.Dense(f.shape[-1])(f)),
     ],
@@ -186,3 +193,23 @@ def test_maps_made_of_features_are_normalised_as_in_pytorch():
         "Decoder makes a map out of features before 'BatchNorm_0', which PyTorch does channels "
         'first; do so too: x.reshape(B, C, H, W).transpose(0, 2, 3, 1).'
     )
+
+
+@pytest.mark.parametrize(
+    'moved',
+    [
+        lambda x: jax.image.resize(x, (len(x), 4, 6, 4), 'bilinear'),
+        lambda x: x.transpose(0, 2, 1, 3),
+        lambda x: x.reshape(len(x), 3, 2, 4),
+        lambda x: x[:, 1:] + x.transpose(0, 2, 1, 3)[:, :1, :1],
+    ],
+)
+def test_maps_made_of_features_are_known_after_they_were_moved(moved):
+    class Decoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(24)(flat(x)).reshape(-1, 2, 3, 4)
+            return nn.Dense(5, name='head')(nn.Conv(4, (1, 1))(moved(x)).mean((1, 2)))
+
+    with pytest.raises(interop.WeightsError, match=r"a map out of features before 'Conv_0'"):
+        interop.torch_shapes(Decoder(), IMAGE)
