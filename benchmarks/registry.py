@@ -219,7 +219,7 @@ def _subjects() -> tuple[Subject, ...]:
         ),
         *(
             defenses('curves', 20, (network,), f'defense_curves_{network}.png')
-            for network in ('lenet5',)
+            for network in defended
         ),
         defenses('fragile', 10, (*defended, 'resnet20')),
     )
