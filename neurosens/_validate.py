@@ -30,6 +30,15 @@ def check_choice(name: str, value: object, valid: Collection[str]) -> None:
         raise ValueError(unknown(name, value, valid))
 
 
+def check_labels(low: int, high: int, classes: int) -> None:
+    """Raises a ValueError unless the smallest and the largest label are classes of a model."""
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f'Label {low if low < 0 else high} is not one of the {classes} classes of the model, '
+            f'which are counted from 0 to {classes - 1}; give labels of this model.'
+        )
+
+
 def check_layer(layer: object) -> None:
     """Raises a ValueError if `layer` cannot be the name of a layer."""
     if not isinstance(layer, str):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from neurosens import _validate
 from neurosens.forward import Forward, Variables
 
 
@@ -215,11 +216,7 @@ def check_labels(
         low, high = jax.device_get(_extremes(y))
     else:
         low, high = np.asarray(y).min(), np.asarray(y).max()
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f'Label {low if low < 0 else high} is not one of the {classes} classes of the model, '
-            f'which are counted from 0 to {classes - 1}; give labels of the model that is attacked.'
-        )
+    _validate.check_labels(int(low), int(high), classes)
 
 
 def check_radius(threat: Bounded) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
+from neurosens import _validate
 from neurosens.forward import Forward, Variables
 
 
@@ -89,6 +90,4 @@ def count_classes(
 
 def check_labels(y: Int[np.ndarray, ' examples'], classes: int) -> None:
     """Raises a ValueError where a label is not one of the model's classes."""
-    if y.min() < 0 or y.max() >= classes:
-        wrong = y[(y < 0) | (y >= classes)][0]
-        raise ValueError(f'Label {wrong} is not one of the {classes} classes of the model.')
+    _validate.check_labels(int(y.min()), int(y.max()), classes)
