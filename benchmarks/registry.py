@@ -82,7 +82,7 @@ def _subjects() -> tuple[Subject, ...]:
     networks = ('--networks', 'resnet2b', 'lenet5_robust')
     squares = ('--attacks', 'square', 'square-whole', '--seeds', '3')
     single = ('--networks', 'LeNet-5', '--batch_size', '64', '--draws', '30')
-    defended = ('lenet5', 'lenet5_robust')
+    defended = ('lenet5', 'lenet5_robust', 'resnet20')
     reduced = ('--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000')
     cpu = ('cpu',)
 
@@ -215,13 +215,13 @@ def _subjects() -> tuple[Subject, ...]:
         training('cifar10', 1, 95, *reduced),
         *(
             defenses('defended', 40, (network,), f'defense_shifts_{network}.png')
-            for network in (*defended, 'resnet20')
+            for network in defended
         ),
         *(
             defenses('curves', 20, (network,), f'defense_curves_{network}.png')
             for network in defended
         ),
-        defenses('fragile', 10, (*defended, 'resnet20')),
+        defenses('fragile', 10, defended),
     )
 
 
