@@ -514,17 +514,17 @@ def _neurons(arguments: argparse.Namespace) -> None:
                 f'{measured.summary(ours).median:.2f}',
                 harness.ratio_text(measured.ratio(turns, ours)),
                 harness.ratio_text(pairs),
-                harness.percent(measured.share(ours, floor)),
+                *(harness.percent(measured.share(unit, floor)) for unit in (ours, turns)),
             )
         )
     header = ('Network', 'neurosens, s', 'neurons in turn / neurosens', 'pairs in turn / neurosens')
+    header = (*header, 'share of floor', 'share of floor, neurons in turn')
     definition = (
         f'{Setting.neurons} neurons in each of {Setting.batch_size} images, '
         f'{Setting.neuron_steps} steps; pairs in turn are timed on every {PAIR_SHARE}nd image and '
-        'scaled. Floor, of neurosens: one call of the compiled input gradient of the batch per '
-        'neuron and step.'
+        'scaled. Floor: one call of the compiled input gradient of the batch per neuron and step.'
     )
-    table = harness.markdown_table((*header, 'share of floor'), rows)
+    table = harness.markdown_table(header, rows)
     harness.report(arguments, harness.wrapped(definition), table, *paces, measurements=measurements)
 
 

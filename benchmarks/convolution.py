@@ -147,19 +147,20 @@ def main() -> None:
                 *(harness.bold(text, times[fastest]) for text in times.values()),
                 harness.ratio_text(measured.ratio(names['XLA'], names['oneDNN'])),
                 harness.ratio_text(measured.ratio(names['PyTorch'], names['oneDNN'])),
-                harness.percent(measured.share(names['oneDNN'], floor)),
+                *(harness.percent(measured.share(unit, floor)) for unit in names.values()),
             )
         )
-    header = ('Convolution', 'XLA, ms', 'oneDNN, ms', 'PyTorch, ms', 'XLA / oneDNN')
+    header = ('Convolution', *(f'{name}, ms' for name in specs), 'XLA / oneDNN', 'PyTorch / oneDNN')
+    header = (*header, *(f'share of floor, {name}' for name in specs))
     definition = (
         f'Batches of {BATCH_SIZE}. A gradient is a forward pass, a square and the gradient with '
-        'respect to the images; that of the kernel is alone. Floor, of oneDNN: the operations of '
-        f'the convolutions in it, at the peak rate of convolutions. {floors}'
+        'respect to the images; that of the kernel is alone. Floor: the operations of the '
+        f'convolutions in it, at the peak rate of convolutions. {floors}'
     )
     harness.report(
         arguments,
         harness.wrapped(definition),
-        harness.markdown_table((*header, 'PyTorch / oneDNN', 'share of floor'), rows),
+        harness.markdown_table(header, rows),
         measurements={'convolution': measured},
     )
 

@@ -195,7 +195,7 @@ def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
         )
         rows += [_row(problem.name, defence.name, eps, facts) for eps in setting.eps]
         if defence.name == INVERSE:
-            moves = _moves(problem, facts)
+            moves = [_along(problem, facts), *_moves(problem, facts)]
     header = (
         'Network',
         'defence',
@@ -208,6 +208,7 @@ def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
         'all attacks on the defence',
         'strongest alone',
         'missed along gradients',
+        'warnings of masking',
         'cost',
     )
     return [Table(header, rows), *moves]
@@ -237,8 +238,42 @@ def _row(network: str, name: str, eps: float, facts: Mapping[str, Any]) -> tuple
         f'{_percent(facts[worst])} ({low}-{high})',
         f'{_percent(least[strongest])}, {strongest.replace("_", " ")}',
         f'{facts[f"defense/missed_by_gradients/{threat}"]} of {facts["defense/images"]}',
+        _warned(facts),
         f'{facts["defense/relative_cost"]:.1f}',
     )
+
+
+def _warned(facts: Mapping[str, Any]) -> str:
+    """Checks for gradient masking that found something."""
+    checks = {
+        key.removeprefix('defense/masking/'): passed
+        for key, passed in facts.items()
+        if re.fullmatch(r'defense/masking/\w+', key) and isinstance(passed, bool)
+    }
+    # Of all of them together.
+    checks.pop('passed', None)
+    return ', '.join(name.replace('_', ' ') for name, passed in checks.items() if not passed) or '-'
+
+
+def _along(problem: Problem, facts: Mapping[str, Any]) -> Table:
+    """The least that attacks along each gradient leave of inverse perturbation, by radius."""
+    kinds = {
+        'its own': r'(fgsm|pgd|apgd|apgd_dlr)',
+        'its own, AutoAttack': 'autoattack',
+        'straight through': r'\w+_straight_through',
+        'soft choices': r'\w+_soft',
+        'single candidates': r'\w+_candidate_\d+',
+    }
+    rows = []
+    for kind, pattern in kinds.items():
+        cells = []
+        for eps in problem.setting.eps:
+            key = re.compile(rf'defense/adaptive/{pattern}-linf-{re.escape(f"{eps:.3g}")}')
+            left = [share for name, share in facts.items() if key.fullmatch(name)]
+            cells.append(_percent(min(left, default=None)))
+        rows.append((kind, *cells))
+    radii = (f'{eps:.3g}' for eps in problem.setting.eps)
+    return Table((f'{problem.name}: left along gradients', *radii), rows)
 
 
 def _moves(problem: Problem, facts: Mapping[str, Any]) -> list[Table]:

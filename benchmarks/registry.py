@@ -86,10 +86,14 @@ def _subjects() -> tuple[Subject, ...]:
     reduced = ('--attacks', 'apgd-ce', 'apgd-t', 'square', '--queries', '1000')
     cpu = ('cpu',)
 
-    def attacks(subject: str, rounds: int, packages: tuple[str, ...], minutes: int) -> Subject:
+    def attacks(
+        subject: str, rounds: int, packages: tuple[str, ...], minutes: int, plot: str = ''
+    ) -> Subject:
         timed = ('--rounds', str(rounds)) if rounds else ()
-        arguments = (subject, *real, *timed)
-        return Subject(f'attacks.{subject}', 'benchmarks.attacks', arguments, packages, minutes)
+        drawn = ('--plot', PLOT) if plot else ()
+        arguments = (subject, *real, *timed, *drawn)
+        name, module = f'attacks.{subject}', 'benchmarks.attacks'
+        return Subject(name, module, arguments, packages, minutes, plot)
 
     def neurons(
         subject: str, rounds: int, packages: tuple[str, ...], minutes: int, plot: str = ''
@@ -136,7 +140,7 @@ def _subjects() -> tuple[Subject, ...]:
         Subject('choices', 'benchmarks.choices', ('--rounds', '6'), (), 4, devices=cpu),
         Subject('batch_norm', 'benchmarks.batch_norm', ('--rounds', '25'), (), 2),
         Subject('attack_loop', 'benchmarks.attack_loop', ('--steps', '20', '--rounds', '5'), (), 4),
-        attacks('steps', 3, parity, 15),
+        attacks('steps', 3, parity, 15, 'attack_steps.png'),
         attacks('overhead', 9, parity, 16),
         attacks('autoattack', 3, parity, 60),
         attacks('neurons', 3, parity, 15),
@@ -201,7 +205,15 @@ def _subjects() -> tuple[Subject, ...]:
         neurons('memory', 0, (), 2, 'ablation_memory.png'),
         neurons('scaling', 4, (), 4, 'neuron_scaling.png'),
         Subject('memory', 'benchmarks.memory', (), (), 3),
-        Subject('scaling', 'benchmarks.scaling', ('--rounds', '5'), (), 8, devices=cpu),
+        Subject(
+            'scaling',
+            'benchmarks.scaling',
+            ('--rounds', '5', '--plot', PLOT),
+            (),
+            8,
+            'device_scaling.png',
+            devices=cpu,
+        ),
         Subject(
             'published',
             'benchmarks.published',

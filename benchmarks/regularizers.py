@@ -211,7 +211,7 @@ def _steps(arguments: argparse.Namespace) -> None:
         measurements[name] = measured
         rows = [_row(measured, term, known) for term, known in TERMS.items()]
         header = ('Term', 'ms per step', 'in plain steps', 'limit', 'share of floor', 'PyTorch, ms')
-        header = (*header, 'in its plain steps', 'PyTorch / neurosens')
+        header = (*header, 'in its plain steps', 'PyTorch / neurosens', 'share of floor, PyTorch')
         tables += [harness.wrapped(f'{name}. {pace}'), harness.markdown_table(header, rows)]
     definition = (
         f'Batches of {arguments.batch_size}; of each turn the median of {_REPEATS} times {STEPS} '
@@ -235,6 +235,7 @@ def _row(measured: harness.Measurement, term: str, known: Term) -> tuple[str, ..
         f'{1000 * measured.summary(theirs).median / STEPS:.0f}',
         '1' if plain else harness.ratio_text(measured.ratio(theirs, 'PyTorch: plain')),
         harness.ratio_text(measured.ratio(theirs, term)),
+        harness.percent(measured.share(theirs, measured.seconds['plain'])),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
 from benchmarks import harness, neuron_problems, training_step
@@ -32,6 +33,7 @@ _COLLECTIVES = re.compile(
     r' (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
 _PGD_STEPS = 5
+TRAINING, PGD, DELTA = 'training step', f'PGD, {_PGD_STEPS} steps', 'Delta'
 
 
 def programs(mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -58,9 +60,9 @@ def programs(mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, tuple[Any, t
         return neurons.sensitivity(forward, variables, x)
 
     return {
-        'training step': (train_step, (state, batch, key)),
-        f'PGD, {_PGD_STEPS} steps': (pgd, (variables, x, y, key)),
-        'Delta': (delta, (variables, x)),
+        TRAINING: (train_step, (state, batch, key)),
+        PGD: (pgd, (variables, x, y, key)),
+        DELTA: (delta, (variables, x)),
     }
 
 
@@ -72,18 +74,40 @@ def count(*, devices: int, batch_size: int) -> harness.Prepared:
         batch_size: images over all devices.
 
     Returns:
-        No units; by program the operations of a device and its collectives.
+        No units; in `programs` the operations of a device and its collectives by program, in
+        `least` what a program cannot do without on all devices, with all steps of its loop.
     """
     # Operations of oneDNN are not counted.
     mesh = harness.start_jax(devices=devices, by_onednn=False)
-    found = {}
+    found: dict[str, Any] = {}
     for title, (function, arguments) in programs(mesh, batch_size).items():
         compiled = function.lower(*arguments).compile()
         found[title] = {
             'flops': compiled.cost_analysis()['flops'],
             'collectives': collectives(compiled.as_text()),
         }
-    return harness.Prepared({}, found)
+    least = _least_flops(mesh, batch_size)
+    return harness.Prepared({}, {'programs': found, 'least': least})
+
+
+def _least_flops(mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, float | None]:
+    state, train_step, key = training_step.make_step(mesh, 'none')
+    batch = parallel.shard(mesh, training_step.load_batches(batch_size, '')[0])
+    forward = LinenForward(neuron_problems.resnet20(), {'train': False})
+    variables = neuron_problems.resnet20_variables(0)
+    x, y = neuron_problems.images(batch_size, 0), neuron_problems.labels(batch_size, 0)
+
+    def loss(x: jax.Array) -> jax.Array:
+        fit = optax.softmax_cross_entropy_with_integer_labels
+        return fit(forward(variables, x)[0], y).sum()
+
+    logits = jax.jit(lambda x: forward(variables, x)[0])
+    gradients = harness.count_flops(jax.jit(jax.grad(loss)), x, calls=_PGD_STEPS)
+    return {
+        TRAINING: harness.count_flops(train_step, state, batch, key),
+        PGD: gradients,
+        DELTA: harness.count_flops(logits, x),
+    }
 
 
 def collectives(program: str) -> dict[str, int]:
@@ -104,7 +128,7 @@ def prepare(*, devices: int, batch_size: int) -> harness.Prepared:
     mesh = harness.start_jax(devices=devices)
     units: dict[str, harness.Unit] = {}
     for title, (function, arguments) in programs(mesh, batch_size).items():
-        if title == 'training step':
+        if title == TRAINING:
             units[title] = _training_unit(function, *arguments)
         else:
             units[title] = functools.partial(_run, function, arguments)
@@ -126,7 +150,10 @@ def _training_unit(function: Any, state: Any, batch: Any, key: jax.Array) -> har
 
 
 def _rows(
-    title: str, counted: dict[int, dict[str, Any]], measured: harness.Measurement
+    title: str,
+    counted: Mapping[int, Mapping[str, Any]],
+    measured: harness.Measurement,
+    floor: Sequence[float],
 ) -> list[tuple[str, ...]]:
     rows = []
     first = counted[min(counted)][title]['flops']
@@ -141,6 +168,7 @@ def _rows(
                 exchanged or 'none',
                 f'{1000 * measured.summary(name).median:.0f}',
                 harness.ratio_text(measured.ratio(name, f'{title}, {min(counted)}')),
+                harness.percent(measured.share(name, floor)),
             )
         )
     return rows
@@ -200,10 +228,11 @@ def main() -> None:
     arguments = parse_arguments()
     harness.use_device('cpu')
     counted: dict[int, dict[str, Any]] = {}
+    least: dict[str, float] = {}
     for devices in sorted(arguments.devices):
         options = {'devices': devices, 'batch_size': arguments.batch_size}
         with harness.worker(harness.WorkerSpec('benchmarks.scaling:count', options)) as worker:
-            counted[devices] = dict(worker.details)
+            counted[devices], least = worker.details['programs'], worker.details['least']
     titles = list(counted[min(counted)])
     with contextlib.ExitStack() as stack:
         units = {}
@@ -212,14 +241,17 @@ def main() -> None:
             spec = harness.WorkerSpec('benchmarks.scaling:prepare', options)
             worker = stack.enter_context(harness.worker(spec))
             units |= {f'{title}, {devices}': worker.unit(title) for title in titles}
-        measured = harness.alternate(units, rounds=arguments.rounds)
+        measured, floors = harness.beside_floors(units, rounds=arguments.rounds)
     header = ('Devices', 'GFLOP per device', 'of all / of one device', 'collectives')
-    header = (*header, 'ms', f'time / that of {min(counted)}')
+    header = (*header, 'ms', f'time / that of {min(counted)}', 'share of floor')
     tables = []
     for title in titles:
         tables += [
             f'{title[0].upper()}{title[1:]}:',
-            harness.markdown_table(header, _rows(title, counted, measured)),
+            harness.markdown_table(
+                header,
+                _rows(title, counted, measured, floors.convolution_seconds(least[title])),
+            ),
         ]
     if arguments.plot:
         harness.save_figure(figure(counted, measured), arguments.plot)
@@ -227,7 +259,10 @@ def main() -> None:
         f'ResNet-20, {arguments.batch_size} images over all devices, on {harness.cores()} cores: '
         'time beyond as many devices as cores is only what more devices cost. Operations and '
         'collectives are those of the compiled programs with the convolutions of XLA, the body of '
-        'a loop counted once. Floor of the operations: as many in all as on one device.'
+        'a loop counted once. Floor of the operations: as many in all as on one device; of the '
+        f'times: {", ".join(f"{least[title] / 1e9:.3g} GFLOP ({title})" for title in titles)}, of '
+        'PGD those of its gradients, of Delta those of the forward pass, at the peak rate of '
+        f'convolutions. {floors}'
     )
     harness.report(
         arguments,

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, by the profiler of JAX, on CPU devices.
 
-    python -m benchmarks.step_profile [--batch_size B] [--steps N]
+    python -m benchmarks.step_profile [--batch_size B] [--steps N] [--rounds R]
 
 The plain step of ResNet-20, one XLA device per core. Every operation's own time, without that of
 operations inside it, is summed over a few steps and divided by devices and steps. Noting an
@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -33,6 +33,12 @@ KINDS = (
     'sums over devices, with waiting for the other',
     'everything else',
 )
+
+
+ALL = 'all'
+_STEP = 'step'
+# Operations of the first convolution of the ResNet-20 on one image: 32 x 32 x 3 to 16, 3 x 3.
+_FIRST_CONVOLUTION = 2.0 * 32 * 32 * 27 * 16
 
 
 class Event(NamedTuple):
@@ -159,7 +165,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--batch_size', type=int, default=128, help='images per step')
     parser.add_argument('--steps', type=int, default=20, help='training steps under the profiler')
-    harness.add_arguments(parser, devices=('cpu',))
+    harness.add_arguments(parser, rounds=5, devices=('cpu',))
     return parser.parse_args(arguments)
 
 
@@ -177,10 +183,7 @@ def main() -> None:
         )
     batches = training_step.load_batches(arguments.batch_size, '')
     unit = training_step.training_unit(mesh, 'none', arguments.steps, batches)
-    unit()
-    start = time.perf_counter()
-    unit()
-    plain = 1000 * (time.perf_counter() - start) / arguments.steps
+    measured, floors = harness.beside_floors({_STEP: unit}, rounds=arguments.rounds)
     found = [own_times(events) for events in profiled(unit)]
     shared = arguments.steps * mesh.size
     totals = {
@@ -188,16 +191,39 @@ def main() -> None:
     }
     noted = {kind: spent.nanoseconds / 1e6 / shared for kind, spent in totals.items()}
     counts = {kind: spent.operations / shared for kind, spent in totals.items()}
-    rows = [(kind, f'{counts[kind]:,.0f}', f'{noted[kind]:.1f}') for kind in KINDS]
-    rows.append(('all', f'{sum(counts.values()):,.0f}', f'{sum(noted.values()):.1f}'))
-    header = ('Own time of', 'operations', 'ms')
+    flops = training_step.step_flops(arguments.batch_size)
+    # Of the three passes of a step one is that of the kernels; the images of the first
+    # convolution need no gradient.
+    of_kernels = (flops + _FIRST_CONVOLUTION * arguments.batch_size) / 3
+    least = {
+        kind: 1000 * statistics.median(floors.convolution_seconds(part))
+        for kind, part in ((KINDS[0], flops - of_kernels), (KINDS[1], of_kernels), (ALL, flops))
+    }
+    noted[ALL], counts[ALL] = sum(noted.values()), sum(counts.values())
+    rows = [
+        (
+            kind,
+            f'{counts[kind]:,.0f}',
+            f'{noted[kind]:.1f}',
+            harness.percent(least[kind] / noted[kind]) if kind in least and noted[kind] else '-',
+        )
+        for kind in noted
+    ]
+    step = measured.summary(_STEP).median / arguments.steps
+    share = measured.share(_STEP, floors.convolution_seconds(arguments.steps * flops))
+    definition = (
+        f'ResNet-20, {arguments.steps} steps on {arguments.batch_size} images, {mesh.size} '
+        f'devices; for one step and device. Without the profiler a step took {1000 * step:.0f} ms, '
+        f'{harness.percent(share)} of the floor. Floor: the {flops / 1e9:.1f} GFLOP of a step, a '
+        f'third of which is that of the gradients of kernels, at the peak rate of convolutions, '
+        f'without what stands between them. {floors}'
+    )
+    header = ('Own time of', 'operations', 'ms', 'share of floor')
     harness.report(
         arguments,
-        harness.wrapped(
-            f'ResNet-20, {arguments.steps} steps on {arguments.batch_size} images, {mesh.size} '
-            f'devices; for one step and device. A step without the profiler took {plain:.0f} ms.'
-        ),
+        harness.wrapped(definition),
         harness.markdown_table(header, rows),
+        measurements={'step': measured},
         details={'milliseconds': noted},
     )
 
