@@ -76,21 +76,23 @@ def main(arguments: Sequence[str]) -> int:
     if parallel.is_primary():
         print(f'{job.config.model} on {job.config.dataset} {job.split}, {job.origin}')
     # First what may find the images wanting, which should not show only after long attacks.
-    parameters = _calibrate(job, mesh, key) if job.config.defense.name else None
+    parameters: Any = None
+    calibration: dict[str, Any] = {}
+    if job.config.defense.name:
+        parameters, calibration = _calibrate(job, mesh, key)
     report = _attack(job, mesh, key)
-    defended = None if parameters is None else _defend(job, mesh, key, parameters)
+    defended = None
+    if parameters is not None:
+        defended = _defend(job, mesh, key, parameters, calibration)
     found, compared = _measure(job, mesh, key)
     ended = None
     if parallel.is_primary():
         try:
-            with scripts.user_errors():
-                sections, facts = _write_sections(job, found, compared, defended)
-                evaluation.remove_sections(
-                    job.directory, neurons=found is None, defense=defended is None
-                )
+            with scripts.user_errors(), _whole_report(job) as fresh:
+                sections, facts = _write_sections(job, fresh, found, compared, defended)
                 evaluation.write(
                     report,
-                    job.directory,
+                    fresh,
                     facts,
                     training.logs.read(job.workdir),
                     sections=sections,
@@ -103,7 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     if status:
         raise ended or SystemExit(int(status))
     if parameters is not None:
-        _keep(job, parameters)
+        with scripts.user_errors():
+            _keep(job, parameters, calibration)
     if parallel.is_primary():
         # What long attacks had noted, to go on after an interruption, is now in the report.
         shutil.rmtree(job.notes, ignore_errors=True)
@@ -183,7 +186,7 @@ def _open(arguments: Sequence[str]) -> Job:
     else:
         model = training.load(workdir, values['checkpoint'])
         origin = f'step {model.step} of {workdir}'
-    config, _ = command_line.override(model.config, arguments, _flags())
+    config, _ = command_line.override(_trained(model.config, arguments), arguments, _flags())
 
     def images(split: str) -> data.Source:
         return data.open(config.dataset, split, config.data_dir or None, config.validation_size)
@@ -222,6 +225,14 @@ def _open(arguments: Sequence[str]) -> Job:
     return Job(config, values, workdir, model, origin, source, other, surrogate, benign, population)
 
 
+def _trained(config: config_lib.Config, arguments: Sequence[str]) -> config_lib.Config:
+    """The settings of the training, which calibrates nothing where kept parameters are named."""
+    if not scripts.sets(arguments, 'defense.parameters'):
+        return config
+    usual = {name: getattr(config_lib.Defense(), name) for name in config_lib.CALIBRATION}
+    return dataclasses.replace(config, defense=dataclasses.replace(config.defense, **usual))
+
+
 def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessReport:
     """Accuracy on clean and attacked images."""
     with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
@@ -242,8 +253,8 @@ def _attack(job: Job, mesh: Mesh, key: PRNGKeyArray) -> evaluation.RobustnessRep
     return report
 
 
-def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
-    """The parameters of the defence of the settings, on all devices of all processes."""
+def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> tuple[Any, dict[str, Any]]:
+    """The defence of the settings, on all devices of all processes, and how it was calibrated."""
     settings, kept = job.config.defense, job.config.defense.parameters
     with scripts.user_errors():
         if kept:
@@ -254,7 +265,7 @@ def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
                     f'The defense in {kept} is {found!r}, but defense.name is {settings.name!r}; '
                     'name the same.'
                 )
-            return parameters
+            return parameters, defenses.calibration_of(kept)
         assert job.benign is not None
         parameters = evaluation.calibrate_defense(
             job.model.forward,
@@ -265,10 +276,13 @@ def _calibrate(job: Job, mesh: Mesh, key: PRNGKeyArray) -> Any:
             key,
             eps=_attack_radius(job.config),
         )
-    return parallel.replicate(mesh, parameters)
+        calibration = evaluation.calibration_facts(settings, _attack_radius(job.config))
+    return parallel.replicate(mesh, parameters), calibration
 
 
-def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluation.DefenseReport:
+def _defend(
+    job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any, calibration: Mapping[str, Any]
+) -> evaluation.DefenseReport:
     """Attacks what a defence defends."""
     with scripts.user_errors(), _ensemble_bar(job.values['progress']) as ensemble_progress:
         defended = evaluation.evaluate_defense(
@@ -284,17 +298,19 @@ def _defend(job: Job, mesh: Mesh, key: PRNGKeyArray, parameters: Any) -> evaluat
             ensemble_progress=ensemble_progress,
             directory=job.notes,
             surrogate=job.transferred,
+            calibration=calibration,
         )
     if parallel.is_primary():
         print(f'\n{evaluation.defense_table(defended)}')
     return defended
 
 
-def _keep(job: Job, parameters: Any) -> None:
+def _keep(job: Job, parameters: Any, calibration: Mapping[str, Any]) -> None:
     """Keeps the parameters of a defence in the work directory, unless they are from there."""
     directory, kept = job.workdir / 'defense', job.config.defense.parameters
     if not kept or pathlib.Path(kept).resolve() != directory.resolve():
-        defenses.save(directory, parameters, variables=job.model.variables)
+        variables = job.model.variables
+        defenses.save(directory, parameters, variables=variables, calibration=calibration)
 
 
 def _attack_radius(config: config_lib.Config) -> float:
@@ -337,8 +353,21 @@ def _measure(
     return found, compared
 
 
+@contextlib.contextmanager
+def _whole_report(job: Job) -> Iterator[pathlib.Path]:
+    """A directory whose files take the place of the report once all of them are written."""
+    fresh = job.workdir / '.report.new'
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        yield fresh
+        evaluation.put_in_place(fresh, job.directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 def _write_sections(
     job: Job,
+    directory: pathlib.Path,
     found: evaluation.NeuronReport | None,
     compared: evaluation.NeuronReport | None,
     defended: evaluation.DefenseReport | None,
@@ -348,6 +377,10 @@ def _write_sections(
     if not job.config.weights:
         facts['step'] = job.model.step
     facts['config'] = config_lib.to_dict(job.config)
+    if job.config.defense.parameters:
+        # Those of the calibration stand with the defence.
+        for name in config_lib.CALIBRATION:
+            del facts['config']['defense'][name]
     if job.surrogate is not None:
         facts['transfer_from'] = job.values['transfer_from']
     sections = []
@@ -360,7 +393,7 @@ def _write_sections(
             compare = (job.values['compare'], compared)
         written = evaluation.write_neurons(
             found,
-            job.directory,
+            directory,
             images=_top_images(found, job.source, job.config.neurons),
             top=job.config.neurons.top,
             compare=compare,
@@ -369,7 +402,7 @@ def _write_sections(
         sections.append(evaluation.neuron_section(found, written, compare=compare))
     if defended is not None:
         facts.update(evaluation.defense_facts(defended))
-        written = evaluation.write_defense(defended, job.directory)
+        written = evaluation.write_defense(defended, directory)
         sections.append(evaluation.defense_section(defended, written))
     return sections, facts
 

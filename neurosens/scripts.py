@@ -71,13 +71,24 @@ def user_errors() -> Iterator[None]:
     except (
         ValueError,
         LayerError,
-        FileNotFoundError,
+        OSError,
         training.CheckpointError,
         defenses.DefenseError,
     ) as error:
         if os.environ.get('NEUROSENS_TRACEBACK'):
             raise
-        _end(str(error), 2)
+        _end(_sentence(error), 2)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; of the system's own, which have a number, in words with a remedy."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f'{error.filename!r}: ' if error.filename is not None else ''
+    return (
+        f'{where}{error.strerror}; see that the place is there, can be read and written, and has '
+        'room.'
+    )
 
 
 def _end(sentence: str, status: int) -> None:

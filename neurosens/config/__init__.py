@@ -7,6 +7,7 @@ says how the command line chooses one and changes single settings.
 from neurosens.config.checks import check_types, is_number, validate
 from neurosens.config.settings import (
     ATTACKS,
+    CALIBRATION,
     FRAGILE_RULES,
     FREE_KEYS,
     MEASURES,
@@ -30,6 +31,7 @@ from neurosens.config.values import differences, flatten, from_dict, to_dict
 
 __all__ = [
     'ATTACKS',
+    'CALIBRATION',
     'Config',
     'ConfigError',
     'Defense',

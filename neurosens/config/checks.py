@@ -11,6 +11,8 @@ from neurosens import _validate
 from neurosens.config.settings import (
     AIMING,
     ATTACKS,
+    CALIBRATION,
+    DRAWING,
     FRAGILE_RULES,
     MEASURES,
     NORMS,
@@ -165,6 +167,7 @@ def _check_evaluation(evaluation: Evaluation) -> None:
     _check('evaluation.auto_steps', evaluation.auto_steps, low=1)
     _check('evaluation.search_steps', evaluation.search_steps, low=0)
     _check('evaluation.queries', evaluation.queries, low=1)
+    _check('evaluation.draws', evaluation.draws, low=1)
     _check('evaluation.examples', evaluation.examples, low=0)
     _check('evaluation.masking_images', evaluation.masking_images, low=0)
     _check('evaluation.shift', evaluation.shift, low=0, high=1)
@@ -198,6 +201,11 @@ def _check_monitor(monitor: Monitor, validation_size: int) -> None:
         raise ConfigError(
             'monitor.guard and monitor.choose need the accuracy under PGD; set monitor.images, to '
             '500 for example.'
+        )
+    if monitor.probes and not monitor.images:
+        raise ConfigError(
+            f'monitor.probes is {monitor.probes}, but nothing is watched without images; set '
+            'monitor.images, to 500 for example, or monitor.probes to 0.'
         )
     _check_choices({'monitor.norm': (monitor.norm, NORMS)})
 
@@ -270,11 +278,18 @@ def _check_defense(config: Config) -> None:
             'defense.name too.'
         )
     usual = Defense()
-    for name in ('options', 'images', 'measure', 'response'):
+    for name in CALIBRATION:
         if defense.parameters and getattr(defense, name) != getattr(usual, name):
             raise ConfigError(
                 f'defense.{name} is for a calibration, and defense.parameters names the result of '
                 'one; leave out one of them.'
+            )
+    for name, user in (('measure', 'pruning'), ('response', 'rescaling')):
+        value, default = getattr(defense, name), getattr(usual, name)
+        if defense.name not in ('', user) and value != default:
+            raise ConfigError(
+                f'defense.{name} is {value!r}, which is for {user!r}, but defense.name is '
+                f'{defense.name!r}; leave it at {default!r}.'
             )
 
 
@@ -293,6 +308,12 @@ def _check_attacks(config: Config) -> None:
                 raise ConfigError(
                     f'{key} has {attack!r} and evaluation.norm is {evaluation.norm!r}; the attack '
                     "'spatial' and the norm 'spatial' go together, without others."
+                )
+            if evaluation.draws > 1 and used and attack not in DRAWING:
+                raise ConfigError(
+                    f'{key} has {attack!r}, which does not average gradients over draws, and '
+                    f'evaluation.draws is {evaluation.draws}; the attacks that do, or need none, '
+                    f'are {", ".join(DRAWING)}.'
                 )
             counts = evaluation.norm == 'l0' and used
             if counts and attack not in PROJECTING:

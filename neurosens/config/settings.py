@@ -106,6 +106,20 @@ AIMING = (
     'carlini_wagner',
 )
 TARGETS = ('most_likely', 'least_likely', 'random')
+# Attacks whose gradients are averaged over draws of a random model, or that follow none.
+DRAWING = (
+    'fgsm',
+    'fgsm_rs',
+    'bim',
+    'pgd',
+    'mi_fgsm',
+    'ni_fgsm',
+    'apgd',
+    'apgd_dlr',
+    'square',
+    'noise',
+    'autoattack_rand',
+)
 
 
 @dataclasses.dataclass
@@ -142,6 +156,9 @@ class Evaluation:
       auto_steps: steps of 'apgd', 'fab', 'fmn' and of AutoAttack.
       search_steps: steps of 'deepfool' and of each search of 'carlini_wagner'; 0 means 50 and 1000.
       queries: forward passes of 'square' and of AutoAttack's.
+      draws: of a random model (`attacks.random_forward`), over how many draws 'fgsm' to 'ni_fgsm',
+        'apgd' and 'apgd_dlr' average each gradient, and the diagnosis of masking its own;
+        'autoattack_rand' has its own number.
       examples: images in the example grid.
       masking_images: on how many first images to look for gradient masking, where there are
         attacks: in `norm`, at the upper middle of `eps`, with PGD of `steps` and `restarts` and at
@@ -164,6 +181,7 @@ class Evaluation:
     auto_steps: int = 100
     search_steps: int = 0
     queries: int = 5000
+    draws: int = 1
     examples: int = 8
     masking_images: int = 128
 
@@ -291,6 +309,10 @@ RESPONSES = (
 )
 
 
+# Settings of a defence that say how it is calibrated.
+CALIBRATION = ('options', 'images', 'measure', 'response')
+
+
 @dataclasses.dataclass
 class Defense:
     """A defence that `evaluate.py` puts in front of the model, and how it is tried.
@@ -344,7 +366,8 @@ class Monitor:
         ones; empty for none.
       top: how many of its most sensitive neurons.
       probes: random directions, always the same, along which the norm of the Jacobian and the
-        activation sensitivity of every nonlinearity are estimated; 0 leaves them out.
+        activation sensitivity of every nonlinearity are estimated; 0, as it has to be without
+        `images`, leaves them out.
       guard: training stops where the PGD accuracy has fallen by more than this share below its best
         (catastrophic overfitting of single-step attacks), such as 0.2; 0 is off.
       choose: the best checkpoint is that of the highest PGD accuracy, not of the highest clean one.
@@ -386,12 +409,15 @@ class Config:
       dtype: computation type, 'float32' or 'bfloat16'; parameters are always float32.
       objective: what is minimised, a name of `neurosens.training.OBJECTIVES`.
       objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.
-      regularizers: for each regularizer name its options, its `'weight'`, and, as shares of
-        training, `'start'` (before which the weight is 0) and `'ramp'` (over which it then rises
-        linearly). With `'shared': True` it uses the objective's pass over the clean images, in
-        training mode, in place of a pass of its own in evaluation mode; with `'attacked': True` it
-        sees the images that the objective's attack found, in place of the clean ones. With
-        `'regularizer': NAME` an entry has a name of its own, and there can be several of a kind.
+      regularizers: for each regularizer name its options, its `'weight'` (1 by default), and, as
+        shares of training, `'start'` (before which the weight is 0) and `'ramp'` (over which it
+        then rises linearly), both 0 by default. With `'shared': True` it uses the objective's pass
+        over the clean images, in training mode, in place of a pass of its own in evaluation mode;
+        with `'attacked': True` it sees the images that the objective's attack found, in place of
+        the clean ones: of `multi_norm` with the strategy 'average' those of the last norm alone.
+        With `'regularizer': NAME` an entry has a name of its own, and there can be several of a
+        kind. Random directions go by the place of an entry, so that a training is resumed with the
+        same order.
       initial_weights: work directory of a trained model of the same kind to start from, with a
         fresh optimizer; empty for random weights. Its best checkpoint is taken. Or a file of a
         network of the same kind that was trained in PyTorch, by images of the same `mean` and

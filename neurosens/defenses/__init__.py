@@ -12,6 +12,7 @@ from neurosens.defenses import inverse_perturbation, oracles, pruning, rescaling
 from neurosens.defenses.storage import (
     DEFENSES,
     DefenseError,
+    calibration_of,
     load,
     make_settings,
     name_of,
@@ -21,6 +22,7 @@ from neurosens.defenses.storage import (
 __all__ = [
     'DEFENSES',
     'DefenseError',
+    'calibration_of',
     'inverse_perturbation',
     'load',
     'make_settings',

@@ -61,14 +61,14 @@ def check_pixels(x: Float[ArrayLike, '...']) -> None:
 
 
 def count_classes(
-    forward: Forward, variables: Variables, x: Float[np.ndarray, 'examples ...']
+    forward: Forward, variables: Variables, x: np.ndarray | jax.ShapeDtypeStruct
 ) -> int:
     """Number of classes of a model, which is not run.
 
     Args:
       forward: the model.
       variables: its variables.
-      x: images that it should take `[M, ...]`.
+      x: images that it should take `[M, ...]`, or their shape and type.
 
     Returns:
       The number of its logits.

@@ -18,6 +18,7 @@ from neurosens.defenses.inverse_perturbation import (
     direction_example,
     normalize,
 )
+from neurosens.defenses.inverse_perturbation.settings import check_classes
 from neurosens.forward import Forward, Variables
 
 NAMES = (
@@ -77,10 +78,13 @@ def moved(
 
     Raises:
       LayerError: a layer of the settings cannot be tapped.
-      ValueError: front and tail do not fit into a layer.
+      ValueError: front and tail do not fit into a layer, or the model has another number of classes
+        than the calibration.
     """
     if index is None:
         index = jnp.arange(len(x))
+    logits = jax.eval_shape(lambda x: forward(variables, x)[0], x)
+    check_classes(parameters, logits.shape[-1])
 
     def predict(image: Array) -> Array:
         return forward(variables, image[None])[0][0].argmax()

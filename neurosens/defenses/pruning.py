@@ -43,6 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         units.check_unit(self.unit)
+        _validate.check_layer(self.layer)
         _validate.check_whole('count', self.count, low=0)
         if self.order not in ORDERS:
             raise ValueError(_validate.unknown('order', self.order, ORDERS))

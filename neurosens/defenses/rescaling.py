@@ -44,12 +44,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         units.check_unit(self.unit)
+        _validate.check_layer(self.layer)
+        _validate.check_flag('renormalize', self.renormalize)
         if not isinstance(self.rule, str):
             _validate.check_range('rule', self.rule)
         elif self.rule not in RULES:
             raise ValueError(_validate.unknown('rule', self.rule, (*RULES, 'a number')))
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f'strength is {self.strength!r}; it must lie in [0, 1].')
+        _validate.check_range('strength', self.strength, low=0, high=1)
 
 
 DEFAULT = Settings()

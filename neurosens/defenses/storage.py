@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import shutil
 import typing
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ DEFENSES: dict[str, ModuleType] = {
     'pruning': pruning,
 }
 _ITEM = 'parameters'
+# What Orbax and TensorStore raise for missing, cut and unreadable files.
+_UNREADABLE = (KeyError, ValueError, OSError, TypeError)
 
 
 class DefenseError(RuntimeError):
@@ -82,7 +85,11 @@ def make_settings(name: str, options: dict[str, Any]) -> Any:
 
 
 def save(
-    directory: str | pathlib.Path, parameters: Any, *, variables: Variables | None = None
+    directory: str | pathlib.Path,
+    parameters: Any,
+    *,
+    variables: Variables | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the parameters of a defence, in place of older ones there.
 
@@ -93,11 +100,14 @@ def save(
       directory: where they go, such as `WORKDIR/defense`.
       parameters: of the `calibrate` function of a defence.
       variables: of the model that they were calibrated on, whose fingerprint is kept with them.
+      calibration: how they were found beyond their settings, such as on how many images, of types
+        that JSON knows; `calibration_of` reads it.
     """
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(parameters))}
     record = {
         'defense': name_of(parameters),
         'settings': dataclasses.asdict(parameters.settings),
+        'calibration': dict(calibration or {}),
         'shapes': {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
         'contents': fingerprints.of_tree(leaves),
         'model': None if variables is None else fingerprints.of_tree(variables),
@@ -147,6 +157,45 @@ def load(
       DefenseError: there are none, they are damaged, or were calibrated on another model than that
         of `variables`.
     """
+    path, record = _read_record(directory)
+    try:
+        place = parallel.replicated(parallel.data_mesh() if mesh is None else mesh)
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind), sharding=place)
+            for name, (shape, kind) in record['shapes'].items()
+        }
+        leaves = ocp.load_checkpointables(path, {_ITEM: shapes})[_ITEM]
+        if fingerprints.of_tree(leaves) != record['contents']:
+            raise ValueError('its contents are not what was written')
+        settings = make_settings(record['defense'], record['settings'])
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from error
+    if variables is not None and record.get('model') != fingerprints.of_tree(variables):
+        raise DefenseError(
+            f'The defense in {directory} is not known to be calibrated on this model; calibrate it '
+            'on this one, or save it with its variables.'
+        )
+    structure = jax.tree.structure(DEFENSES[record['defense']].skeleton(settings))
+    return jax.tree.unflatten(structure, [leaves[str(number)] for number in range(len(leaves))])
+
+
+def calibration_of(directory: str | pathlib.Path) -> dict[str, Any]:
+    """How the parameters of a defence were found, as `save` was told; empty where it was not.
+
+    Args:
+      directory: as for `save`.
+
+    Returns:
+      What was given as `calibration`.
+
+    Raises:
+      DefenseError: there are no parameters, or their record is damaged.
+    """
+    return dict(_read_record(directory)[1].get('calibration', {}))
+
+
+def _read_record(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Where the parameters are, and what is written about them."""
     path = pathlib.Path(directory).absolute()
     if not path.is_dir() and _older(path.resolve()).is_dir():
         # A run was stopped between two renames.
@@ -157,24 +206,10 @@ def load(
         record = ocp.checkpointables_metadata(path).custom_metadata or {}
         if not fingerprints.is_intact(record):
             raise ValueError('its record is not what was written')
-        place = parallel.replicated(parallel.data_mesh() if mesh is None else mesh)
-        shapes = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(kind), sharding=place)
-            for name, (shape, kind) in record['shapes'].items()
-        }
-        leaves = ocp.load_checkpointables(path, {_ITEM: shapes})[_ITEM]
-        if fingerprints.of_tree(leaves) != record['contents']:
-            raise ValueError('its contents are not what was written')
-        settings = make_settings(record['defense'], record['settings'])
-    # What Orbax and TensorStore raise for missing, cut and unreadable files.
-    except (KeyError, ValueError, OSError, TypeError) as error:
-        raise DefenseError(
-            f'The defense in {directory} is damaged ({error}); calibrate it again.'
-        ) from error
-    if variables is not None and record.get('model') != fingerprints.of_tree(variables):
-        raise DefenseError(
-            f'The defense in {directory} is not known to be calibrated on this model; calibrate it '
-            'on this one, or save it with its variables.'
-        )
-    structure = jax.tree.structure(DEFENSES[record['defense']].skeleton(settings))
-    return jax.tree.unflatten(structure, [leaves[str(number)] for number in range(len(leaves))])
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from error
+    return path, record
+
+
+def _damaged(directory: str | pathlib.Path, error: Exception) -> DefenseError:
+    return DefenseError(f'The defense in {directory} is damaged ({error}); calibrate it again.')

@@ -8,7 +8,12 @@ from neurosens.evaluation.accuracy import (
     predict,
     stream,
 )
-from neurosens.evaluation.calibration import calibrate_defense, check_defense, pruning_scores
+from neurosens.evaluation.calibration import (
+    calibrate_defense,
+    calibration_facts,
+    check_defense,
+    pruning_scores,
+)
 from neurosens.evaluation.defended import evaluate_defense, relative_cost
 from neurosens.evaluation.defense_outcomes import DefenseOutcome, DefenseReport, success_rate
 from neurosens.evaluation.defense_report import (
@@ -31,7 +36,7 @@ from neurosens.evaluation.neuron_report import LayerReport, NeuronReport, Throug
 from neurosens.evaluation.neuron_report import arrays as neuron_arrays
 from neurosens.evaluation.neuron_report import facts as neuron_facts
 from neurosens.evaluation.neuron_section import neuron_section
-from neurosens.evaluation.report import remove_sections, results, rows, table, write
+from neurosens.evaluation.report import put_in_place, results, rows, table, write
 from neurosens.evaluation.robustness import (
     AttackOutcome,
     RobustnessReport,
@@ -44,6 +49,7 @@ __all__ = [
     'DefenseOutcome',
     'DefenseReport',
     'calibrate_defense',
+    'calibration_facts',
     'check_defense',
     'defense_facts',
     'defense_rows',
@@ -83,7 +89,7 @@ __all__ = [
     'fixed_key',
     'predict',
     'pruning_scores',
-    'remove_sections',
+    'put_in_place',
     'results',
     'rows',
     'stream',

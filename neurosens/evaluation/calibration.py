@@ -103,6 +103,33 @@ def pruning_scores(layer: LayerReport, measure: str) -> Float[np.ndarray, ' neur
     return scores[name]
 
 
+def calibration_facts(settings: config_lib.Defense, eps: float) -> dict[str, Any]:
+    """What decides a calibration beside the settings of the defence itself, for its record.
+
+    Args:
+      settings: as of `calibrate_defense`.
+      eps: as there.
+
+    Returns:
+      The number of `images`, the `measure` or `response`, and the radius `eps` where it attacks; by
+      random order none of them.
+    """
+    if settings.name == 'inverse_perturbation':
+        return {'images': settings.images}
+    chosen = defenses.make_settings(settings.name, settings.options)
+    if isinstance(chosen, pruning.Settings) and chosen.order == 'random':
+        return {}
+    option = 'measure' if isinstance(chosen, pruning.Settings) else 'response'
+    value = getattr(settings, option)
+    radius = {'eps': eps} if _attacks(value) else {}
+    return {'images': settings.images, option: value, **radius}
+
+
+def _attacks(value: str) -> bool:
+    """Whether a measure or response is one of attacked images."""
+    return value.endswith('_attacked') or value.startswith('targeting')
+
+
 def calibrate_defense(
     forward: Forward,
     variables: Variables,
@@ -117,7 +144,8 @@ def calibrate_defense(
     """Parameters of the defence that a config names.
 
     Inverse perturbation takes its directions, rescaling the nodal-dropout response and pruning the
-    measure of the settings from the first `settings.images` images.
+    measure of the settings from the first `settings.images` images. Measures are taken as they are
+    by default, whatever `neurons` of an evaluation says; pruning in random order needs none.
 
     Args:
       forward: the model.
@@ -134,8 +162,8 @@ def calibrate_defense(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: an option is wrong, images do not suffice, or a measure or response needs another
-        radius.
+      ValueError: an option is wrong, images do not suffice, a label is no class of the model, or a
+        measure or response needs another radius.
     """
     chosen = defenses.make_settings(settings.name, settings.options)
     limit = settings.images or None
@@ -149,10 +177,14 @@ def calibrate_defense(
         return inverse_perturbation.calibrate(
             forward, variables, x, held['label'], settings=chosen, batch_size=batch_size, mesh=mesh
         )
+    if isinstance(chosen, pruning.Settings) and chosen.order == 'random':
+        image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jnp.float32)
+        described = neurons.describe(forward, variables, image, chosen.layer, unit=chosen.unit)
+        return pruning.calibrate(np.zeros(described.neurons), settings=chosen)
     measure, option, value = settings.measure, 'measure', settings.measure
     if isinstance(chosen, rescaling.Settings):
         measure, option, value = 'ablation', 'response', settings.response
-    attacked = value.endswith('_attacked') or value.startswith('targeting')
+    attacked = _attacks(value)
     if attacked and not eps > 0:
         raise ValueError(
             f'defense.{option} is {value!r}, which attacks images, but the radius is {eps}; give '

@@ -14,7 +14,7 @@ import hashlib
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import attacks, data, defenses, fingerprints, parallel
 from neurosens import config as config_lib
-from neurosens.defenses import inverse_perturbation
+from neurosens.defenses import inverse_perturbation, pruning, rescaling
 from neurosens.evaluation import accuracy, robustness
 from neurosens.evaluation.defense_moves import measure_moves, strongest_static
 from neurosens.evaluation.defense_outcomes import (
@@ -53,6 +53,7 @@ def evaluate_defense(
     ensemble_progress: attacks.Progress | None = None,
     directory: pathlib.Path | None = None,
     surrogate: tuple[Forward, Variables] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> DefenseReport:
     """Measures a defence.
 
@@ -74,6 +75,7 @@ def evaluate_defense(
       directory: where AutoAttack notes finished work, see `robustness.evaluate`; what that noted
         of the undefended model is not done again.
       surrogate: another model and its variables, replicated, whose images are transferred too.
+      calibration: how the parameters were found, see `calibration_facts`, for the report.
 
     Returns:
       The report.
@@ -130,19 +132,35 @@ def evaluate_defense(
                     ensemble_progress,
                 )
                 images, labels = ensemble.result.x_adv, undefended.labels
-                judged = accuracy.predict_images(
-                    defended, variables, images, labels, mesh, evaluation.batch_size
+                before, judged = (
+                    accuracy.predict_images(
+                        model, variables, images, labels, mesh, evaluation.batch_size
+                    )
+                    for model in (forward, defended)
                 )
-                found = {'fooled': ensemble.result.success, 'broken': judged != labels}
+                found = {
+                    'undefended': ensemble.result.success,
+                    'seen': before,
+                    'broken': judged != labels,
+                }
                 warnings = ensemble.result.warnings
             else:
                 run = robustness.make_attack(name, forward, variables, evaluation, eps, key)
                 judge = functools.partial(_static, run, forward, defended, variables)
                 found = stream(judge, progress=progress(f'static {name} {eps:g}'))
-            fooled = undefended.correct & found['fooled']
-            success = found['broken'] | ~report.predictions.correct
+            # Logits that are NaN show nothing to recover.
+            fooled = undefended.correct & found['undefended'] & (found['seen'] >= 0)
             outcomes.append(
-                DefenseOutcome(STATIC, name, evaluation.norm, eps, success, fooled, warnings)
+                DefenseOutcome(
+                    STATIC,
+                    name,
+                    evaluation.norm,
+                    eps,
+                    found['broken'] | ~report.predictions.correct,
+                    fooled,
+                    warnings,
+                    undefended=found['undefended'],
+                )
             )
     outcomes += _adaptive(report)
     if surrogate is not None:
@@ -187,7 +205,8 @@ def evaluate_defense(
     if known and settings.controls and not moves:
         uncontrolled = (
             'Controls were not measured: they move images of one attack, and ensembles make theirs '
-            "by several; add one such as 'pgd' to defense.attacks."
+            'by several, or attacks for the smallest perturbation theirs at the boundary; add one '
+            "such as 'pgd' to defense.attacks."
         )
     return DefenseReport(
         defenses.name_of(parameters),
@@ -201,7 +220,26 @@ def evaluate_defense(
         report.diagnosis,
         uncontrolled,
         report,
+        dict(calibration or {}),
+        _in_short(parameters),
     )
+
+
+def _in_short(parameters: Any) -> dict[str, Any]:
+    """What a calibration found, beside its settings."""
+    if isinstance(parameters, rescaling.Parameters):
+        scale = np.asarray(parameters.scale)
+        return {
+            'neurons': len(scale),
+            'amplified': int((scale > 1).sum()),
+            'compressed': int((scale < 1).sum()),
+            'smallest factor': float(scale.min()),
+            'largest factor': float(scale.max()),
+        }
+    if isinstance(parameters, pruning.Parameters):
+        removed = np.asarray(parameters.removed)
+        return {'neurons': len(removed), 'removed': np.flatnonzero(removed).tolist()}
+    return {'classes': len(parameters.directions)}
 
 
 def _surrogates(
@@ -253,8 +291,8 @@ def _static(
     x_adv = run(data.to_float(batch.image), batch.label, batch.index).x_adv
     seen = accuracy.classify(forward, variables, x_adv)
     return {
-        # Logits that are NaN show nothing to recover.
-        'fooled': (seen != batch.label) & (seen >= 0),
+        'seen': seen,
+        'undefended': seen != batch.label,
         'broken': accuracy.classify(defended, variables, x_adv) != batch.label,
     }
 

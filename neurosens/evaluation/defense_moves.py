@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from neurosens import data, parallel
 from neurosens.defenses import inverse_perturbation, oracles
-from neurosens.evaluation import accuracy
+from neurosens.evaluation import accuracy, robustness
 from neurosens.evaluation.defense_outcomes import GROUPS, DefenseOutcome, Moves, success_rate
 from neurosens.forward import Forward, Variables
 from neurosens.neurons import units
@@ -27,18 +27,20 @@ _PLAIN = ('fgsm', 'fgsm_rs', 'square', 'noise')
 def strongest_static(outcomes: Sequence[DefenseOutcome]) -> list[DefenseOutcome]:
     """Of each radius the static attack that fools the undefended model most often.
 
-    Ensembles are left out, whose images come of several attacks. Of attacks that fool equally often
-    the first that follows gradients for several steps is taken.
+    Ensembles are left out, whose images come of several attacks, and attacks for the smallest
+    perturbation, whose images stop at the boundary, where any move recovers most. Of attacks that
+    fool equally often the first that follows gradients for several steps is taken.
 
     Args:
       outcomes: attacks on a defence.
 
     Returns:
-      One outcome for each radius that a static attack had.
+      One outcome for each radius that such an attack had.
     """
     strongest: dict[float, tuple[tuple[int, bool], DefenseOutcome]] = {}
     for outcome in outcomes:
-        if outcome.fooled is not None and not outcome.attack.startswith('autoattack'):
+        left_out = outcome.attack.startswith('autoattack') or outcome.attack in robustness.MINIMUM
+        if outcome.fooled is not None and not left_out:
             strength = int(outcome.fooled.sum()), outcome.attack not in _PLAIN
             if outcome.eps not in strongest or strength > strongest[outcome.eps][0]:
                 strongest[outcome.eps] = strength, outcome

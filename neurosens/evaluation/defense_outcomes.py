@@ -27,11 +27,14 @@ class DefenseOutcome(NamedTuple):
       norm: norm of the threat.
       eps: radius in pixel units.
       success: the defended model misclassifies the image found, bool `[M]`.
-      fooled: of a static attack, whether the undefended model classifies the clean image correctly
-        and the attacked one not, bool `[M]`; None for others.
+      fooled: of a static attack, whether the undefended model takes the clean image for its class
+        and the attacked one for another, which is there to be recovered, bool `[M]`; None for
+        others.
       warnings: why the result may overestimate robustness.
       blind: of an ensemble, whether a run without gradients broke the image, which those before it
         did not, bool `[M]`; None for others.
+      undefended: of a static attack, whether the undefended model misclassifies the image found,
+        logits that are NaN among that, bool `[M]`; None for others.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class DefenseOutcome(NamedTuple):
     fooled: Bool[np.ndarray, ' images'] | None = None
     warnings: tuple[str, ...] = ()
     blind: Bool[np.ndarray, ' images'] | None = None
+    undefended: Bool[np.ndarray, ' images'] | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +89,8 @@ class DefenseReport:
       uncontrolled: why there are no controls although they were asked for, or empty.
       adaptive: attacks on the defended model along its own gradient, with example images; None in
         reports made by hand.
+      calibration: how it was calibrated beyond the settings, as of `defenses.calibration_of`.
+      found: what the calibration found, in short.
     """
 
     defense: str
@@ -98,6 +104,8 @@ class DefenseReport:
     diagnosis: masking.Diagnosis | None = None
     uncontrolled: str = ''
     adaptive: robustness.RobustnessReport | None = None
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def warnings(self) -> dict[str, tuple[str, ...]]:
@@ -140,8 +148,8 @@ class DefenseReport:
         """Whether the undefended model withstands every static attack of a radius `[M]`."""
         robust = self.undefended.correct
         for outcome in self.outcomes:
-            if outcome.eps == eps and outcome.fooled is not None:
-                robust = robust & ~outcome.fooled
+            if outcome.eps == eps and outcome.undefended is not None:
+                robust = robust & ~outcome.undefended
         return robust
 
     def worst_case(self, eps: float, kinds: Sequence[str] = (STATIC, ADAPTIVE)) -> np.ndarray:

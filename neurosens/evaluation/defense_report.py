@@ -49,8 +49,8 @@ def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int
         ('clean_accuracy', _proportion(report.defended.correct), images),
     ]
     for outcome in report.outcomes:
-        if outcome.fooled is not None:
-            robust = report.undefended.correct & ~outcome.fooled
+        if outcome.undefended is not None:
+            robust = report.undefended.correct & ~outcome.undefended
             name = outcome.name.removeprefix(f'{STATIC}/')
             result.append((f'undefended/{name}', _proportion(robust), images))
         result.append((outcome.name, _proportion(~outcome.success), images))
@@ -194,6 +194,8 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
     flat: dict[str, Any] = {
         'defense/name': report.defense,
         'defense/settings': report.settings,
+        'defense/calibration': dict(report.calibration),
+        'defense/found': dict(report.found),
         'defense/images': len(report.defended.labels),
         'defense/passes': report.passes,
         'defense/relative_cost': report.cost,

@@ -48,6 +48,7 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         'model. Static attacks are made on the undefended model, adaptive ones with knowledge of '
         'the defence; an image withstands a radius only where no attack of any kind succeeds.',
         *_warnings(report),
+        Table('How it was calibrated, and what that found', ['what', 'value'], _origin(report)),
         Table(
             'Accuracy in % of the defended model, unless it says undefended, with 95 % Wilson '
             f'intervals; {len(report.defended.labels):,} images',
@@ -91,6 +92,12 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         blocks.append(masked._replace(lead=()))
         lead += masked.lead
     return Section(title, blocks, lead)
+
+
+def _origin(report: DefenseReport) -> list[list[str]]:
+    """Settings of the calibration, and what it found."""
+    parts = (report.settings, report.calibration, report.found)
+    return [[name.replace('_', ' '), str(value)] for part in parts for name, value in part.items()]
 
 
 def _verdict(report: DefenseReport, title: str) -> Values:

@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from neurosens import config as config_lib
 from neurosens import data, neurons
 from neurosens.attacks.representation import activation_and_logits
+from neurosens.defenses import images
 from neurosens.evaluation import accuracy
 from neurosens.evaluation.layer_measures import (
     LAYER_MEASURES,
@@ -122,7 +123,7 @@ def measure(
 
     Raises:
       LayerError: a layer cannot be tapped.
-      ValueError: a measure does not fit a layer.
+      ValueError: a measure does not fit a layer, or a label is no class of the model.
     """
     layers = chosen_layers(forward, variables, source.info, settings)
     run = functools.partial(
@@ -134,6 +135,8 @@ def measure(
     )
     label = functools.partial(predict_batch, forward, variables)
     predicted = run(label, progress=progress('predictions'))
+    image = jax.ShapeDtypeStruct((1, *source.info.image_shape), jnp.float32)
+    images.check_labels(predicted['labels'], images.count_classes(forward, variables, image))
     attack = jax.tree_util.Partial(fgsm_images, jnp.float32(eps))
     spread = [
         functools.partial(accuracy.stream, one, mesh, settings.batch_size) for one in population

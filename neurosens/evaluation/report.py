@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -163,6 +163,17 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+# Files that not every report has.
+_CHANGING = (
+    'examples-*.png',
+    'autoattack*.csv',
+    'distances.csv',
+    'masking.csv',
+    'accuracy_against_eps.png',
+    'training.png',
+)
+
+
 def write(
     report: RobustnessReport,
     directory: str | pathlib.Path,
@@ -229,28 +240,32 @@ def write(
         # The last one, so that the page never shows what is not beside it yet.
         output.path('index.html').write_text(page, encoding='utf-8')
     # What an earlier evaluation with other attacks left would pass for this one's.
-    mine = ('examples-*.png', 'autoattack*.csv', 'distances.csv', 'masking.csv')
-    for pattern in (*mine, 'accuracy_against_eps.png', 'training.png'):
+    for pattern in _CHANGING:
         for stale in set(directory.glob(pattern)) - set(output.written):
             stale.unlink()
     return output.written
 
 
-def remove_sections(
-    directory: str | pathlib.Path, *, neurons: bool = False, defense: bool = False
-) -> None:
-    """Removes what an earlier report left of sections that the next one does not have.
+def put_in_place(fresh: str | pathlib.Path, directory: str | pathlib.Path) -> None:
+    """Puts a whole report in the place of an earlier one, what that alone has being removed.
 
     Args:
-      directory: of the reports.
-      neurons: whether its files on neurons go.
-      defense: whether its files on a defence go.
+      fresh: where the report was written, on the same disk; it is empty afterwards.
+      directory: where it goes; made if need be. Files that are of no report stay.
     """
-    directory = pathlib.Path(directory)
-    if neurons:
-        shutil.rmtree(directory / 'neurons', ignore_errors=True)
-    for stale in directory.glob('defense*.*') if defense else ():
-        stale.unlink()
+    fresh, directory = pathlib.Path(fresh), pathlib.Path(directory)
+    files_of = sorted(path.relative_to(fresh) for path in fresh.rglob('*') if path.is_file())
+    # The page last, so that it never shows what is not beside it yet.
+    for name in sorted(files_of, key=lambda name: name.name == 'index.html'):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / name).replace(directory / name)
+    for pattern in (*_CHANGING, 'defense*.*', 'neurons/*'):
+        for path in directory.glob(pattern):
+            if path.is_file() and path.relative_to(directory) not in files_of:
+                path.unlink()
+    with contextlib.suppress(OSError):
+        # Only where nothing is left in it.
+        (directory / 'neurons').rmdir()
 
 
 def _strongest_radius(report: RobustnessReport) -> list:

@@ -173,7 +173,7 @@ def evaluate(
                 outcomes.append(dataclasses.replace(outcome, attacked=attacked))
             continue
         # What looks for the smallest perturbation finds the answer for all radii at once.
-        smallest = name in _MINIMUM
+        smallest = name in MINIMUM
         for eps in sorted(settings.eps)[-1:] if smallest else settings.eps:
             attacked = accuracy.attack(
                 make_attack(name, forward, variables, settings, eps, key, surrogate),
@@ -207,7 +207,7 @@ def evaluate(
             forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
         )
     lengths = None
-    if any(name in _MINIMUM for name in settings.attacks):
+    if any(name in MINIMUM for name in settings.attacks):
 
         def of_batch(batch: data.Batch) -> dict[str, Array]:
             size = functools.partial(attacks.length, settings.norm)
@@ -245,6 +245,7 @@ def _diagnose(
         steps=settings.steps,
         restarts=settings.restarts,
         queries=min(settings.queries, _DIAGNOSIS_QUERIES),
+        draws=settings.draws,
         surrogate=surrogate,
         batch_size=settings.batch_size,
         mesh=mesh,
@@ -384,8 +385,8 @@ def _outcome_of(
 
 # Queries that a diagnosis of masking can do with.
 _DIAGNOSIS_QUERIES = 500
-# Attacks that look for the smallest perturbation.
-_MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
+# Attacks that look for the smallest perturbation, and stop at the boundary.
+MINIMUM = ('fab', 'deepfool', 'fmn', 'carlini_wagner')
 
 
 Found: TypeAlias = attacks.AttackResult | attacks.MinimumResult | attacks.SpatialResult
@@ -418,6 +419,7 @@ def make_attack(
     options: dict[str, Any] = {}
     if name in ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm', 'transfer'):
         method, options['loss'] = getattr(attacks, name), settings.loss
+        options['draws'] = settings.draws
         if name == 'transfer':
             assert surrogate is not None
             options['surrogate'], options['surrogate_variables'] = surrogate
@@ -433,6 +435,7 @@ def make_attack(
             'steps': settings.auto_steps,
             'restarts': settings.restarts,
             'loss': 'dlr' if name == 'apgd_dlr' else 'cross_entropy',
+            'draws': settings.draws,
             'large_start': settings.norm == 'l1',
         }
     elif name == 'square':

@@ -251,11 +251,19 @@ def test_images_that_it_was_not_calibrated_on_are_refused(model, parameters, cha
         {'temperature': 0.0},
         {'top': 0},
         {'prototypes': 0},
+        {'adaptive': 'no'},
+        {'adaptive': True, 'rho': (0.1,)},
+        {'offset': 3},
     ],
 )
 def test_settings_are_checked(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         Settings(**changes)
+
+
+def test_settings_from_lists_are_static_arguments():
+    found = Settings(layers=['act1'], rho=[0.1])
+    assert hash(found) == hash(Settings(layers=('act1',), rho=(0.1,)))
 
 
 # ------------------------------------------------------------------------------------- the defence
@@ -521,6 +529,30 @@ def test_straight_through_gradients_pass_clipping(model, parameters):
     assert np.abs(gradient('exact') - gradient('straight_through')).max() > 1e-3
 
 
+def test_candidates_that_attacks_follow_pass_clipping_too(model, parameters):
+    # So warm that soft choices hardly change: what is left is the gradient of the moved image.
+    settings = dataclasses.replace(parameters.settings, temperature=1e6)
+    warm, (forward, variables) = dataclasses.replace(parameters, settings=settings), model[:2]
+    z = np.zeros((1, 4, 2), np.float32)
+    number = len(settings.rho) - 1
+
+    def gradient(of):
+        return np.asarray(jax.grad(lambda z: of(variables, z)[0][0, 0])(z))
+
+    exact = apply(warm, forward, candidate=number)
+    followed = inverse_perturbation.adaptive(warm, forward)[f'candidate_{number}']
+    likeliest = int(np.asarray(forward(variables, z)[0]).argmax())
+    along = np.asarray(warm.directions)[likeliest, 0]
+    moved = np.clip(z + settings.rho[number] * along, 0, 1)
+    np.testing.assert_allclose(followed(variables, z)[0], forward(variables, moved)[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient(followed), jax.grad(lambda z: forward(variables, z)[0][0, 0])(moved), atol=1e-4
+    )
+    held = along < 0
+    assert held.any() and (gradient(exact)[0][held] == 0).all()
+    assert (gradient(followed)[0][held] != 0).any()
+
+
 def test_taps_read_the_image_itself_and_edits_reach_every_pass(model, parameters):
     forward, variables, x, _ = model
     defended = apply(parameters, forward)
@@ -610,6 +642,23 @@ def test_too_many_classes_to_try_are_refused(model, parameters):
     settings = dataclasses.replace(parameters.settings, top=4)
     with pytest.raises(ValueError, match='top is 4, but the model has 3 classes'):
         apply(dataclasses.replace(parameters, settings=settings), model[0])(model[1], model[2])
+
+
+def test_a_model_of_other_classes_is_refused(model, parameters):
+    forward, variables, x, y = model
+
+    def four(variables, x, edits=None, taps=()):
+        logits, tapped = forward(variables, x, edits=edits or {}, taps=taps)
+        return jnp.concatenate([logits, logits[:, :1]], -1), tapped
+
+    four = jax.tree_util.Partial(four)
+    message = 'The model has 4 classes, but the defence was calibrated for 3'
+    with pytest.raises(ValueError, match=message):
+        apply(parameters, four)(variables, x[:2])
+    with pytest.raises(ValueError, match=message):
+        oracles.moved(
+            four, variables, x[:2], x[:2], y[:2], jax.random.key(0), rho=0.1, parameters=parameters
+        )
 
 
 # ----------------------------------------------------------------------------------------- oracles

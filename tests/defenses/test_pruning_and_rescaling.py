@@ -107,7 +107,8 @@ def test_bad_settings_and_responses_are_refused():
     ):
         defenses.make_settings('rescaling', {'rule': None})
     for changes in (
-        {'strength': 1.5}, {'rule': 'max'}, {'rule': float('nan')}, {'unit': 'filter'},
+        {'strength': 1.5}, {'strength': 'a'}, {'rule': 'max'}, {'rule': float('nan')},
+        {'unit': 'filter'}, {'renormalize': 'no'}, {'layer': 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(changes))):
             rescaling.Settings(**changes)
@@ -162,7 +163,7 @@ def test_pruning_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match='None of the 2 scores is a number'):
         pruning.calibrate([np.nan, np.nan], settings=pruning.Settings(count=1))
     assert len(removed([np.nan, np.nan], count=1, order='random')) == 1
-    for changes in ({'count': -1}, {'order': 'best'}, {'unit': 'filter'}):
+    for changes in ({'count': -1}, {'order': 'best'}, {'unit': 'filter'}, {'layer': None}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             pruning.Settings(**changes)
 

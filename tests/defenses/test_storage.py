@@ -39,6 +39,17 @@ def test_what_was_saved_comes_back(tmp_path, parameters):
     assert defenses.name_of(defenses.load(tmp_path / 'defense')) == 'rescaling'
 
 
+def test_how_parameters_were_found_is_kept_with_them(tmp_path):
+    directory = tmp_path / 'defense'
+    with pytest.raises(defenses.DefenseError, match='There is no defense in'):
+        defenses.calibration_of(directory)
+    defenses.save(directory, examples()[1])
+    assert defenses.calibration_of(directory) == {}
+    known = {'images': 500, 'response': 'loss_attacked', 'eps': 0.1}
+    defenses.save(directory, examples()[1], calibration=known)
+    assert defenses.calibration_of(directory) == known
+
+
 def test_older_parameters_stay_until_newer_ones_are_whole(tmp_path, monkeypatch):
     directory, (_, older, newer) = tmp_path / 'new' / 'defense', examples()
     defenses.save(directory, older)

@@ -10,7 +10,7 @@ import pytest
 
 from neurosens import attacks, config, data, evaluation, models, parallel
 from neurosens.evaluation import accuracy
-from neurosens.forward import LinenForward
+from neurosens.forward import LinenForward, with_input_transform
 
 COUNT = 53  # Divides by no batch size below.
 
@@ -150,6 +150,32 @@ def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source, tmp_p
     evaluation.write(report, tmp_path, {})
     page = (tmp_path / 'index.html').read_text(encoding='utf-8')
     assert '>–<' in page
+
+
+def test_gradients_of_a_random_model_are_averaged_over_draws(source):
+    module = models.create('mlp', num_classes=10, hidden=(8,))
+    variables = module.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+
+    def draw(key):
+        def noisy(x):
+            return x + 0.3 * jax.random.normal(key, x.shape)
+
+        return with_input_transform(LinenForward(module), noisy)
+
+    forward = attacks.random_forward(draw, jax.random.key(1))
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    settings = config.Evaluation(
+        attacks=('pgd',), eps=(0.1,), steps=2, batch_size=COUNT, masking_images=12, queries=1,
+        draws=4,
+    )  # fmt: skip
+    found = evaluation.evaluate(forward, variables, source, mesh, settings, key)
+    x, threat = data.to_float(source.images), attacks.Threat('linf', 0.1)
+    options = {'threat': threat, 'steps': 2, 'draws': 4}
+    expected = attacks.pgd(forward, variables, x, source.labels, key, **options)
+    attacked = found.outcomes[0].attacked
+    np.testing.assert_allclose(attacked.x_adv, expected.x_adv[: len(attacked.x_adv)], atol=1e-6)
+    (check,) = [check for check in found.diagnosis.checks if check.name == 'randomness']
+    assert check.passed and check.figures['draws'] == 4
 
 
 def test_a_label_that_is_no_class_is_named(model, source):

@@ -92,6 +92,7 @@ def run(
     ensemble_progress=None,
     attacks=('square',),
     surrogate=None,
+    calibration=None,
     **changes,
 ):
     forward, variables, source = problem
@@ -120,6 +121,7 @@ def run(
         directory=directory,
         ensemble_progress=ensemble_progress,
         surrogate=surrogate,
+        calibration=calibration,
     )
     return parameters, report
 
@@ -207,7 +209,8 @@ def test_noise_is_as_large_as_the_attack():
 
 def outcome_of(kind, attack, success, fooled=None):
     flags = [None if value is None else np.array(value, bool) for value in (success, fooled)]
-    return evaluation.DefenseOutcome(kind, attack, 'linf', 0.1, *flags)
+    outcome = evaluation.DefenseOutcome(kind, attack, 'linf', 0.1, *flags)
+    return outcome._replace(undefended=flags[1])
 
 
 def test_of_attacks_that_fool_equally_often_one_along_gradients_is_the_strongest():
@@ -217,6 +220,8 @@ def test_of_attacks_that_fool_equally_often_one_along_gradients_is_the_strongest
         outcome_of('static', 'apgd', [0, 1, 1], [0, 1, 1]),
         outcome_of('static', 'square', [1, 1, 0], [1, 1, 0]),
         outcome_of('static', 'autoattack', [1, 1, 1], [1, 1, 1]),
+        # Its images stop at the boundary.
+        outcome_of('static', 'fab', [1, 1, 1], [1, 1, 1]),
     ]
     (found,) = defense_moves.strongest_static(outcomes)
     assert found.attack == 'pgd'
@@ -389,6 +394,60 @@ def test_every_measure_prunes_what_it_ranks_first(problem, measured, measure):
     np.testing.assert_array_equal(np.flatnonzero(parameters.removed), np.sort(chosen))
 
 
+def test_random_pruning_measures_nothing(problem):
+    forward, variables, source = problem
+    # Of which no measure is a number.
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), variables)
+    settings = config.Defense(name='pruning', options={'count': 5, 'order': 'random', 'seed': 2})
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    parameters = evaluation.calibrate_defense(forward, broken, source, mesh, settings, key)
+    expected = defenses.pruning.calibrate(np.zeros(64), settings=parameters.settings)
+    np.testing.assert_array_equal(parameters.removed, expected.removed)
+    assert evaluation.calibration_facts(settings, 0.1) == {}
+
+
+@pytest.mark.parametrize('name', defenses.DEFENSES)
+def test_a_calibration_refuses_labels_that_are_no_classes(problem, name):
+    forward, variables, source = problem
+    labels = source.labels.copy()
+    labels[17] = 10
+    damaged = data.ArrayDataset(source.images, labels, source.info)
+    options = {} if name == 'inverse_perturbation' else {'layer': 'head:in'}
+    settings = config.Defense(name=name, options=options)
+    mesh, key = parallel.data_mesh(1), jax.random.key(0)
+    with pytest.raises(ValueError, match='Label 10 is not one of the 10 classes of the model'):
+        evaluation.calibrate_defense(
+            forward, variables, damaged, mesh, settings, key, batch_size=60
+        )
+
+
+def test_how_a_defence_was_calibrated_and_what_that_found_is_said(problem, tmp_path):
+    changes = {'eps': (), 'calibration': {'images': 60, 'measure': 'influence'}}
+    parameters, report = run(problem, 'pruning', {'count': 3}, measure='influence', **changes)
+    facts = evaluation.defense_facts(report)
+    removed = np.flatnonzero(parameters.removed).tolist()
+    assert facts['defense/found'] == {'neurons': 64, 'removed': removed}
+    assert facts['defense/calibration'] == changes['calibration']
+    settings = config.Defense(name='pruning', images=60, measure='influence')
+    assert evaluation.calibration_facts(settings, 0.1) == changes['calibration']
+    attacked = config.Defense(name='rescaling', images=60, response='loss_attacked')
+    assert evaluation.calibration_facts(attacked, 0.1) == {
+        'images': 60, 'response': 'loss_attacked', 'eps': 0.1,
+    }  # fmt: skip
+    table = next(
+        block for block in evaluation.defense_section(report).blocks
+        if getattr(block, 'caption', '').startswith('How it was calibrated')
+    )  # fmt: skip
+    shown = dict(table.rows)
+    assert shown['measure'] == 'influence' and shown['removed'] == str(removed)
+    assert shown['order'] == 'most' and shown['count'] == '3'
+    rescaled = defenses.rescaling.calibrate([0.4, 0.0, 0.2])
+    assert defended_module._in_short(rescaled) == {
+        'neurons': 3, 'amplified': 1, 'compressed': 1, 'smallest factor': 0.5,
+        'largest factor': 1.5,
+    }  # fmt: skip
+
+
 def test_a_neuron_that_flips_no_image_is_the_least_sensitive(measured):
     delta = np.array(measured.delta)
     delta[:, 3] = np.inf
@@ -524,8 +583,23 @@ def test_logits_that_are_not_numbers_are_nothing_to_recover():
     run = lambda x, y, index: types.SimpleNamespace(x_adv=x_adv)  # noqa: E731
     found = defended_module._static(run, forward, defended, {}, batch)
     # The first shows the model nothing, the last is of class 1, and shows the defence nothing.
-    np.testing.assert_array_equal(found['fooled'], [False, False, True, True])
+    np.testing.assert_array_equal(found['seen'], [-1, 0, 1, 1])
+    np.testing.assert_array_equal(found['undefended'], [True, False, True, True])
     np.testing.assert_array_equal(found['broken'], [True, False, True, True])
+
+
+def test_an_image_without_logits_is_broken_but_not_there_to_be_recovered(inverse):
+    _, report = inverse
+    right = report.defended._replace(
+        labels=np.zeros(4, np.int32), predictions=np.zeros(4, np.int32)
+    )
+    outcome = outcome_of('static', 'pgd', [1, 0, 0, 0], [0, 1, 0, 0])._replace(
+        undefended=np.array([1, 1, 0, 0], bool)
+    )
+    found = dataclasses.replace(report, undefended=right, defended=right, outcomes=(outcome,))
+    rows = {key: interval.value for key, interval, _ in evaluation.defense_rows(found)}
+    assert rows['undefended/pgd-linf-0.1'] == rows['worst/undefended-linf-0.1'] == 0.5
+    assert defense_report.rates(found)['pgd-linf-0.1'][:2] == (1, 1)
 
 
 def test_controls_that_cannot_be_measured_are_named(problem):

@@ -369,7 +369,7 @@ def test_the_page_says_how_to_make_it_again(written):
 def test_a_defence_has_every_accuracy(report, tmp_path):
     success = report.outcomes[0].attacked.success
     outcomes = tuple(
-        evaluation.DefenseOutcome(kind, 'pgd', 'linf', 0.1, success, fooled)
+        evaluation.DefenseOutcome(kind, 'pgd', 'linf', 0.1, success, fooled, undefended=fooled)
         for kind, fooled in (('static', success), ('adaptive', None))
     )
     defended = evaluation.DefenseReport(

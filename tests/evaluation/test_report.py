@@ -11,6 +11,36 @@ from neurosens import config, data, evaluation, metrics
 from neurosens.evaluation import plots
 
 
+def test_a_whole_report_takes_the_place_of_an_earlier_one(tmp_path):
+    fresh, directory = tmp_path / '.new', tmp_path / 'report'
+    for place, names in (
+        (directory, ('index.html', 'masking.csv', 'defense.csv', 'neurons/act1.npz', 'mine.txt')),
+        (directory, ('unfinished/notes.json', 'neurons/old.csv')),
+        (fresh, ('index.html', 'results.csv', 'neurons/act1.npz')),
+    ):
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(f'{place.name} {name}')
+    evaluation.put_in_place(fresh, directory)
+    found = {
+        str(path.relative_to(directory)): path.read_text().split()[0]
+        for path in directory.rglob('*')
+        if path.is_file()
+    }
+    assert found == {
+        'index.html': '.new',
+        'results.csv': '.new',
+        'neurons/act1.npz': '.new',
+        # Of no report, or of one that is not done.
+        'mine.txt': 'report',
+        'unfinished/notes.json': 'report',
+    }
+    # A report without neurons.
+    (fresh / 'index.html').write_text('.new')
+    evaluation.put_in_place(fresh, directory)
+    assert not (directory / 'neurons').exists()
+
+
 @pytest.fixture
 def report():
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3], np.int32)

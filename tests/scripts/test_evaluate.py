@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neurosens import attacks, data, defenses, evaluation, metrics, neurons, training
+from neurosens import (
+    attacks,
+    command_line,
+    config,
+    data,
+    defenses,
+    evaluation,
+    metrics,
+    neurons,
+    training,
+)
 from neurosens import scripts as command_scripts
 
 EVALUATE = (
@@ -438,6 +448,7 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     logits, _ = jax.jit(defended)(model.variables, data.to_float(test.images[:80]))
     accuracy = (np.asarray(logits).argmax(-1) == test.labels[:80]).mean()
     assert results['defense/clean_accuracy'] == pytest.approx(accuracy)
+    assert results['defense/calibration'] == {'images': 1000}
     # Kept parameters serve another evaluation.
     again = (
         f'--workdir={workdir}',
@@ -457,10 +468,31 @@ def test_a_defence_is_calibrated_kept_and_attacked(trained, scripts, tmp_path):
     # They stay as they are, not written anew.
     assert (workdir / 'defense').stat() == before
     repeated = json.loads((workdir / 'report' / 'results.json').read_text())
-    for key in ('clean_accuracy', 'settings', 'adaptive/pgd-linf-0.1'):
+    for key in ('clean_accuracy', 'settings', 'calibration', 'adaptive/pgd-linf-0.1'):
         assert repeated[f'defense/{key}'] == results[f'defense/{key}']
+    # What a calibration would take is said of that one only.
+    assert 'options' in results['config']['defense']
+    assert not set(config.CALIBRATION) & set(repeated['config']['defense'])
     _, error = scripts.here('evaluate.py', *again, '--config.defense.name=pruning', status=2)
     assert "is 'inverse_perturbation', but defense.name is 'pruning'; name the same." in error
+
+
+def test_kept_parameters_need_nothing_of_the_calibration_of_the_training():
+    import evaluate
+
+    defense = config.Defense(name='rescaling', options={'layer': 'act1'}, response='loss')
+    trained = config.Config(defense=defense)
+    kept = ['--config.defense.parameters=runs/digits/defense']
+    for arguments in ([], ['--config.evaluation.limit=3']):
+        assert evaluate._trained(trained, arguments) == trained
+    found, _ = command_line.override(evaluate._trained(trained, kept), kept, evaluate._flags())
+    usual = config.Defense(name='rescaling', parameters='runs/digits/defense')
+    assert found.defense == usual and trained.defense.response == 'loss'
+    # What the command says itself is still refused beside them.
+    both = [*kept, '--config.defense.images=5']
+    before = evaluate._trained(trained, both)
+    with pytest.raises(config.ConfigError, match=r'defense\.images is for a calibration'):
+        command_line.override(before, both, evaluate._flags())
 
 
 QUICK = [
@@ -540,6 +572,17 @@ def test_what_shows_only_in_the_end_is_one_sentence_too(
     assert 'clean_accuracy' in out and error == 'error: The weights leave nothing to sweep.\n'
     # Nothing of it stands beside the report of an earlier evaluation.
     assert not (workdir / 'defense').exists()
+    assert not list(workdir.rglob('*report*'))
+
+
+def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit) as stopped, command_scripts.user_errors():
+        (tmp_path / 'file' / 'report').mkdir()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: '{tmp_path / 'file' / 'report'}': Not a directory; see that")
+    assert error.count('\n') == 1
 
 
 def test_commands_are_shown_as_a_shell_takes_them():
@@ -586,6 +629,14 @@ MISTAKES = [
         "'conv1' has 4 filters and 256 neurons of unit 'unit'; set unit to 'channel'",
     ),
     (['--config.defense.measure=size'], "Unknown defense.measure 'size'"),
+    (
+        ['--config.defense.name=rescaling', '--config.defense.measure=influence'],
+        "defense.measure is 'influence', which is for 'pruning', but defense.name is 'rescaling'",
+    ),
+    (
+        ['--config.evaluation.draws=8', "--config.evaluation.attacks=('pgd','fmn')"],
+        "'fmn', which does not average gradients over draws, and evaluation.draws is 8",
+    ),
     (['--config.defense.response=size'], "Unknown defense.response 'size'"),
     (
         [

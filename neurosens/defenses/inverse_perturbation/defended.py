@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from neurosens import _validate
 from neurosens.defenses import images
-from neurosens.defenses.inverse_perturbation.settings import Parameters, passes
+from neurosens.defenses.inverse_perturbation.settings import Parameters, check_classes, passes
 from neurosens.forward import Edit, Forward, Variables
 from neurosens.neurons import units
 
@@ -52,8 +52,9 @@ class InverseForward:
         """Classifies images and moved versions of them; see `Forward`.
 
         Raises:
-          ValueError: images are not floating-point, or not of the size of calibration; where they
-            are no tracers also: a pixel is outside [0, 1] or no number.
+          ValueError: images are not floating-point, or not of the size of calibration, or the model
+            has another number of classes; where images are no tracers also: a pixel is outside
+            [0, 1] or no number.
         """
         settings = self.parameters.settings
         x = jnp.asarray(x)
@@ -107,6 +108,7 @@ class InverseForward:
         """The likeliest classes `[B]`, and soft weights of all classes `[B, K]` in their place."""
         left = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         classes = left.shape[-1]
+        check_classes(self.parameters, classes)
         if self.parameters.settings.top > classes:
             raise ValueError(
                 f'top is {self.parameters.settings.top}, but the model has {classes} classes.'
@@ -279,11 +281,15 @@ def adaptive(parameters: Parameters, forward: Forward) -> dict[str, Forward]:
       forward: the model.
 
     Returns:
-      The defence with straight-through gradients, with soft choices, and each of its candidates.
+      The defence with straight-through gradients, with soft choices, and each of its candidates,
+      these with straight-through gradients too: at pixels that clipping holds at the border their
+      own would be 0.
     """
     surrogates: dict[str, Forward] = {
         name: apply(parameters, forward, gradient=name) for name in GRADIENTS[1:]
     }
     for number in range(passes(parameters) - 1):
-        surrogates[f'candidate_{number}'] = apply(parameters, forward, candidate=number)
+        surrogates[f'candidate_{number}'] = apply(
+            parameters, forward, gradient='straight_through', candidate=number
+        )
     return surrogates

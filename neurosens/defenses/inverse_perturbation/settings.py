@@ -57,6 +57,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         units.check_unit(self.unit)
+        # Lists would not be hashable.
+        for name in ('layers', 'rho'):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _validate.check_flag('adaptive', self.adaptive)
         for name, choices in (
             ('tail_mode', TAIL_MODES),
             ('score', SCORES),
@@ -71,12 +76,22 @@ class Settings:
         named = not isinstance(self.layers, str) and all(isinstance(n, str) for n in self.layers)
         if not self.layers or not named:
             raise ValueError(f'layers is {self.layers!r}; it must be a tuple of layer names.')
-        sizes = self.rho if isinstance(self.rho, (tuple, list)) else ()
+        sizes = self.rho if isinstance(self.rho, tuple) else ()
         for size in sizes:
             _validate.check_range('rho', size, low=0)
         if not sizes or list(sizes) != sorted(sizes):
             raise ValueError(f'rho is {self.rho!r}; it must hold rising sizes of at least 0.')
         _validate.check_range('temperature', self.temperature, low=0, low_open=True)
+        if self.offset and self.tail_mode == 'lowest':
+            raise ValueError(
+                f"offset is {self.offset}, but the tail_mode 'lowest' has none; leave it out, or "
+                "set tail_mode to 'offset'."
+            )
+        if self.adaptive and len(sizes) == 1:
+            raise ValueError(
+                f'adaptive chooses among sizes, but rho is {self.rho!r}; give several, or leave '
+                'adaptive out.'
+            )
 
 
 DEFAULT = Settings()
@@ -114,6 +129,16 @@ def passes(parameters: Parameters) -> int:
     settings = parameters.settings
     sizes = 1 if settings.adaptive else len(settings.rho)
     return 1 + settings.top * settings.prototypes * sizes
+
+
+def check_classes(parameters: Parameters, classes: int) -> None:
+    """Raises a ValueError where a model has not as many classes as there are directions."""
+    calibrated = len(parameters.directions)
+    if classes != calibrated:
+        raise ValueError(
+            f'The model has {classes} classes, but the defence was calibrated for {calibrated}; '
+            'calibrate it on this model.'
+        )
 
 
 def skeleton(settings: Settings) -> Parameters:
