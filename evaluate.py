@@ -177,7 +177,10 @@ def _open(arguments: Sequence[str]) -> Job:
         scripts.check_changes(arguments, (*CHANGES, *OF_WEIGHTS), 'has no effect on weights')
     else:
         scripts.check_changes(arguments, CHANGES)
-    changes, values = command_line.override(config_lib.Config(), arguments, _flags())
+    # Without weights the settings are those of a training, which are not read yet.
+    changes, values = command_line.override(
+        config_lib.Config(), arguments, _flags(), checked=from_weights
+    )
     workdir = _workdir(values, changes, from_weights)
     scripts.start_jax(values, changes.cpu_devices)
     if from_weights:

@@ -119,7 +119,11 @@ def split_config_argument(arguments: Sequence[str]) -> tuple[str | None, list[st
 
 
 def override(
-    config: Config, arguments: Sequence[str], own_flags: flags.FlagValues
+    config: Config,
+    arguments: Sequence[str],
+    own_flags: flags.FlagValues,
+    *,
+    checked: bool = True,
 ) -> tuple[Config, dict[str, Any]]:
     """Applies `--config.key=value` arguments and parses a script's own flags.
 
@@ -127,6 +131,8 @@ def override(
       config: the config to start from, left as it is.
       arguments: command-line arguments without the program's name.
       own_flags: the script's own flags.
+      checked: whether values have to be in range and fit each other; not where the arguments are
+        meant for another config, which is not known yet.
 
     Returns:
       `(the config with its overrides, {name of own flag: value})`.
@@ -153,7 +159,8 @@ def override(
             f'Unexpected argument {positional[0]!r}; settings are given as --config.key=value.'
         )
     config = cast(Config, own_flags['config'].value)
-    validate(config)
+    if checked:
+        validate(config)
     return config, {name: own_flags[name].value for name in names}
 
 

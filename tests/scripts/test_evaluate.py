@@ -491,6 +491,7 @@ def test_kept_parameters_need_nothing_of_the_calibration_of_the_training():
     # What the command says itself is still refused beside them.
     both = [*kept, '--config.defense.images=5']
     before = evaluate._trained(trained, both)
+    assert command_line.override(before, both, evaluate._flags(), checked=False)
     with pytest.raises(config.ConfigError, match=r'defense\.images is for a calibration'):
         command_line.override(before, both, evaluate._flags())
 
