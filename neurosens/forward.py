@@ -14,7 +14,8 @@ So `head:in` is the penultimate representation of any classifier whose last laye
 An edit is any function from an activation to an activation of the same shape (add, scale, mask,
 replace); it sees and returns the whole batch `[B, ...]`. A tap of an edited layer reads the value
 after the edit. The pattern `'*'` in `taps` stands for every tappable output and `'*:in'` for every
-tappable input.
+tappable input; `'*nonlinearity'` and `'*nonlinearity:in'` for those of every module with the name
+of a nonlinearity (`act1`, `relu_1`, `final_act`, ...), each of which then has to be tappable.
 
 Forwards are pytrees: the adapters `LinenForward` and `NNXForward` are static (no leaves, hashable),
 and wrappers carry the arrays of their edits as leaves. A jitted function can take a forward as an
@@ -26,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -41,11 +43,21 @@ Variables: TypeAlias = Any
 
 EVERY_OUTPUT = '*'
 EVERY_INPUT = '*:in'
+# Of modules with the name of a nonlinearity alone, none of which may be left out.
+EVERY_NONLINEARITY = '*nonlinearity'
+EVERY_NONLINEARITY_INPUT = '*nonlinearity:in'
 _INPUT_SUFFIX = ':in'
 _COLLECTION = 'neurosens_taps'
 _OUTPUT = '__output__'
 _INPUT = '__input__'
 _HOOK = 'neurosens_hook'
+_PATTERNS = frozenset({EVERY_OUTPUT, EVERY_INPUT, EVERY_NONLINEARITY, EVERY_NONLINEARITY_INPUT})
+# Such as `act1`, `act3_2`, `final_act` and `relu_1`, or, as Flax names modules itself, `PReLU_0`.
+_NONLINEARITY = re.compile(
+    r'(^|_)(act|activation|nonlinearity|(leaky|p|r)?relu|gelu|mish|s?elu|celu|softplus|softsign'
+    r'|(hard)?(silu|swish|tanh|sigmoid)|logsigmoid)(_?\d+)*$',
+    re.IGNORECASE,
+)
 
 
 class LayerError(KeyError):
@@ -92,8 +104,7 @@ class _Visits:
 
     edits: Mapping[str, Edit]
     wanted: frozenset[str]
-    every_output: bool
-    every_input: bool
+    patterns: frozenset[str]
     # Layer name -> shape of the value where it was visited (None: not an array).
     shapes: dict[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
 
@@ -101,13 +112,12 @@ class _Visits:
     def plan(cls, edits: Mapping[str, Edit], taps: Collection[str]) -> _Visits:
         if isinstance(taps, str):
             raise TypeError(f'taps must be a collection of layer names, not the string {taps!r}.')
-        patterns = {EVERY_OUTPUT, EVERY_INPUT}
-        wanted = frozenset(edits) | (frozenset(taps) - patterns)
-        return cls(edits, wanted, EVERY_OUTPUT in taps, EVERY_INPUT in taps)
+        asked = frozenset(taps)
+        return cls(edits, frozenset(edits) | (asked - _PATTERNS), asked & _PATTERNS)
 
     @property
     def idle(self) -> bool:
-        return not (self.wanted or self.every_output or self.every_input)
+        return not (self.wanted or self.patterns)
 
     def visit(self, name: str, value: Any, record: Callable[[Array], object]) -> Any:
         """Edits `value` if asked to, and records it if it is tapped or edited."""
@@ -124,8 +134,7 @@ class _Visits:
                     f'shape {value.shape}.'
                 )
             value = edited.astype(value.dtype)
-        every = self.every_input if name.endswith(_INPUT_SUFFIX) else self.every_output
-        if every or name in self.wanted:
+        if name in self.wanted or any(_matches(pattern, name) for pattern in self.patterns):
             record(value)
         return value
 
@@ -149,40 +158,67 @@ class _Visits:
             self._check(name, recorded.get(name, ()))
         tapped = {}
         for name in taps:
-            if name in (EVERY_OUTPUT, EVERY_INPUT):
-                inputs = name == EVERY_INPUT
-                for seen, shape in self.shapes.items():
-                    values = recorded.get(seen, ())
-                    if seen.endswith(_INPUT_SUFFIX) == inputs and _is_plain(values, shape):
-                        tapped[seen] = values[0]
-            else:
+            if name not in _PATTERNS:
                 tapped[name] = recorded[name][0]
+                continue
+            for seen in filter(functools.partial(_matches, name), self.shapes):
+                values = recorded.get(seen, ())
+                obstacle = self._obstacle(seen, values)
+                if obstacle is None:
+                    tapped[seen] = values[0]
+                elif name in (EVERY_NONLINEARITY, EVERY_NONLINEARITY_INPUT):
+                    raise LayerError(
+                        f'Layer {seen!r} is a nonlinearity by its name, but {obstacle[0]}; give '
+                        'layers, the names of those to take in place of every nonlinearity.'
+                    )
         return tapped
 
     def _check(self, name: str, values: tuple[Array, ...]) -> None:
         if name not in self.shapes:
             raise LayerError(_unknown_layer(name, self.shapes))
-        if self.shapes[name] is None:
-            raise LayerError(
-                f'Layer {name!r} does not carry a single array, so it can be neither tapped nor '
-                'edited; name a module inside it.'
+        obstacle = self._obstacle(name, values)
+        if obstacle is not None:
+            raise LayerError(f'Layer {name!r} {obstacle[0]}; {obstacle[1]}.')
+
+    def _obstacle(self, name: str, values: tuple[Array, ...]) -> tuple[str, str] | None:
+        """Why a layer that was visited has no single activation, and what to do; None if it has."""
+        shape = self.shapes[name]
+        if shape is None:
+            return (
+                'does not carry a single array, so it can be neither tapped nor edited',
+                'name a module inside it',
             )
         if len(values) > 1:
-            raise LayerError(
-                f'Layer {name!r} runs {len(values)} times in one forward pass, so its name is '
-                'ambiguous; tap or edit a module that runs once.'
+            return (
+                f'runs {len(values)} times in one forward pass, so its name is ambiguous',
+                'tap or edit a module that runs once',
             )
-        if not _is_plain(values, self.shapes[name]):
-            raise LayerError(
-                f'Layer {name!r} lies inside a lifted transform (scan or vmap over modules), where '
-                'one name stands for many activations; name the module that contains the '
-                'transform, or unroll it.'
-            )
+        # Exactly once, and what was recorded is what was visited.
+        if len(values) == 1 and values[0].shape == shape:
+            return None
+        return (
+            'lies inside a lifted transform (scan or vmap over modules), where one name stands for '
+            'many activations',
+            'name the module that contains the transform, or unroll it',
+        )
 
 
-def _is_plain(values: tuple[Array, ...], shape: tuple[int, ...] | None) -> bool:
-    """Whether a layer ran exactly once and its recorded value is the one that was visited."""
-    return len(values) == 1 and values[0].shape == shape
+def is_nonlinearity(layer: str) -> bool:
+    """Whether a layer, or what enters it, has the name of a nonlinearity, as `block1/act2` has."""
+    return bool(_NONLINEARITY.search(layer.removesuffix(_INPUT_SUFFIX).rpartition('/')[2]))
+
+
+def is_asked(layer: str, taps: Collection[str]) -> bool:
+    """Whether taps ask for a layer, by its name or by a pattern."""
+    patterns = _PATTERNS.intersection(taps)
+    return layer in taps or any(_matches(pattern, layer) for pattern in patterns)
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    """Whether a pattern stands for a layer."""
+    if pattern.endswith(_INPUT_SUFFIX) != layer.endswith(_INPUT_SUFFIX):
+        return False
+    return pattern in (EVERY_OUTPUT, EVERY_INPUT) or is_nonlinearity(layer)
 
 
 def _unknown_layer(name: str, known: Iterable[str]) -> str:

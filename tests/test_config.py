@@ -451,6 +451,18 @@ def test_differing_keys_are_named_in_full_and_sorted():
     ]
 
 
+def test_regularizers_in_another_order_differ():
+    terms = {'jacobian': {'weight': 0.1}, 'activation_norm': {'order': 2, 'weight': 0.2}}
+    saved = config_lib.to_dict(Config(regularizers=terms))
+    assert config_lib.differences(saved, Config(regularizers=terms)) == {}
+    options = {'jacobian': {'weight': 0.1}, 'activation_norm': {'weight': 0.2, 'order': 2}}
+    assert config_lib.differences(saved, Config(regularizers=options)) == {}
+    turned = Config(regularizers=dict(reversed(terms.items())))
+    assert config_lib.differences(saved, turned) == {
+        'order of regularizers': (['jacobian', 'activation_norm'], ['activation_norm', 'jacobian'])
+    }
+
+
 def test_a_setting_that_is_newer_than_the_saved_config_had_its_default():
     saved = config_lib.to_dict(Config())
     del saved['schedule']['end'], saved['weights'], saved['monitor']

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import neurosens as ns
+from neurosens.forward import is_asked
 
 
 class Block(nn.Module):
@@ -349,6 +350,109 @@ def test_ambiguous_layers_are_left_out_of_the_listing():
     assert list(ns.layers(ns.NNXForward(graphdef), state, X)) == ['layers/0', 'layers/1']
 
 
+class Nonlinearities(nn.Module):
+    """Dense layers with nonlinearities of any names; those of `again` run twice."""
+
+    names: tuple[str, ...]
+    again: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        for number, name in enumerate(self.names):
+            act = Tanh(name=name)
+            for time in range(1 + (name in self.again)):
+                x = act(nn.Dense(4, name=f'dense{number}_{time}')(x))
+        return nn.Dense(3, name='head')(x)
+
+
+class Tanh(nn.Module):
+    def __call__(self, x):
+        return nn.tanh(x)
+
+
+class NNXNonlinearities(nnx.Module):
+    """Of the NNX kind."""
+
+    def __init__(self, again):
+        self.dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.act, self.relu_1, self.again = NNXTanh(), NNXTanh(), again
+
+    def __call__(self, x):
+        x = self.relu_1(self.act(self.dense(x)))
+        return self.relu_1(x) if self.again else x
+
+
+class NNXTanh(nnx.Module):
+    def __call__(self, x):
+        return nnx.tanh(x)
+
+
+NAMES = (
+    *('act', 'act1', 'act_0', 'act3_2', 'final_act', 'activation', 'Activation_0', 'relu_1'),
+    *('relu6', 'ReLU_0', 'PReLU_0', 'prelu', 'LeakyReLU_1', 'leaky_relu', 'gelu', 'GELU_2'),
+    *('sigmoid', 'hard_sigmoid', 'Mish_0', 'mish', 'silu', 'Swish', 'ELU', 'selu2', 'tanh'),
+)
+OTHERS = ('pact', 'act_norm', 'activations', 'relu_conv', 'react', 'fact1', 'normalize', 'elusive')
+
+
+def nonlinearities(*names, again=()):
+    module = Nonlinearities(names, again)
+    x = jnp.ones((2, 4))
+    return ns.LinenForward(module), module.init(jax.random.key(0), x), x
+
+
+def test_nonlinearities_are_known_by_the_usual_names():
+    forward, variables, x = nonlinearities(*NAMES, *OTHERS)
+    _, tapped = forward(variables, x, taps=('*nonlinearity',))
+    assert tuple(tapped) == NAMES
+    _, entering = forward(variables, x, taps=('*nonlinearity:in',))
+    assert tuple(entering) == tuple(f'{name}:in' for name in NAMES)
+    chex.assert_trees_all_equal(tapped['act1'], jnp.tanh(entering['act1:in']))
+
+
+@pytest.mark.parametrize('pattern', ['*nonlinearity', '*nonlinearity:in'])
+def test_no_nonlinearity_is_left_out_without_a_word(pattern):
+    forward, variables, x = nonlinearities('act1', 'relu', again=('relu',))
+    assert 'act1' in forward(variables, x, taps=('*',))[1]
+    sentence = r"^Layer 'relu(:in)?' is a nonlinearity by its name, but runs 2 times.*; give layers"
+    with pytest.raises(ns.LayerError, match=sentence):
+        forward(variables, x, taps=(pattern,))
+    # One of another name may run as often as it likes.
+    other, variables, x = nonlinearities('act1', 'squash', again=('squash',))
+    assert list(other(variables, x, taps=(pattern,))[1]) == [f'act1{pattern[13:]}']
+    for again in (False, True):
+        graphdef, state = nnx.split(NNXNonlinearities(again))
+        nnx_forward = ns.NNXForward(graphdef)
+        if again:
+            with pytest.raises(
+                ns.LayerError, match=r"'relu_1(:in)?' is a nonlinearity by its name"
+            ):
+                nnx_forward(state, x, taps=(pattern,))
+        else:
+            assert len(nnx_forward(state, x, taps=(pattern,))[1]) == 2
+
+
+class ScannedBody(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        return Tanh(name='act')(nn.Dense(4, name='dense')(carry)), None
+
+
+def test_a_nonlinearity_inside_of_a_scan_is_refused_too():
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(
+                ScannedBody, variable_axes={'params': 0}, split_rngs={'params': True}, length=3
+            )
+            return Tanh(name='act2')(scan(name='stack')(x, None)[0])
+
+    x = jnp.ones((2, 4))
+    variables = Scanned().init(jax.random.key(0), x)
+    with pytest.raises(ns.LayerError, match=r"'stack/act' is a nonlinearity .* lifted transform"):
+        ns.LinenForward(Scanned())(variables, x, taps=('*nonlinearity',))
+
+
 def test_users_own_sown_values_do_not_collide():
     class Sower(nn.Module):
         @nn.compact
@@ -402,3 +506,19 @@ def test_edit_keeps_the_dtype_of_the_activation():
     wide = {'layers_0': lambda h: h.astype(jnp.float32) + 1}
     _, tapped = forward(variables, X, edits=wide, taps=('layers_0', 'layers_1'))
     assert tapped['layers_0'].dtype == tapped['layers_1'].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ('taps', 'asked'),
+    [
+        ((), ''),
+        (('act1', 'head:in'), 'act1 head:in'),
+        (('*',), 'act1 head'),
+        (('*:in',), 'act1:in head:in'),
+        (('*nonlinearity', 'head'), 'act1 head'),
+        (('*nonlinearity:in',), 'act1:in'),
+    ],
+)
+def test_what_taps_ask_for_is_known_without_a_model(taps, asked):
+    layers = ('act1', 'act1:in', 'head', 'head:in')
+    assert [name for name in layers if is_asked(name, taps)] == asked.split()

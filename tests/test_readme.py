@@ -1,5 +1,6 @@
 """What the README shows runs as it stands there."""
 
+import inspect
 import pathlib
 import re
 
@@ -93,3 +94,34 @@ def test_every_objective_and_regularizer_is_documented():
     text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
     listed = set(re.findall(r'^\| `(\w+)` \|', text, re.MULTILINE))
     assert listed == {*training.OBJECTIVES, *training.REGULARIZERS}
+
+
+@pytest.mark.parametrize('name', training.OBJECTIVES)
+def test_every_option_of_an_objective_is_documented(name):
+    """In the guide, and one by one in the reference."""
+    text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
+    options = text.split('\nTheir options,')[1].split('\n## ')[0]
+    factory = training.OBJECTIVES[name]
+    for option in inspect.signature(factory).parameters:
+        assert f'`{option}`' in options, option
+        assert re.search(rf'^ +{option}: ', factory.__doc__, re.MULTILINE), option
+    reference = (REPOSITORY / 'docs' / 'api' / 'training.md').read_text(encoding='utf-8')
+    members = re.search(rf'::: {factory.__module__}\n.*\n +members: \[(.*)\]', reference).group(1)
+    assert name in members.split(', ')
+
+
+@pytest.mark.parametrize('name', training.REGULARIZERS)
+def test_every_option_of_a_regularizer_is_documented(name):
+    factory = training.REGULARIZERS[name]
+    for option in inspect.signature(factory).parameters:
+        assert re.search(rf'^ +{option}: ', factory.__doc__, re.MULTILINE), option
+    reference = (REPOSITORY / 'docs' / 'api' / 'regularizers.md').read_text(encoding='utf-8')
+    assert re.search(rf'members: \[.*\b{name}\b.*\]', reference)
+
+
+def test_the_guide_lists_no_configs_in_which_nothing_is_watched():
+    """Such a list would have to follow the configs."""
+    text = (REPOSITORY / 'docs' / 'training.md').read_text(encoding='utf-8')
+    watched = text.split('\n## What is watched')[1].split('\n## ')[0]
+    assert 'every config that does not set `monitor.images`' in ' '.join(watched.split())
+    assert not re.findall(r'configs/|\w+\.py', watched.replace('evaluate.py', ''))

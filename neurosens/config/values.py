@@ -75,10 +75,16 @@ def differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, A
 
     Returns:
       By dotted key, sorted, the saved value and the one now; None where there is no such setting.
+      Under `order of regularizers` their names, where nothing but their order differs.
     """
     ours, theirs = flatten(config), flatten(Config()) | flatten(saved)
-    return {
+    found = {
         key: (theirs[key], ours.get(key))
-        for key in sorted(theirs)
+        for key in theirs
         if key.split('.')[0] not in FREE_KEYS and (key not in ours or theirs[key] != ours[key])
     }
+    # Their random directions go by their place, and losses are added up in this order.
+    order = list(theirs['regularizers']), list(ours['regularizers'])
+    if 'regularizers' not in found and order[0] != order[1]:
+        found['order of regularizers'] = order
+    return dict(sorted(found.items()))

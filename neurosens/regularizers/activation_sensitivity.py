@@ -27,12 +27,12 @@ from neurosens.regularizers import passes
 from neurosens.regularizers.regularizer import (
     POSITIONS,
     Regularizer,
-    hidden,
     hidden_of,
     hidden_taps,
     keys_of,
     mean_over_layers,
     mean_square,
+    selected,
     single,
     zeros_of,
 )
@@ -80,7 +80,7 @@ def _tangents(
     """
 
     def read(logits: Array, tapped: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return single(logits), hidden_of(tapped, layers)
+        return single(logits), hidden_of(tapped, layers, position)
 
     taps = hidden_taps(layers, position)
     values, push = passes.linearize(forward, variables, x, read, taps)
@@ -96,7 +96,7 @@ def _vjp(
 
     def read(logits: Array, tapped: Mapping[str, Array]) -> dict[str, Array]:
         del logits
-        return hidden_of(tapped, layers)
+        return hidden_of(tapped, layers, position)
 
     return passes.vjp(forward, variables, x, read, hidden_taps(layers, position))
 
@@ -203,24 +203,29 @@ def activation_sensitivity(
         `'neuron_sampling'`: exact gradients of `samples` random neurons of each layer;
         `'finite_difference'`: activations at a random point nearby, with a bias of the order of
         sigma^2 where layers are smooth over that distance, and of sigma, downwards, of those whose
-        entries cross the kink of a ReLU; `'exact'`: one direction per entry of the input, for tests
-        and probes. The first three can share the pass of a training objective.
-      layers: names of layers; None for every nonlinearity that is a module, by its name.
+        entries cross the kink of a ReLU, and refused where layers are computed in half precision,
+        in whose rounding the changes are lost; `'exact'`: one direction per entry of the input, for
+        tests and probes. The first three can share the pass of a training objective.
+      layers: names of layers; None for every nonlinearity that is a module, by its name (`act1`,
+        `relu_1`, ...). One that cannot be taken, as it runs more than once, is refused.
       position: `'post'`, what the layers return, or `'pre'`, what enters them. Behind a ReLU
         neurons that are off have no gradient: the penalty rewards dead ones, and logs their share.
         In front of it they have one; which are dead is not seen there, and no share is logged.
-      samples: draws per image, of which the mean counts; for `'neuron_sampling'` neurons.
+      samples: draws per image, of which the mean counts; for `'neuron_sampling'` neurons. For
+        `'exact'` it stays 1.
       distribution: of `'tangent'` and `'finite_difference'`, `'rademacher'`, `'normal'` or
-        `'uniform'`.
+        `'uniform'`; for the others it stays `'rademacher'`.
       sigma: standard deviation of each pixel's change by `'finite_difference'`, in pixel units; a
-        uniform one goes up to sqrt(3) sigma.
+        uniform one goes up to sqrt(3) sigma. For the others it stays 0.01.
 
     Returns:
       The regularizer; it logs the part of each layer under its name (`'cotangent'` cannot tell them
       apart) and, of `'post'`, `dead`, the share of entries that are 0 for every image of the batch.
 
     Raises:
-      ValueError: a choice is unknown or a number out of range.
+      ValueError: a choice is unknown, a number out of range, or given to an estimator that does not
+        use it; when called, finite differences are of half precision, or there is no nonlinearity.
+      LayerError: when called, a layer cannot be tapped.
     """
     for name, value, known in (
         ('estimator', estimator, ESTIMATORS),
@@ -232,6 +237,7 @@ def activation_sensitivity(
     _validate.check_layers(layers)
     _validate.check_whole('samples', samples)
     _validate.check_range('sigma', sigma, low=0, low_open=True)
+    _check_used(estimator, samples, distribution, sigma)
 
     def regularizer(
         forward: Forward, variables: Variables, x: Array, y: Array, key: PRNGKeyArray
@@ -240,7 +246,11 @@ def activation_sensitivity(
 
         def example(x: Array, key: PRNGKeyArray) -> _Estimates:
             def function(x: Array) -> dict[str, Array]:
-                return hidden(forward, variables, x, layers, position)
+                tapped = forward(variables, x[None], taps=hidden_taps(layers, position))[1]
+                values = selected(tapped, layers, position)
+                if estimator == 'finite_difference':
+                    _check_precision(values)
+                return {name: single(value[0]) for name, value in values.items()}
 
             if estimator == 'exact':
                 return _exact(function, x)
@@ -262,6 +272,31 @@ def activation_sensitivity(
         return mean_over_layers(means), {**metrics, **_dead(zero, position)}
 
     return regularizer
+
+
+def _check_used(estimator: str, samples: int, distribution: str, sigma: float) -> None:
+    """Refuses what an estimator has no use for; a default cannot be told from nothing given."""
+    for name, value, default, users in (
+        ('samples', samples, 1, ESTIMATORS[:-1]),
+        ('distribution', distribution, DISTRIBUTIONS[0], ('tangent', 'finite_difference')),
+        ('sigma', sigma, 1e-2, ('finite_difference',)),
+    ):
+        if estimator not in users and value != default:
+            raise ValueError(
+                f'{name} is {value!r}, which estimator {estimator!r} has no use for; leave it out, '
+                f'or take estimator {" or ".join(users)}.'
+            )
+
+
+def _check_precision(values: Mapping[str, Array]) -> None:
+    """Refuses activations whose rounding is of the size of the changes to be measured."""
+    for name, value in values.items():
+        if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+            raise ValueError(
+                f'Layer {name!r} is computed in {value.dtype.name}, in whose rounding estimator '
+                "'finite_difference' loses the changes it measures; compute in float32, or take "
+                "another estimator, such as 'tangent'."
+            )
 
 
 def _dead(zero: Mapping[str, Array], position: str) -> dict[str, Float[Array, '']]:

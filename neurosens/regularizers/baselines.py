@@ -62,7 +62,7 @@ def activation_norm(
 
     Args:
       order: 1 or 2.
-      layers: names of layers; None for every nonlinearity that is a module, by its name.
+      layers: as of `activation_sensitivity`.
       position: `'post'`, what the layers return, or `'pre'`, what enters them.
 
     Returns:

@@ -40,13 +40,19 @@ def squared_jacobian_norm(
       variables: its variables.
       x: images `[B, ...]`.
       key: randomness of the directions.
-      projections: random directions per image; -1 sums over all classes, which is exact.
+      projections: random directions per image; -1 sums over all classes, which is exact, and has
+        no probe but `'output'`.
       probe: `'output'`, C ||J^T v||^2 for v uniform on the unit sphere of the C logits (reverse
         mode, Hoffman et al.), or `'input'`, ||J u||^2 for signs u (forward mode, ours).
 
     Returns:
       The norms, or means of the estimates, `[B]`.
+
+    Raises:
+      ValueError: the number of directions is 0 or below -1, the probe is unknown, or `'input'` is
+        to be exact.
     """
+    _check(projections, probe)
 
     def read(logits: Array, tapped: Mapping[str, Array]) -> Array:
         del tapped
@@ -57,7 +63,7 @@ def squared_jacobian_norm(
         return (single(values) ** 2).sum((0, *range(2, values.ndim)))
 
     keys = keys_of(key, x)
-    if probe == 'input' and projections != EXACT:
+    if probe == 'input':
 
         def signs(key: PRNGKeyArray, x: Array) -> Array:
             draw = functools.partial(jax.random.rademacher, shape=x.shape, dtype=x.dtype)
@@ -96,7 +102,7 @@ def jacobian(*, projections: int = 1, probe: str = 'output') -> Regularizer:
       The regularizer; it logs `norm`, the root of the mean of ||J||_F^2.
 
     Raises:
-      ValueError: the number of directions is 0 or below -1, or the probe is unknown.
+      ValueError: as for `squared_jacobian_norm`.
     """
     _check(projections, probe)
 
@@ -124,7 +130,7 @@ def jacobian_root(
     Args:
       projections: random directions per image; -1, the default, for the exact norms. A root of an
         estimate is biased.
-      probe: `'output'` or `'input'`, see `squared_jacobian_norm`.
+      probe: `'output'`, or `'input'` with a number of projections, see `squared_jacobian_norm`.
       first_sample_only: take only the first image of the batch, as the released program does.
 
     Returns:
@@ -156,3 +162,8 @@ def _check(projections: int, probe: str) -> None:
     if projections != EXACT:
         _validate.check_whole('projections', projections)
     _validate.check_choice('probe', probe, PROBES)
+    if probe == 'input' and projections == EXACT:
+        raise ValueError(
+            f"probe is 'input', but projections {EXACT} sums over all classes, without directions "
+            'of the input; give projections of at least 1, or leave the probe out.'
+        )

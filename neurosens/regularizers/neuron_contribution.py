@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -79,6 +80,9 @@ def contribution(
 ) -> Float[Array, '']:
     """T2 of one image: mean over classes c of mean(top_k_i |h_i (W[y, i] - W[c, i])| / sum_j h_j).
 
+    The sum is meant of features that are at least 0, as behind a ReLU. Of both signs (GELU, tanh)
+    it may come near 0, which makes the term large, and the sign of a negative sum is lost.
+
     Args:
       weights: W, one row per class.
       features: h, what the last layer is given.
@@ -102,6 +106,11 @@ def neuron_contribution(
     layer: str = 'head:in',
 ) -> Regularizer:
     """d1 T1 + d2 T2 of Suri & Evans 2020: no neuron may decide between two classes alone.
+
+    T2 divides by the sum of the neurons, which are those of a ReLU in the paper. Where the layer
+    cannot be shown to be at least 0, as behind a GELU, a warning says so when the program is made:
+    watch `contribution`, leave T2 out by a `contribution_weight` of 0, or take
+    `direct_sensitivity`, which is for neurons of any sign.
 
     Args:
       weight_difference_weight: d1, weight of T1, see `weight_difference`.
@@ -127,7 +136,15 @@ def neuron_contribution(
     ) -> tuple[Array, Mapping[str, Array]]:
         del key
         image = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        check_closed_form(tail.layer_facts(forward, variables, image, layer), layer)
+        facts = tail.layer_facts(forward, variables, image, layer)
+        check_closed_form(facts, layer)
+        if contribution_weight and not facts.nonnegative:
+            warnings.warn(
+                f'Layer {layer!r} may be negative, and T2 of neuron_contribution divides by its '
+                'sum, which may come near 0; set contribution_weight to 0, or use '
+                'direct_sensitivity.',
+                stacklevel=2,
+            )
         # The weights are the same for every image: none is run to find them.
         weights = _logit_gradients(tail.cut(forward, variables, jnp.zeros(image.shape), layer))
 
@@ -188,7 +205,9 @@ def direct_sensitivity(
 
     Returns:
       The regularizer; it logs `mean_distance`, the mean over the k neurons of 1 / q, without those
-      that no class can be reached by.
+      that no class can be reached by, and over the images that are classified correctly and have
+      such neurons; and `counted`, the share of these images in the batch. Where there are none,
+      both are 0, and `mean_distance` says nothing.
 
     Raises:
       ValueError: a choice is unknown or a number out of range.
@@ -236,7 +255,9 @@ def direct_sensitivity(
         counted = correct & (share > 0)
         mean_distance = jnp.where(counted, distance, 0.0).sum() / jnp.maximum(counted.sum(), 1)
         largest = (weights * nearest).sum(1)
-        return jnp.where(correct, largest, 0.0).mean(), {'mean_distance': mean_distance}
+        # A NaN in place of the mean of nothing would end the training.
+        found = {'mean_distance': mean_distance, 'counted': counted.mean()}
+        return jnp.where(correct, largest, 0.0).mean(), found
 
     return regularizer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -10,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from neurosens.forward import EVERY_INPUT, EVERY_OUTPUT, Forward, Variables
+from neurosens.forward import (
+    EVERY_INPUT,
+    EVERY_NONLINEARITY,
+    EVERY_NONLINEARITY_INPUT,
+    EVERY_OUTPUT,
+    Forward,
+    Variables,
+    is_nonlinearity,
+)
 
 POSITIONS = ('post', 'pre')
-# Names of modules that are nonlinearities, such as `stage1_block1/act1`, `act3_2` and `final_act`.
-_NONLINEARITY = re.compile(
-    r'(^|_)(act|relu|gelu|silu|swish|elu|selu|celu|tanh|softplus)(\d+(_\d+)*)?$'
-)
 
 
 class Regularizer(Protocol):
@@ -67,7 +70,7 @@ def hidden(
       ValueError: layers are not named and no module has the name of a nonlinearity.
     """
     tapped = forward(variables, x[None], taps=hidden_taps(layers, position))[1]
-    return {name: value[0] for name, value in hidden_of(tapped, layers).items()}
+    return {name: value[0] for name, value in hidden_of(tapped, layers, position).items()}
 
 
 def hidden_taps(layers: Sequence[str] | None, position: str) -> tuple[str, ...]:
@@ -78,39 +81,49 @@ def hidden_taps(layers: Sequence[str] | None, position: str) -> tuple[str, ...]:
       position: `'post'` for what the layers return, `'pre'` for what enters them.
 
     Returns:
-      Names or a pattern.
+      Names, or patterns.
     """
     if layers is None:
-        return (EVERY_INPUT if position == 'pre' else EVERY_OUTPUT,)
+        # The first alone would leave out nonlinearities that cannot be tapped, without a word.
+        if position == 'pre':
+            return EVERY_INPUT, EVERY_NONLINEARITY_INPUT
+        return EVERY_OUTPUT, EVERY_NONLINEARITY
     return tuple(f'{name}:in' if position == 'pre' else name for name in layers)
 
 
-def hidden_of(tapped: Mapping[str, Array], layers: Sequence[str] | None) -> dict[str, Array]:
-    """Hidden activations among tapped ones.
+def selected(
+    tapped: Mapping[str, Array], layers: Sequence[str] | None, position: str
+) -> dict[str, Array]:
+    """Hidden activations among tapped ones, as the model computes them.
 
     Args:
       tapped: what `hidden_taps` of these layers gave.
-      layers: as there.
+      layers: as there, like the position.
+      position: `'pre'` names what enters a layer by the layer alone.
 
     Returns:
-      By layer its activation, in single precision at least.
+      By layer its activation.
 
     Raises:
       ValueError: layers are not named and no module has the name of a nonlinearity.
     """
-    named = {name.removesuffix(':in'): value for name, value in tapped.items()}
     if layers is None:
-        named = {
-            name: value
-            for name, value in named.items()
-            if _NONLINEARITY.search(name.rpartition('/')[2])
-        }
-        if not named:
+        tapped = {name: value for name, value in tapped.items() if is_nonlinearity(name)}
+        if not tapped:
             raise ValueError(
                 'No layer of this model has the name of a nonlinearity (act, relu, ...); name the '
                 'layers to regularize.'
             )
-    return {name: single(value) for name, value in named.items()}
+    if position == 'pre':
+        return {name.removesuffix(':in'): value for name, value in tapped.items()}
+    return dict(tapped)
+
+
+def hidden_of(
+    tapped: Mapping[str, Array], layers: Sequence[str] | None, position: str
+) -> dict[str, Array]:
+    """The same in single precision at least."""
+    return {name: single(value) for name, value in selected(tapped, layers, position).items()}
 
 
 def mean_square(values: Array) -> Float[Array, '']:

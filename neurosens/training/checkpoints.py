@@ -47,7 +47,7 @@ def open_directory(
 
     Args:
       workdir: the work directory; checkpoints lie in `checkpoints/` inside it.
-      keep: how many of the latest to keep, besides the one of highest validation accuracy.
+      keep: how many of the latest to keep, besides the best one.
       keep_robust: keep the one of highest accuracy under PGD too.
 
     Returns:
@@ -90,7 +90,8 @@ def save(
       items: pytrees of arrays by name, replicated over all devices or split along their first axis.
       config: the config that is being trained.
       loop: JSON values that the training loop needs to go on.
-      accuracy: validation accuracy in [0, 1], where there is one; decides which is best.
+      accuracy: validation accuracy in [0, 1], where there is one, or with `monitor.choose` that
+        under PGD; decides which is best.
       robust: accuracy under PGD in [0, 1], where there is one besides.
     """
     digests = {name: fingerprints.of_tree(tree) for name, tree in items.items()}
@@ -191,7 +192,8 @@ def read_config(workdir: str | pathlib.Path, which: str) -> tuple[int, config_li
 
     Args:
       workdir: the work directory.
-      which: `'best'` (highest validation accuracy, else the latest), `'latest'` or a step number.
+      which: `'best'` (highest validation accuracy, or with `monitor.choose` highest accuracy under
+        PGD; without either the latest), `'latest'` or a step number.
 
     Returns:
       `(step, config)`.

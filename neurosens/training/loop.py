@@ -107,7 +107,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *, progress: bool
         state, first = _restored_state(restored, mesh), restored.step
         window = logs.Window(restored.loop['window'])
         validation_accuracy = restored.loop['validation_accuracy']
-        best_pgd, best_step = restored.loop['best_pgd'], restored.loop['best_step']
+        # Older checkpoints are of trainings that nothing watched.
+        best_pgd, best_step = restored.loop.get('best_pgd', 0.0), restored.loop.get('best_step', 0)
     if parallel.is_primary():
         text = json.dumps(config_lib.to_dict(config), indent=2)
         (workdir / 'config.json').write_text(text + '\n', encoding='utf-8')

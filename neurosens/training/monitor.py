@@ -16,7 +16,7 @@ from neurosens import attacks, data, evaluation, parallel
 from neurosens import config as config_lib
 from neurosens.convolution import with_fast_input_gradients
 from neurosens.evaluation import accuracy
-from neurosens.forward import Forward, LinenForward, Variables
+from neurosens.forward import Forward, LayerError, LinenForward, Variables
 from neurosens.regularizers import passes, regularizer
 
 PGD_ACCURACY = 'monitor/pgd_accuracy'
@@ -33,7 +33,7 @@ def check(module: nn.Module, info: data.DatasetInfo, settings: config_lib.Monito
       settings: names the layer, if there is one, and says whether derivatives are wanted.
 
     Raises:
-      LayerError: the layer cannot be tapped.
+      LayerError: the layer cannot be tapped, or, with probes, a nonlinearity cannot.
       ValueError: no module has the name of a nonlinearity.
     """
     image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
@@ -48,8 +48,8 @@ def check(module: nn.Module, info: data.DatasetInfo, settings: config_lib.Monito
 
         try:
             jax.eval_shape(hidden, variables, image)
-        except ValueError as error:
-            raise ValueError(f'{error} Or leave out monitor.probes.') from None
+        except (LayerError, ValueError) as error:
+            raise type(error)(f'{error} Or leave out monitor.probes.') from None
 
 
 def _neurons(settings: config_lib.Monitor, batch_size: int = 1) -> config_lib.Neurons:
@@ -152,7 +152,7 @@ def _squares(
     x = data.to_float(batch.image)
 
     def read(logits: Array, tapped: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return regularizer.single(logits), regularizer.hidden_of(tapped, None)
+        return regularizer.single(logits), regularizer.hidden_of(tapped, None, 'post')
 
     _, push = passes.linearize(forward, variables, x, read, regularizer.hidden_taps(None, 'post'))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)

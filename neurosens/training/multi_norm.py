@@ -52,8 +52,9 @@ def multi_norm(
       attack_mode: as of `pgd`.
 
     Returns:
-      The objective. Its logits are those of the attacked images, of `'average'` of the last norm;
-      that logs the accuracy under each norm too, and their mean.
+      The objective. Its logits are those of the attacked images, of `'average'` of the last norm,
+      whose images are also those that regularizers see with `'attacked'`; it then logs the accuracy
+      under each norm too, and their mean.
 
     Raises:
       ValueError: a choice is unknown, a number out of range, or there are not as many radii as

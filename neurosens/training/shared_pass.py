@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from neurosens.convolution import with_fast_input_gradients, with_fast_pooling
-from neurosens.forward import EVERY_INPUT, EVERY_OUTPUT, Forward, Variables
+from neurosens.forward import Forward, Variables, is_asked
 from neurosens.regularizers import passes
 from neurosens.training.objective import Outcome
 
@@ -129,9 +129,6 @@ def _clean(outcome: Outcome, taps: Collection[str]) -> tuple[Array, dict[str, Ar
     """Logits of the clean images, and of all activations those that these taps ask for."""
     assert outcome.clean_logits is not None, 'objectives refuse taps where they have none'
 
-    def asked(name: str) -> bool:
-        return name in taps or (EVERY_INPUT if name.endswith(':in') else EVERY_OUTPUT) in taps
-
     return outcome.clean_logits, {
-        name: value for name, value in outcome.tapped.items() if asked(name)
+        name: value for name, value in outcome.tapped.items() if is_asked(name, taps)
     }

@@ -148,8 +148,9 @@ def make_train_step(
     """Compiles one training step.
 
     The batch is split over the mesh and the state replicated, so losses and BatchNorm statistics
-    are those of the global batch. Randomness is folded from the key, the step and each image's
-    position in the data set: it does not depend on the number of devices.
+    are those of the global batch. Randomness is folded from the key and the step; augmentation
+    folds it with each image's position in the data set, regularizers and attacks with its place in
+    the global batch. So it does not depend on the number of devices.
 
     Args:
       module: the model.

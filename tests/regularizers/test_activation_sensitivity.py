@@ -1,19 +1,24 @@
 """Activation sensitivity: closed forms, every estimator on average the exact value."""
 
 import functools
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens.forward import LinenForward
+from neurosens import interop, models
+from neurosens.forward import LayerError, LinenForward
 from neurosens.regularizers import (
+    activation_norm,
     activation_sensitivity,
     jacobian,
     sensitivity_and_jacobian,
 )
 from neurosens.regularizers.activation_sensitivity import ESTIMATORS
+from neurosens.regularizers.regularizer import hidden_of, hidden_taps
 
 KEY = jax.random.key(0)
 STOCHASTIC = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference')
@@ -22,6 +27,24 @@ STOCHASTIC = ('tangent', 'cotangent', 'neuron_sampling', 'finite_difference')
 def evaluate(problem, regularizer, key=KEY, variables=None):
     variables = problem.variables if variables is None else variables
     return regularizer(problem.forward, variables, problem.x, problem.y, key)
+
+
+def problem_of(module, shape=(6, 2, 2, 1)):
+    """A network with its first weights, and a batch."""
+    x = np.random.default_rng(0).random(shape).astype(np.float32)
+    return types.SimpleNamespace(
+        forward=LinenForward(module), variables=module.init(KEY, x), x=x, y=np.zeros(len(x), int)
+    )
+
+
+class Activation(nn.Module):
+    """A nonlinearity as a module."""
+
+    function: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
 
 
 def exact_value(problem):
@@ -71,7 +94,8 @@ def exact_sum(*arguments):
 # Estimates, and what each is an estimate of.
 AVERAGED = {
     # A change so small that no unit is switched by it.
-    **{name: (activation_sensitivity(estimator=name, sigma=1e-4), EXACT) for name in STOCHASTIC},
+    **{name: (activation_sensitivity(estimator=name), EXACT) for name in STOCHASTIC[:-1]},
+    'finite_difference': (activation_sensitivity(estimator=STOCHASTIC[-1], sigma=1e-4), EXACT),
     'two tangents': (activation_sensitivity(samples=2), EXACT),
     'two cotangents': (activation_sensitivity(estimator='cotangent', samples=2), EXACT),
     'two neurons': (activation_sensitivity(estimator='neuron_sampling', samples=2), EXACT),
@@ -132,7 +156,9 @@ def test_layers_of_any_size_count_alike_in_all_estimates(deep, estimator, option
     assert whole == pytest.approx(exact, rel=1e-5)
     assert {name: found[name] for name in parts} == pytest.approx(parts, rel=1e-5)
     assert abs(parts['act1'] / parts['act2'] - 1) > 0.2, 'else their weights would not matter'
-    regularizer = activation_sensitivity(estimator=estimator, sigma=1e-3, **options)
+    if estimator == 'finite_difference':
+        options = {**options, 'sigma': 1e-3}
+    regularizer = activation_sensitivity(estimator=estimator, **options)
     draw = jax.jit(jax.vmap(lambda key: evaluate(problem, regularizer, key)))
     draws, metrics = draw(jax.random.split(KEY, 5000))
     # Changes of a thousandth are known to a few thousandths in single precision.
@@ -218,9 +244,68 @@ def test_layers_can_be_named_and_have_to_be_where_none_is_known(relu, linear):
         evaluate(linear, activation_sensitivity())
 
 
-def test_every_nonlinearity_of_the_zoo_is_found():
-    from neurosens import models
+def test_what_enters_a_layer_counts_beside_what_it_returns(relu):
+    named = activation_sensitivity(layers=('act1', 'act1:in'), estimator='exact')
+    penalty, metrics = evaluate(relu, named)
+    before = (relu.matrix('dense1') ** 2).sum() / 5
+    assert metrics['act1'] == pytest.approx(exact_value(relu), rel=1e-5)
+    assert metrics['act1:in'] == pytest.approx(before, rel=1e-5)
+    assert penalty == pytest.approx((before + exact_value(relu)) / 2, rel=1e-5)
+    # In front of it layers go by their own names, as ever.
+    pre = evaluate(relu, activation_sensitivity(estimator='exact', position='pre'))[1]
+    assert pre['act1'] == pytest.approx(before, rel=1e-5)
 
+
+class Reused(nn.Module):
+    """A hidden layer with a nonlinearity of its own, and two that share one."""
+
+    @nn.compact
+    def __call__(self, x):
+        relu = Activation(nn.relu, name='relu')
+        x = Activation(nn.relu, name='act1')(nn.Dense(5)(x.reshape(len(x), -1)))
+        return nn.Dense(3, name='head')(relu(nn.Dense(4)(relu(nn.Dense(5)(x)))))
+
+
+@pytest.mark.parametrize('position', ['post', 'pre'])
+@pytest.mark.parametrize(
+    'make', [activation_sensitivity, sensitivity_and_jacobian, activation_norm]
+)
+def test_a_nonlinearity_that_runs_twice_is_not_left_out(make, position):
+    problem = problem_of(Reused())
+    with pytest.raises(LayerError, match=r"'relu(:in)?' is a nonlinearity by its name, but runs 2"):
+        evaluate(problem, make(position=position))
+    _, metrics = evaluate(problem, make(position=position, layers=('act1',)))
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+class Automatic(nn.Module):
+    """Nonlinearities without names of their own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.PReLU()(nn.Dense(5)(x.reshape(len(x), -1)))
+        return nn.Dense(3, name='head')(Activation(nn.gelu)(nn.Dense(4)(x)))
+
+
+def test_names_that_flax_gives_are_known():
+    metrics = evaluate(problem_of(Automatic()), activation_sensitivity())[1]
+    assert set(metrics) == {'PReLU_0', 'Activation_0', 'dead'}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+def test_finite_differences_of_half_precision_are_refused(estimator, dtype):
+    module = models.create('cnn', num_classes=3, features=(2,), hidden=(4,), dtype=dtype)
+    problem = problem_of(module, (2, 8, 8, 1))
+    regularizer = activation_sensitivity(estimator=estimator)
+    if estimator == 'finite_difference' and dtype != 'float32':
+        with pytest.raises(ValueError, match=f"Layer 'act1' is computed in {dtype}, in whose"):
+            evaluate(problem, regularizer)
+    else:
+        assert 0 < evaluate(problem, regularizer)[0] < np.inf
+
+
+def test_every_nonlinearity_of_the_zoo_is_found():
     for name, options, count in (
         ('cnn', {'features': (2, 3), 'hidden': (4,)}, 3),
         ('mlp', {'hidden': (5, 4)}, 2),
@@ -241,6 +326,45 @@ def test_every_nonlinearity_of_the_zoo_is_found():
         assert len(metrics) == count + 1, metrics.keys()
 
 
+ZOO = {name: functools.partial(models.create, name) for name in models.names()}
+ZOO |= {
+    'rematerialized': functools.partial(models.create, 'resnet18', remat=True),
+    'a stack of weights': lambda num_classes: interop.infer(
+        {
+            'convolution.weight': np.zeros((4, 3, 3, 3)),
+            'hidden.weight': np.zeros((5, 4)),
+            'last.weight': np.zeros((num_classes, 5)),
+        },
+        strides=1,
+        padding=1,
+        pool='mean',
+    ),
+}
+
+
+@pytest.mark.parametrize('position', ['post', 'pre'])
+@pytest.mark.parametrize('name', ZOO)
+def test_by_their_names_all_nonlinearities_of_a_model_are_found(name, position):
+    module, x = ZOO[name](num_classes=3), jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    variables = jax.eval_shape(module.init, KEY, x)
+    forward, ran, found = LinenForward(module, {'train': False}), [], []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, models.Activation) and context.method_name == '__call__':
+            ran.append('/'.join(context.module.path))
+        return call(*args, **kwargs)
+
+    def hidden(variables, x):
+        tapped = forward(variables, x, taps=hidden_taps(None, position))[1]
+        found.extend(hidden_of(tapped, None, position))
+        return tapped
+
+    jax.eval_shape(hidden, variables, x)
+    with nn.intercept_methods(note):
+        jax.eval_shape(forward, variables, x)
+    assert found == ran and len(ran) > 1
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -255,6 +379,20 @@ def test_every_nonlinearity_of_the_zoo_is_found():
         ({'layers': (3,)}, r'layers is \(3,\); it must be a list of names'),
         ({'layers': 'act1'}, r"layers is 'act1'; it must be a list of names: \('act1',\) for one"),
         ({'sigma': 0.0}, 'sigma is 0.0'),
+        ({'sigma': 0.1}, "sigma is 0.1, which estimator 'tangent' has no use for; leave it out"),
+        *(
+            ({'estimator': estimator, 'sigma': 0.1}, f"sigma is 0.1, which estimator '{estimator}'")
+            for estimator in ('cotangent', 'neuron_sampling', 'exact')
+        ),
+        *(
+            (
+                {'estimator': estimator, 'distribution': 'normal'},
+                f"distribution is 'normal', which estimator '{estimator}' has no use for; .* or "
+                'take estimator tangent or finite_difference',
+            )
+            for estimator in ('cotangent', 'neuron_sampling', 'exact')
+        ),
+        ({'estimator': 'exact', 'samples': 2}, "samples is 2, which estimator 'exact' has no use"),
     ],
 )
 def test_mistakes_are_named(options, message):

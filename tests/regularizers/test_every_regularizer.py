@@ -30,6 +30,7 @@ CASES |= {
     'jacobian, 3 probes': ('jacobian', {'projections': 3, 'probe': 'input'}),
     'jacobian exact': ('jacobian', {'projections': -1}),
     'direct_sensitivity of channels': ('direct_sensitivity', {'layer': 'act1', 'top': 2}),
+    'jacobian_root of the first image': ('jacobian_root', {'first_sample_only': True}),
 }
 
 
@@ -100,8 +101,10 @@ SEVERAL = {
     'activation_sensitivity, neurons': {'estimator': 'neuron_sampling', 'samples': 3},
     'activation_sensitivity, differences': {'estimator': 'finite_difference', 'samples': 3},
     'activation_sensitivity, exact': {'estimator': 'exact'},
+    'activation_sensitivity, before nonlinearities': {'position': 'pre'},
     'direct_sensitivity': {'top': 3},
     'direct_sensitivity, channels': {'layer': 'act1', 'top': 2},
+    'direct_sensitivity, in front of a convolution': {'layer': 'act1', 'top': 2},
     'activation_norm': {},
     'input_gradient': {},
 }
@@ -111,7 +114,9 @@ SEVERAL = {
 def test_devices_share_the_work_without_gathering_images(name):
     """Gradients of the penalty of a convolutional network, whose images are split."""
     regularizer = getattr(regularizers, name.partition(',')[0])(**SEVERAL[name])
-    module = models.create('cnn', num_classes=3, features=(4,), hidden=(8,))
+    # Kernels behind a layer have gradients of another kind: derivatives behind it depend on them.
+    channels = (4, 4) if 'in front of' in name else (4,)
+    module = models.create('cnn', num_classes=3, features=channels, hidden=(8,))
     forward = LinenForward(module, {'train': False})
     # So many that what each device does for the parameters is next to nothing.
     x = np.random.default_rng(0).random((256, 8, 8, 1)).astype(np.float32)

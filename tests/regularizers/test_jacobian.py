@@ -163,19 +163,27 @@ def test_nothing_left_to_reduce_is_no_trouble(linear):
     assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(jax.grad(root)(zero)))
 
 
+MISTAKES = [
+    ({'projections': 0}, 'projections is 0'),
+    ({'projections': -2}, 'projections is -2'),
+    ({'projections': 2.0}, 'projections is 2.0; it must be a whole number, such as 2'),
+    ({'probe': 'both'}, "Unknown probe 'both'; valid names are output, input"),
+    ({'probe': 'inputs'}, "Unknown probe 'inputs'; valid names are output, input"),
+    ({'probe': 'input', 'projections': -1}, "probe is 'input', but projections -1 sums over all"),
+]
+
+
 @pytest.mark.parametrize('make', [jacobian, jacobian_root])
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'projections': 0}, 'projections is 0'),
-        ({'projections': -2}, 'projections is -2'),
-        ({'projections': 2.0}, 'projections is 2.0; it must be a whole number, such as 2'),
-        ({'probe': 'both'}, "Unknown probe 'both'; valid names are output, input"),
-    ],
-)
+@pytest.mark.parametrize(('options', 'message'), MISTAKES)
 def test_mistakes_are_named(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(('options', 'message'), MISTAKES)
+def test_mistakes_are_named_by_the_norms_themselves_too(linear, options, message):
+    with pytest.raises(ValueError, match=message):
+        squared_jacobian_norm(linear.forward, linear.variables, linear.x, KEY, **options)
 
 
 def test_a_flag_that_is_no_bool_is_named():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurosens import neurons
+from neurosens import models, neurons
 from neurosens.forward import LinenForward
 from neurosens.regularizers import (
     activation_norm,
@@ -120,6 +121,35 @@ def test_the_regularizer_reads_the_weights_of_any_model(relu):
 def test_a_layer_that_logits_are_not_affine_in_is_refused(relu):
     with pytest.raises(ValueError, match='no closed form'):
         neuron_contribution(layer='dense1')(relu.forward, relu.variables, relu.x, relu.y, KEY)
+
+
+@pytest.mark.parametrize(
+    ('model', 'options', 'signed'),
+    [
+        ('cnn', {'features': (2,), 'hidden': (4,)}, False),
+        ('vgg11', {}, False),
+        ('cifar_resnet20', {}, False),
+        ('cnn', {'features': (2,), 'hidden': (4,), 'activation': 'gelu'}, True),
+        ('mlp', {'hidden': (4,), 'activation': 'tanh'}, True),
+    ],
+)
+def test_of_features_that_may_be_negative_a_warning_says_so(model, options, signed):
+    module = models.create(model, num_classes=3, **options)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(module.init, KEY, x)
+    forward = LinenForward(module, {'train': False})
+
+    def warned(**weights):
+        regularizer = neuron_contribution(top=2, **weights)
+        labels = jax.ShapeDtypeStruct((2,), np.int32)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            jax.eval_shape(functools.partial(regularizer, forward), variables, x, labels, KEY)
+        return [str(one.message) for one in found]
+
+    # When the program is made, and not for T1 alone.
+    assert [("'head:in' may be negative" in text) for text in warned()] == [True] * signed
+    assert warned(contribution_weight=0.0) == []
 
 
 def direct_by_loops(relu, top, order, floor):
@@ -259,6 +289,27 @@ def test_falls_below_zero_count_unless_they_are_left_out(relu, valid_only):
     distance = distance[~np.isnan(distance).all(1)]
     expected = np.nanmean(distance, axis=1).mean()
     assert metrics['mean_distance'] == pytest.approx(expected, rel=5e-2)
+
+
+@pytest.mark.parametrize('right', [0, 2, 6])
+def test_the_mean_distance_is_that_of_images_that_are_right(relu, right):
+    """Where there are none it is 0, which `counted` tells from a distance."""
+    labels = np.array(relu.forward(relu.variables, relu.x)[0].argmax(-1))
+    labels[right:] = (labels[right:] + 1) % 3
+    regularizer = direct_sensitivity(top=2, scale='none')
+
+    def metrics(count):
+        rows = relu.x[:count], labels[:count]
+        return regularizer(relu.forward, relu.variables, *rows, KEY)[1]
+
+    found = metrics(6)
+    assert found['counted'] == pytest.approx(right / 6)
+    if right:
+        alone = metrics(right)
+        assert alone['counted'] == 1
+        assert found['mean_distance'] == pytest.approx(float(alone['mean_distance']), rel=1e-5)
+    else:
+        assert found['mean_distance'] == 0
 
 
 @pytest.mark.parametrize('scale', ['rms', 'none'])

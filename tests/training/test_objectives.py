@@ -1,11 +1,14 @@
 """Objectives: the standard one against a computation by hand, and the registry's messages."""
 
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neurosens import config
 from neurosens.training import OBJECTIVES, objectives, run_training_mode, standard
 
 
@@ -125,3 +128,25 @@ def test_a_mistake_is_reported_in_one_sentence_with_the_remedy(name, options, wo
 def test_the_kind_is_named_in_messages():
     with pytest.raises(ValueError, match=r"^Unknown regularizer 'l1'"):
         objectives.create('regularizer', 'l1', {}, {})
+
+
+# ------------------------------------------------------------------------- attacked images
+
+
+def test_of_several_norms_regularizers_see_the_images_of_the_last_alone():
+    """With 'average', as the guide and the settings say."""
+    radii = {'linf': 0.1, 'l2': 0.5}
+    for norms in (('linf', 'l2'), ('l2', 'linf')):
+        eps = tuple(radii[norm] for norm in norms)
+        objective = OBJECTIVES['multi_norm'](norms=norms, eps=eps, steps=3, strategy='average')
+        x = np.full((6, 4), 0.5, np.float32)
+        outcome = objective(Net(), VARIABLES, x, Y, jax.random.key(1))[1]
+        moved = np.abs(outcome.attacked - x)
+        largest = moved.max(1) if norms[-1] == 'linf' else np.sqrt((moved**2).sum(1))
+        assert (largest <= eps[-1] * (1 + 1e-5)).all() and largest.max() > 0.5 * eps[-1]
+        assert (moved.max() > 0.11) == (norms[-1] == 'l2')
+    guide = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'training.md'
+    text = ' '.join(guide.read_text(encoding='utf-8').split())
+    assert 'with the `average` of `multi_norm` those of the last of its norms alone' in text
+    settings = ' '.join(config.Config.__doc__.split())
+    assert "with the strategy 'average' those of the last norm alone" in settings

@@ -81,3 +81,13 @@ def test_a_small_one_trains(tmp_path):
     config.monitor.images, config.monitor.steps, config.batch_size = 40, 2, 32
     result = training.train(training.prepare(config), tmp_path, progress=False)
     assert result.step == 3 and np.isfinite(result.validation_accuracy)
+
+
+@pytest.mark.parametrize('name', ['maini_2020', 'maini_2020_small'])
+def test_what_of_the_steepest_steps_is_ours_is_said(name):
+    path = REPOSITORY / 'configs' / 'papers' / f'{name}.py'
+    said = ' '.join(path.read_text(encoding='utf-8').split('"""')[1].split())
+    assert 'last iterate' in said and "authors' program" in said
+    if name == 'maini_2020':
+        options = command_line.load_file(path).objective_options
+        assert options['step_size'] == 0.1 and 'a tenth of each radius' in said

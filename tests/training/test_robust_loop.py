@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 import warnings
 
 import flax.linen as nn
@@ -17,7 +19,7 @@ from neurosens import data, fingerprints, neurons, parallel, training
 from neurosens.attacks import Threat, pgd
 from neurosens.forward import LayerError, LinenForward
 from neurosens.regularizers import activation_norm
-from neurosens.training import adversarial, loop, monitor, step
+from neurosens.training import adversarial, checkpoints, loop, monitor, step
 
 CONFIG = config_lib.Config(
     dataset='digits',
@@ -242,6 +244,33 @@ def test_a_regularizer_may_be_there_several_times(tmp_path):
     assert first['loss'] == pytest.approx(first['objective'] + added, rel=1e-5)
 
 
+def test_the_terms_of_a_regularizer_have_shares_where_the_guide_splits_them(tmp_path):
+    guide = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'training.md'
+    blocks = re.findall(r'```python\n(.*?)```', guide.read_text(encoding='utf-8'), re.DOTALL)
+    (block,) = (block for block in blocks if block.startswith('regularizers = '))
+    found: dict = {}
+    exec(compile(block, guide.name, 'exec'), found)
+    split = found['regularizers']
+    train(training.prepare(dataclasses.replace(CONFIG, regularizers=split, steps=1)), tmp_path)
+    (line,) = (line for line in lines(tmp_path) if 'loss' in line)
+    shares = [line[f'{name}/gradient_share'] for name in split]
+    assert min(shares) > 0 and sum(shares) < 1
+    assert line['T1/penalty'] == pytest.approx(10 * line['T1/weight_difference'], rel=1e-5)
+    assert line['T2/penalty'] == pytest.approx(100 * line['T2/contribution'], rel=1e-5)
+    sensitivity, jacobian = line['sensitivity/sensitivity'], line['logits/jacobian']
+    assert line['sensitivity/penalty'] == pytest.approx(0.1 * sensitivity, rel=1e-5)
+    assert line['logits/penalty'] == pytest.approx(0.05 * jacobian, rel=1e-5)
+
+
+def test_weight_and_shares_of_a_regularizer_default_to_what_is_documented():
+    term = training.experiment._weighted_regularizer('jacobian', {}, 100)
+    assert (term.weight, term.start, term.ramp) == (1.0, 0, 0)
+    guide = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'training.md'
+    text = ' '.join(guide.read_text(encoding='utf-8').split())
+    assert '`weight` is the factor of a regularizer in the loss, 1 by default' in text
+    assert "`'weight'` (1 by default)" in ' '.join(config_lib.Config.__doc__.split())
+
+
 def test_a_share_is_the_norm_of_the_gradient_of_one_term():
     module, mesh = _Linear(), parallel.data_mesh(1)
 
@@ -289,6 +318,18 @@ def test_training_with_regularizers_goes_on_bit_for_bit(tmp_path):
         objective_options={'eps': 0.05, 'steps': 2},
     )  # fmt: skip
     assert_goes_on_bit_for_bit(config, 9, tmp_path)
+
+
+def test_training_goes_on_with_regularizers_in_the_same_order_alone(tmp_path):
+    """Their random directions go by their places."""
+    terms = {'jacobian': {'weight': 0.1}, 'activation_sensitivity': {'weight': 0.1}}
+    config = dataclasses.replace(CONFIG, regularizers=terms, checkpoint_every=2, steps=6)
+    assert_goes_on_bit_for_bit(config, 5, tmp_path / 'same')
+    with pytest.raises(Killed):
+        train(interrupted(training.prepare(config), 5), tmp_path / 'turned')
+    turned = dataclasses.replace(config, regularizers=dict(reversed(terms.items())))
+    with pytest.raises(training.CheckpointError, match=r'order of regularizers \(\[.jacobian'):
+        train(training.prepare(turned), tmp_path / 'turned')
 
 
 CONTRIBUTION = {'neuron_contribution': {'weight': 0.01, 'top': 2}}
@@ -510,6 +551,39 @@ def test_a_model_without_named_nonlinearities_is_found_before_training(monkeypat
     config = dataclasses.replace(CONFIG, regularizers={'activation_norm': {}})
     with pytest.raises(ValueError, match='No layer of this model has the name of a nonlinearity'):
         training.prepare(config)
+
+
+class _Reused(nn.Module):
+    """Two hidden layers that share a nonlinearity."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        relu = _Relu(name='relu')
+        x = relu(nn.Dense(5, name='dense1')(x.reshape(len(x), -1)))
+        return nn.Dense(10, name='head')(relu(nn.Dense(4, name='dense2')(x)))
+
+
+class _Relu(nn.Module):
+    def __call__(self, x):
+        return nn.relu(x)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_nonlinearity_that_runs_twice_is_found_before_training(monkeypatch, shared):
+    monkeypatch.setattr(training.experiment, 'make_model', lambda config: _Reused())
+    terms = {'activation_sensitivity': {'shared': shared}}
+    with pytest.raises(LayerError, match=r"'relu' is a nonlinearity .* give layers"):
+        training.prepare(dataclasses.replace(CONFIG, regularizers=terms))
+    named = {'activation_sensitivity': {'shared': shared, 'layers': ('dense1', 'dense2')}}
+    training.prepare(dataclasses.replace(CONFIG, regularizers=named))
+
+
+def test_a_nonlinearity_that_cannot_be_watched_is_found_before_training(monkeypatch):
+    monkeypatch.setattr(training.experiment, 'make_model', lambda config: _Reused())
+    settings = config_lib.Monitor(images=8, layer='', probes=2)
+    with pytest.raises(LayerError, match=r"'relu' is a nonlinearity .* leave out monitor.probes\."):
+        training.prepare(dataclasses.replace(CONFIG, monitor=settings))
+    training.prepare(dataclasses.replace(CONFIG, monitor=dataclasses.replace(settings, probes=0)))
 
 
 @pytest.mark.parametrize('name', ['ramp', 'start'])
@@ -771,6 +845,23 @@ def test_single_step_training_without_a_guard_is_warned_of():
         training.prepare(guarded)
 
 
+def test_a_checkpoint_from_before_there_was_a_monitor_is_gone_on_from(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, checkpoint_every=4)
+    whole = train(training.prepare(config), tmp_path / 'whole')
+    save = checkpoints.save
+
+    def without(checkpointer, step, items, config, state, *scores):
+        kept = {name: value for name, value in state.items() if not name.startswith('best_')}
+        save(checkpointer, step, items, config, kept, *scores)
+
+    with monkeypatch.context() as older:
+        older.setattr(loop.checkpoints, 'save', without)
+        with pytest.raises(Killed):
+            train(interrupted(training.prepare(config), 7), tmp_path / 'cut')
+    again = train(training.prepare(config), tmp_path / 'cut')
+    assert_same_bits(jax.device_get(again.state), jax.device_get(whole.state))
+
+
 def test_smaller_falls_go_on(tmp_path, monkeypatch):
     fallen(monkeypatch, [0.5, 0.31])
     assert train(watched_by(guard=0.2), tmp_path).step == 12
@@ -790,6 +881,7 @@ def test_the_best_is_chosen_by_robust_accuracy_where_asked(tmp_path, monkeypatch
     [
         ({'images': 65}, 'monitor.images is 65, but validation_size is 64'),
         ({'images': 0, 'guard': 0.2}, 'need the accuracy under PGD'),
+        ({'images': 0, 'probes': 4}, 'monitor.probes is 4, but nothing is watched'),
         ({'images': 8, 'norm': 'l7'}, 'l7'),
         ({'images': 8, 'steps': 0}, 'monitor.steps'),
     ],

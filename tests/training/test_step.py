@@ -108,24 +108,27 @@ class Setup:
         return self.step.lower(*self.place(random_batch(BATCH))).compile()
 
 
-BATCH = 256
+BATCH, TOP = 256, 3
 FULL = {
     (norm, devices): Setup(devices, norm, 'pad_crop', MOMENTUM, COSINE)
     for norm in ('none', 'batch')
     for devices in (1, 8)
 }
 HARDENED = {
-    devices: Setup(
+    (shared, devices): Setup(
         devices,
         'batch',
-        'pad_crop',
+        'none' if shared else 'pad_crop',
         MOMENTUM,
         terms=(
-            training.WeightedRegularizer('both', sensitivity_and_jacobian(), 0.5, 0),
-            training.WeightedRegularizer('contribution', neuron_contribution(top=3), 0.1, 0),
+            training.WeightedRegularizer('both', sensitivity_and_jacobian(), 0.5, 0, shared=shared),
+            training.WeightedRegularizer(
+                'contribution', neuron_contribution(top=TOP), 0.1, 0, shared=shared
+            ),
         ),
         objective=adversarial.trades(eps=0.1, steps=2),
     )
+    for shared in (False, True)
     for devices in (1, 8)
 }
 BARE = Setup()
@@ -198,11 +201,12 @@ def test_five_steps_give_the_same_variables_on_one_and_on_eight_devices(norm):
         assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_attacks_and_regularizers_are_the_same_on_one_and_on_eight_devices():
+@pytest.mark.parametrize('shared', [False, True])
+def test_attacks_and_regularizers_are_the_same_on_one_and_on_eight_devices(shared):
     batches = [random_batch(BATCH, seed) for seed in range(2)]
-    (*_, one), logged_on_one = HARDENED[1].run(batches)
-    (*_, eight), logged_on_eight = HARDENED[8].run(batches)
-    assert distance(one.variables, HARDENED[1].initial.variables) > 1e-2
+    (*_, one), logged_on_one = HARDENED[shared, 1].run(batches)
+    (*_, eight), logged_on_eight = HARDENED[shared, 8].run(batches)
+    assert distance(one.variables, HARDENED[shared, 1].initial.variables) > 1e-2
     assert_close(eight.variables, one.variables)
     for alone, together in zip(logged_on_one, logged_on_eight):
         assert together == pytest.approx(alone, rel=1e-5)
@@ -352,6 +356,26 @@ def test_every_regularizer_draws_its_own_randomness_in_every_step():
     _, metrics = TWO_TERMS.run([random_batch(64)] * 2)
     draws = {values[f'{name}/draw'] for values in metrics for name in ('first', 'second')}
     assert len(draws) == 4
+
+
+def test_a_regularizer_that_shares_the_pass_sees_features_of_training_mode():
+    batch, variables = random_batch(BATCH), initial_variables('batch')
+    metrics = HARDENED[True, 8].run([batch])[1][0]
+    x = jnp.asarray(batch.image, jnp.float32) / 255
+
+    def contribution(train):
+        forward = LinenForward(cnn('batch'), {'train': train})
+        mutable = ['batch_stats']
+        apply = jax.jit(lambda x: forward.apply(variables, x, taps=('head:in',), mutable=mutable))
+        features = np.float64(apply(x)[1]['head:in'])
+        weights = np.float64(variables['params']['head']['kernel']).T
+        gaps = np.abs(weights[batch.label][:, None] - weights)
+        shares = (features / features.sum(1, keepdims=True))[:, None] * gaps
+        return np.sort(shares, axis=-1)[..., -TOP:].mean()
+
+    in_training, in_evaluation = contribution(True), contribution(False)
+    assert metrics['contribution/contribution'] == pytest.approx(in_training, rel=1e-5)
+    assert in_evaluation != pytest.approx(in_training, rel=1e-2)
 
 
 # ------------------------------------------------------------------------ compiled program

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from neurosens import _validate
 from neurosens.defenses import images
 from neurosens.defenses.inverse_perturbation.settings import Parameters, check_classes, passes
-from neurosens.forward import Edit, Forward, Variables
+from neurosens.forward import Edit, Forward, Variables, is_asked
 from neurosens.neurons import units
 
 GRADIENTS = ('exact', 'straight_through', 'soft')
@@ -79,7 +79,7 @@ class InverseForward:
         each = {name: _per_candidate(edit, count) for name, edit in edits.items()}
         seen = self.forward(variables, merged, edits=each)[0].reshape(len(x), count, -1)
         result = seen[:, 0] if self.candidate is not None else self._combined(logits, seen)
-        return result, {name: value for name, value in tapped.items() if _asked(name, taps)}
+        return result, {name: value for name, value in tapped.items() if is_asked(name, taps)}
 
     def _moved(
         self, x: Array, logits: Array, tapped: Mapping[str, Array]
@@ -223,12 +223,6 @@ def _per_candidate(edit: Edit, count: int) -> Edit:
         return jax.vmap(edit, 1, 1)(apart).reshape(activation.shape)
 
     return edited
-
-
-def _asked(name: str, taps: Collection[str]) -> bool:
-    """Whether a caller asked for a layer, by name or by pattern."""
-    pattern = '*:in' if name.endswith(':in') else '*'
-    return name in taps or pattern in taps
 
 
 def apply(
