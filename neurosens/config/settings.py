@@ -68,13 +68,10 @@ class Schedule:
     end: float = 0.0
 
 
+# The family of PGD, whose members take its options.
+_PGD_FAMILY = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'ni_fgsm')
 ATTACKS = (
-    'fgsm',
-    'fgsm_rs',
-    'bim',
-    'pgd',
-    'mi_fgsm',
-    'ni_fgsm',
+    *_PGD_FAMILY,
     'apgd',
     'apgd_dlr',
     'square',
@@ -94,32 +91,10 @@ THREATS = (*NORMS, 'l0', 'spatial')
 # Attacks that project their images, which any threat allows.
 PROJECTING = ('fgsm', 'fgsm_rs', 'bim', 'pgd', 'mi_fgsm', 'noise')
 # Attacks that can aim at a class, and succeed where they reach it.
-AIMING = (
-    'fgsm',
-    'fgsm_rs',
-    'bim',
-    'pgd',
-    'mi_fgsm',
-    'ni_fgsm',
-    'square',
-    'fmn',
-    'carlini_wagner',
-)
+AIMING = (*_PGD_FAMILY, 'square', 'fmn', 'carlini_wagner')
 TARGETS = ('most_likely', 'least_likely', 'random')
 # Attacks whose gradients are averaged over draws of a random model, or that follow none.
-DRAWING = (
-    'fgsm',
-    'fgsm_rs',
-    'bim',
-    'pgd',
-    'mi_fgsm',
-    'ni_fgsm',
-    'apgd',
-    'apgd_dlr',
-    'square',
-    'noise',
-    'autoattack_rand',
-)
+DRAWING = (*_PGD_FAMILY, 'apgd', 'apgd_dlr', 'square', 'noise', 'autoattack_rand')
 
 
 @dataclasses.dataclass

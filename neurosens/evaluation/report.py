@@ -250,18 +250,18 @@ def put_in_place(fresh: str | pathlib.Path, directory: str | pathlib.Path) -> No
     """Puts a whole report in the place of an earlier one, what that alone has being removed.
 
     Args:
-      fresh: where the report was written, on the same disk; it is empty afterwards.
+      fresh: where the report was written, on the same disk; its files move.
       directory: where it goes; made if need be. Files that are of no report stay.
     """
     fresh, directory = pathlib.Path(fresh), pathlib.Path(directory)
-    files_of = sorted(path.relative_to(fresh) for path in fresh.rglob('*') if path.is_file())
+    names = {path.relative_to(fresh) for path in fresh.rglob('*') if path.is_file()}
     # The page last, so that it never shows what is not beside it yet.
-    for name in sorted(files_of, key=lambda name: name.name == 'index.html'):
+    for name in sorted(names, key=lambda name: (name.name == 'index.html', name)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).replace(directory / name)
     for pattern in (*_CHANGING, 'defense*.*', 'neurons/*'):
         for path in directory.glob(pattern):
-            if path.is_file() and path.relative_to(directory) not in files_of:
+            if path.is_file() and path.relative_to(directory) not in names:
                 path.unlink()
     with contextlib.suppress(OSError):
         # Only where nothing is left in it.
