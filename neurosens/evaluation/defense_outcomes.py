@@ -108,6 +108,11 @@ class DefenseReport:
     found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def undiagnosed(self) -> str:
+        """Why gradient masking by the defence was not looked for, or empty."""
+        return '' if self.adaptive is None else self.adaptive.undiagnosed
+
+    @property
     def warnings(self) -> dict[str, tuple[str, ...]]:
         """Why robustness may be overestimated, by the names of outcomes."""
         found = {outcome.name: outcome.warnings for outcome in self.outcomes if outcome.warnings}

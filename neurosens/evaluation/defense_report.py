@@ -65,17 +65,21 @@ def defense_rows(report: DefenseReport) -> list[tuple[str, metrics.Interval, int
 
 
 class Rate(NamedTuple):
-    """Defence success rate against one attack.
+    """Defence success rate against one attack, and what the defence costs.
 
     Attributes:
       recovered: images that the defended model gets right, clean and attacked, of those fooled.
       fooled: attacked images that the undefended model gets wrong, of those it gets right clean.
       interval: recovered / fooled with its 95 % Wilson interval; None where nothing was fooled.
+      lost: images that the defended model gets wrong, clean or attacked, of those withstood.
+      withstood: images that the undefended model gets right, clean and attacked.
     """
 
     recovered: int
     fooled: int
     interval: metrics.Interval | None
+    lost: int
+    withstood: int
 
     def __str__(self) -> str:
         """Such as `'14.3 (4.0 - 39.9), 2 of 14'`, in per cent."""
@@ -84,16 +88,32 @@ class Rate(NamedTuple):
         value, low, high = (100 * part for part in self.interval)
         return f'{value:.1f} ({low:.1f} - {high:.1f}), {self.recovered:,} of {self.fooled:,}'
 
+    @property
+    def lost_text(self) -> str:
+        """Such as `'3 of 46'`."""
+        return f'{self.lost:,} of {self.withstood:,}' if self.withstood else '-'
+
+
+# Columns of a table of them.
+RATES = (
+    'recovered of what fooled the undefended model',
+    '% (95 % interval), images',
+    'lost of what it withstood, images',
+)
+
 
 def rates(report: DefenseReport) -> dict[str, Rate]:
     """Defence success rate against each static attack, by its name."""
     found = {}
     for outcome in report.outcomes:
-        if outcome.fooled is not None:
+        if outcome.fooled is not None and outcome.undefended is not None:
             recovered = int((outcome.fooled & ~outcome.success).sum())
             fooled = int(outcome.fooled.sum())
             interval = metrics.wilson_interval(recovered, fooled) if fooled else None
-            found[outcome.name.removeprefix(f'{STATIC}/')] = Rate(recovered, fooled, interval)
+            withstood = report.undefended.correct & ~outcome.undefended
+            lost = int((withstood & outcome.success).sum())
+            name = outcome.name.removeprefix(f'{STATIC}/')
+            found[name] = Rate(recovered, fooled, interval, lost, int(withstood.sum()))
     return found
 
 
@@ -112,9 +132,8 @@ def defense_table(report: DefenseReport) -> str:
     )
     found = rates(report)
     if found:
-        body = [[name, str(rate)] for name, rate in found.items()]
-        title = 'recovered of what fooled the undefended model'
-        lines += ['', *aligned([title, '% (95 % interval), images'], body)]
+        body = [[name, str(rate), rate.lost_text] for name, rate in found.items()]
+        lines += ['', *aligned(RATES, body)]
     for moves in report.moves:
         sizes = list(next(iter(moves.controls.values())))
         body = [
@@ -136,6 +155,8 @@ def defense_table(report: DefenseReport) -> str:
         lines += [f'{name}: {warning}' for warning in warnings]
     if report.diagnosis is not None:
         lines += ['', 'the defended model:', masking_report.masking_table(report.diagnosis)]
+    if report.undiagnosed:
+        lines += ['', f'the defended model: {report.undiagnosed}']
     return '\n'.join(lines)
 
 
@@ -210,6 +231,7 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
         if rate.interval is not None:
             flat[f'{key}/low'], flat[f'{key}/high'] = rate.interval.low, rate.interval.high
         flat[f'{key}/recovered'], flat[f'{key}/fooled'] = rate.recovered, rate.fooled
+        flat[f'{key}/lost'], flat[f'{key}/withstood'] = rate.lost, rate.withstood
     for name, warnings in report.warnings.items():
         flat[f'defense/warnings/{name}'] = list(warnings)
     flat |= {f'defense/{key}': count for key, count in _missed(report).items()}
@@ -218,6 +240,8 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
     if report.diagnosis is not None:
         found = masking_report.masking_facts(report.diagnosis)
         flat.update({f'defense/{key}': value for key, value in found.items()})
+    if report.undiagnosed:
+        flat['defense/masking/undiagnosed'] = report.undiagnosed
     return flat
 
 
@@ -240,6 +264,7 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             for name, rate in rates(report).items():
                 cells = ('', '', '') if rate.interval is None else rate.interval
                 writer.writerow([f'success_rate/{name}', *cells, rate.fooled])
+                writer.writerow([f'lost/{name}', rate.lost, '', '', rate.withstood])
             for key, count in _missed(report).items():
                 writer.writerow([key, count, '', '', len(report.defended.labels)])
             for moves in report.moves:

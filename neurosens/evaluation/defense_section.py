@@ -56,10 +56,13 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
             [[key, share_text(interval)] for key, interval, _ in defense_rows(report)],
         ),
     ]
-    recovered = [[name, str(rate)] for name, rate in rates(report).items()]
+    recovered = [[name, str(rate), rate.lost_text] for name, rate in rates(report).items()]
     if recovered:
-        caption = 'Recovered, in %, of what fooled the undefended model, with 95 % Wilson intervals'
-        blocks.append(Table(caption, ['attack', 'recovered'], recovered))
+        caption = (
+            'Recovered, in %, of what fooled the undefended model, with 95 % Wilson intervals, and '
+            'images lost of what it withstood'
+        )
+        blocks.append(Table(caption, ['attack', 'recovered', 'lost'], recovered))
     for moves in report.moves:
         sizes = list(next(iter(moves.controls.values())))
         blocks.append(
@@ -91,6 +94,8 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
         masked = masking_section('Signs of gradient masking by the defence', report.diagnosis)
         blocks.append(masked._replace(lead=()))
         lead += masked.lead
+    if report.undiagnosed:
+        blocks.append(report.undiagnosed)
     return Section(title, blocks, lead)
 
 

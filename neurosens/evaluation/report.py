@@ -92,6 +92,8 @@ def table(report: RobustnessReport) -> str:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
     if report.diagnosis is not None:
         lines += ['', masking_report.masking_table(report.diagnosis)]
+    if report.undiagnosed:
+        lines += ['', report.undiagnosed]
     return '\n'.join(lines)
 
 
@@ -138,7 +140,7 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
       `median_distance/<attack>-<norm>`, with its interval, of attacks that look for the smallest
       perturbation, and `relative_distance/<attack>-<norm>`, their mean share of the image's norm,
       None where infinite; then what was found of masking, as of
-      `masking_report.masking_facts`.
+      `masking_report.masking_facts`, or why it was not looked for as `masking/undiagnosed`.
     """
     flat: dict[str, Any] = dict(facts)
     flat['images'] = len(report.predictions.labels)
@@ -160,6 +162,8 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
         flat[f'relative_distance/{name}'] = mean if math.isfinite(mean) else None
     if report.diagnosis is not None:
         flat.update(masking_report.masking_facts(report.diagnosis))
+    if report.undiagnosed:
+        flat['masking/undiagnosed'] = report.undiagnosed
     return flat
 
 

@@ -62,6 +62,8 @@ def report_page(
     parts = [_accuracy(report, results, pictures)]
     if report.diagnosis is not None:
         parts.append(masking_section('Signs of gradient masking', report.diagnosis))
+    if report.undiagnosed:
+        parts.append(Section('Signs of gradient masking', [report.undiagnosed]))
     parts += sections
     if 'training.png' in pictures:
         parts.append(_training(pictures['training.png']))

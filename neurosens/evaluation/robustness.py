@@ -58,6 +58,7 @@ class RobustnessReport:
       outcomes: per attack and radius.
       diagnosis: of gradient masking; None where it was not asked for.
       lengths: norm of each clean image, where an attack looked for the smallest perturbation.
+      undiagnosed: why gradient masking was not looked for although there were attacks, or empty.
     """
 
     info: data.DatasetInfo
@@ -66,6 +67,7 @@ class RobustnessReport:
     outcomes: tuple[AttackOutcome, ...]
     diagnosis: masking.Diagnosis | None = None
     lengths: Float[np.ndarray, ' examples'] | None = None
+    undiagnosed: str = ''
 
     def worst_case(self, eps: float) -> Bool[np.ndarray, ' examples']:
         """Whether each image stays classified correctly under every attack of radius `eps`."""
@@ -201,8 +203,8 @@ def evaluate(
             )
     diagnosis = None
     radii = sorted(eps for eps in settings.eps if eps)
-    # Its checks are steps of gradients, and radii of balls.
-    if settings.masking_images and outcomes and radii and settings.norm != 'spatial':
+    undiagnosed = _undiagnosed(settings) if outcomes else ''
+    if outcomes and not undiagnosed:
         diagnosis = _diagnose(
             forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
         )
@@ -217,8 +219,29 @@ def evaluate(
             source, mesh, settings.batch_size, jax.jit(of_batch), limit=limit
         )['length']
     return RobustnessReport(
-        source.info, settings.split, predictions, tuple(outcomes), diagnosis, lengths
+        source.info,
+        settings.split,
+        predictions,
+        tuple(outcomes),
+        diagnosis,
+        lengths,
+        undiagnosed,
     )
+
+
+def _undiagnosed(settings: config_lib.Evaluation) -> str:
+    """Why attacks are not followed by a diagnosis of gradient masking; empty where they are."""
+    reason = ''
+    if settings.norm == 'spatial':
+        # Its checks are steps of gradients, and radii of balls.
+        reason = (
+            "its checks follow gradients, which the motions of evaluation.norm 'spatial' do not"
+        )
+    elif not settings.masking_images:
+        reason = 'evaluation.masking_images is 0'
+    elif not any(settings.eps):
+        reason = 'no radius of evaluation.eps is above 0'
+    return reason and f'Gradient masking was not looked for: {reason}.'
 
 
 def _diagnose(

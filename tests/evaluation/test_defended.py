@@ -336,6 +336,12 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     missed = int(report.missed_by_gradients(0.12).sum())
     assert table['missed_by_gradients/linf-0.12'] == str(missed)
     assert facts['defense/missed_by_gradients/linf-0.12'] == missed
+    rate = defense_report.rates(report)['pgd-linf-0.12']
+    assert table['lost/pgd-linf-0.12'] == str(rate.lost)
+    assert images['lost/pgd-linf-0.12'] == str(rate.withstood) != '0'
+    assert 'masking_images is 0' in facts['defense/masking/undiagnosed']
+    assert text.endswith(facts['defense/masking/undiagnosed'])
+    assert facts['defense/masking/undiagnosed'] in section.blocks
     assert float(table['passes']) == 5
     for path in written:
         if path.suffix == '.png':
@@ -600,6 +606,27 @@ def test_an_image_without_logits_is_broken_but_not_there_to_be_recovered(inverse
     rows = {key: interval.value for key, interval, _ in evaluation.defense_rows(found)}
     assert rows['undefended/pgd-linf-0.1'] == rows['worst/undefended-linf-0.1'] == 0.5
     assert defense_report.rates(found)['pgd-linf-0.1'][:2] == (1, 1)
+
+
+def test_what_the_defence_loses_is_counted_beside_what_it_recovers(inverse):
+    _, report = inverse
+    labels = np.zeros(6, np.int32)
+    # By image: recovered, fooled by both, withstood by both, lost, lost clean, wrong before.
+    undefended = report.undefended._replace(labels=labels, predictions=np.int32([0, 0, 0, 0, 0, 1]))
+    defended = undefended._replace(predictions=np.int32([0, 0, 0, 0, 1, 1]))
+    outcome = outcome_of('static', 'pgd', [0, 1, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0])._replace(
+        undefended=np.array([1, 1, 0, 0, 0, 1], bool)
+    )
+    found = dataclasses.replace(
+        report, undefended=undefended, defended=defended, outcomes=(outcome,), moves=()
+    )
+    (rate,) = defense_report.rates(found).values()
+    assert (rate.recovered, rate.fooled, rate.lost, rate.withstood) == (1, 2, 2, 3)
+    facts = evaluation.defense_facts(found)
+    assert facts['defense/success_rate/pgd-linf-0.1/lost'] == 2
+    assert facts['defense/success_rate/pgd-linf-0.1/withstood'] == 3
+    (line,) = [x for x in evaluation.defense_table(found).splitlines() if '1 of 2' in x]
+    assert line.endswith('2 of 3')
 
 
 def test_controls_that_cannot_be_measured_are_named(problem):

@@ -262,6 +262,29 @@ def neuron_report(report):
     )
 
 
+MOVES = Moves(
+    'static/pgd-linf-0.1',
+    {'<defence>': {0.02: 0.5, 0.05: float('nan')}},
+    {LAYER: {'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}},
+    {LAYER: {'front': np.full(3, -0.25), 'middle': np.zeros(3), 'tail': np.zeros(0)}},
+)
+
+
+@pytest.fixture(scope='module')
+def defended(report):
+    success, right = report.outcomes[0].attacked.success, report.predictions.correct
+    outcomes = (
+        evaluation.DefenseOutcome(
+            'static', 'pgd', 'linf', 0.1, success, success & right, undefended=success
+        ),
+        evaluation.DefenseOutcome('adaptive', 'pgd', 'linf', 0.1, success),
+    )
+    return evaluation.DefenseReport(
+        'inverse_perturbation', {}, report.predictions, report.predictions, outcomes, (MOVES,),
+        5, 4.5,
+    )  # fmt: skip
+
+
 FACTS = {
     'workdir': f'runs/{HOSTILE}',
     'step': 1234,
@@ -273,7 +296,7 @@ PROVENANCE = {'command': f"python evaluate.py '--workdir=runs/{HOSTILE}'", 'jax'
 
 
 @pytest.fixture(scope='module')
-def written(report, neuron_report, tmp_path_factory):
+def written(report, neuron_report, defended, tmp_path_factory):
     directory = tmp_path_factory.mktemp('a b') / '<i>"&'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('neurosens.evaluation.plots._DPI', 50)
@@ -283,7 +306,11 @@ def written(report, neuron_report, tmp_path_factory):
             Section('Diagnostics', [evaluation.check_table('c', [('a', 'pass', '1', 'b')])]),
             evaluation.neuron_section(neuron_report, files, compare=other),
         ]
+        of_defense = evaluation.write_defense(defended, directory)
+        sections.append(evaluation.defense_section(defended, of_defense))
+        files += of_defense
         facts = {**FACTS, **evaluation.neuron_facts(neuron_report)}
+        facts.update(evaluation.defense_facts(defended))
         files += evaluation.write(
             report, directory, facts, LOG, sections=sections, provenance=PROVENANCE
         )
@@ -294,7 +321,7 @@ def written(report, neuron_report, tmp_path_factory):
 def test_every_picture_of_the_report_is_in_the_page(written):
     _, files, _, read = written
     pictures = {path.read_bytes() for path in files if path.suffix == '.png'}
-    assert len(pictures) >= 8
+    assert len(pictures) >= 11
     shown = [attributes['src'].partition(',')[2] for attributes in read.attributes('img')]
     assert len(shown) == len(pictures)
     assert {base64.b64decode(data) for data in shown} == pictures
@@ -366,35 +393,24 @@ def test_the_page_says_how_to_make_it_again(written):
     assert f'(step 1234 of runs/{HOSTILE}) classifies ' in read.text
 
 
-def test_a_defence_has_every_accuracy(report, tmp_path):
-    success = report.outcomes[0].attacked.success
-    outcomes = tuple(
-        evaluation.DefenseOutcome(kind, 'pgd', 'linf', 0.1, success, fooled, undefended=fooled)
-        for kind, fooled in (('static', success), ('adaptive', None))
-    )
-    defended = evaluation.DefenseReport(
-        'inverse_perturbation', {}, report.predictions, report.predictions, outcomes,
-        (Moves('pgd', {'<defence>': {0.02: 0.5, 0.05: float('nan')}}, {LAYER: {
-            'front': np.ones(3), 'middle': np.zeros(3), 'tail': np.zeros(0)}}, {LAYER: {
-            'front': np.full(3, -0.25), 'middle': np.zeros(3), 'tail': np.zeros(0)}}),), 5, 4.5,
-    )  # fmt: skip
-    file = tmp_path / 'defense.png'
-    picture(file)
-    section = evaluation.defense_section(defended, [file, tmp_path / 'defense.csv'])
-    read = check_alone(page('t', [], [section]))
+def test_a_defence_has_every_accuracy(written, defended):
+    read = written[3]
     assert ('h2', 'Defence: inverse perturbation') in read.headings
-    (accuracy,) = [rows for caption, rows in read.tables.items() if caption.startswith('Accuracy')]
+    (accuracy,) = [rows for caption, rows in read.tables.items() if 'unless it says' in caption]
     expected = {key: interval.value for key, interval, _ in evaluation.defense_rows(defended)}
     assert {key: text.split()[0] for key, text in accuracy[1:]} == {
         key: f'{100 * value:.2f}' for key, value in expected.items()
     }
+    (recovered,) = [rows for caption, rows in read.tables.items() if 'lost of what' in caption]
+    fooled = int(defended.outcomes[0].fooled.sum())
+    assert recovered[1][1].endswith(f', 0 of {fooled}')
+    assert recovered[1][2] == f'0 of {int(defended.undefended.correct.sum()) - fooled}'
     assert ['<defence>', '50.0', '–'] in read.tables[
-        'Recovered, in %, of what pgd fooled, by moves of size rho'
+        f'Recovered, in %, of what {MOVES.attack} fooled, by moves of size rho'
     ]
     assert [LAYER, '+1.000', '+0.000', '–'] in [
         row for rows in read.tables.values() for row in rows
     ]
-    assert len(read.attributes('img')) == 1
 
 
 def test_warnings_stand_at_the_top(written, report):
@@ -402,7 +418,8 @@ def test_warnings_stand_at_the_top(written, report):
     assert f'autoattack-linf-0.25: {report.outcomes[-1].warnings[0]}' in read.text
     assert text.index('class="notes"') < text.index('<nav')
     titles = [title for tag, title in read.headings if tag == 'h2']
-    assert titles == ['Accuracy', 'Diagnostics', 'Neurons', 'Training', 'Reproduction']
+    defense = 'Defence: inverse perturbation'
+    assert titles == ['Accuracy', 'Diagnostics', 'Neurons', defense, 'Training', 'Reproduction']
 
 
 def test_a_page_that_cannot_be_made_leaves_the_former_report(report, tmp_path):

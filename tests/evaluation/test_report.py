@@ -217,6 +217,17 @@ def test_a_diagnosis_of_masking_stands_in_every_report(report, tmp_path):
     assert not (tmp_path / 'masking.csv').exists(), 'that of an earlier evaluation is gone'
 
 
+def test_a_report_without_a_diagnosis_says_why(report, tmp_path):
+    reason = 'Gradient masking was not looked for: evaluation.masking_images is 0.'
+    evaluation.write(dataclasses.replace(report, undiagnosed=reason), tmp_path, {})
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['masking/undiagnosed'] == reason
+    assert f'<p>{reason}</p>' in (tmp_path / 'index.html').read_text(encoding='utf-8')
+    assert reason in evaluation.table(dataclasses.replace(report, undiagnosed=reason))
+    evaluation.write(report, tmp_path, {})
+    assert 'masking/undiagnosed' not in json.loads((tmp_path / 'results.json').read_text())
+
+
 @pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 def test_the_curve_shows_every_attack_there_is_in_every_norm(report, norm):
     first = report.outcomes[0]
