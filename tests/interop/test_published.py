@@ -153,12 +153,18 @@ def both_sides(request, data_root):
     dtype = jnp.dtype(precision.dtype)
     # Without a type of its own a module computes in that of its variables.
     forward = LinenForward(module.clone(dtype=dtype) if hasattr(module, 'dtype') else module)
+    x = x[: precision.images]
+    if PUBLISHED[file][3] == 'mnist':
+        # In strokes of one brightness rounding alone says which of equal values max pooling takes,
+        # and so where its gradient goes; and rounding differs between processors.
+        noise = np.random.default_rng(0).random(x.shape)
+        x = 0.1 + 0.8 * x + 0.1 * (noise - 0.5)
     with jax.enable_x64(precision is DOUBLE):
         yield (
             network.to(getattr(torch, dtype.name)),
             forward,
             jax.tree.map(precision.dtype, variables),
-            x[: precision.images].astype(dtype),
+            x.astype(dtype),
             y[: precision.images],
             precision,
         )
@@ -174,6 +180,8 @@ def torch_gradients(network, x, values):
 
 def test_input_gradients(both_sides):
     network, forward, variables, x, y, precision = both_sides
+    # The gradient of a loss that is almost 0 is a difference of numbers that are not.
+    y = (y + 1) % 10
 
     def loss(x):
         log_probabilities = jax.nn.log_softmax(forward(variables, x)[0])
@@ -186,7 +194,6 @@ def test_input_gradients(both_sides):
     )
     ours = np.asarray(jax.jit(jax.grad(loss))(x))
     assert ours.dtype == precision.dtype
-    # The gradient of a loss that is almost 0 is a difference of numbers that are not.
     atol = precision.gradients * np.abs(theirs).max()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
