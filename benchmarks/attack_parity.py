@@ -291,7 +291,8 @@ def _starts(x: np.ndarray, draws: np.ndarray, eps: float) -> np.ndarray:
     return np.clip(x + eps * change / largest, 0, 1)
 
 
-# Attack, norm and our options; `benchmarks.torch_parity` has the same budgets.
+# Attack, norm and our options; `benchmarks.torch_parity` has the same budgets, and says in what the
+# last one differs there.
 _SMALLEST: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ('deepfool', 'l2', {'steps': 50}),
     ('deepfool', 'linf', {'steps': 50}),
@@ -299,6 +300,7 @@ _SMALLEST: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ('fmn', 'linf', {'steps': 100}),
     ('fmn', 'l1', {'steps': 100}),
     ('carlini_wagner', 'l2', {'steps': 200, 'searches': 5}),
+    ('fmn, projecting', 'l2', {'steps': 100}),
 )
 
 
@@ -313,8 +315,10 @@ def smallest(arguments: argparse.Namespace) -> None:
         correct = torch_parity.correct(pair.network, x, y)
         images, labels = parallel.shard(mesh, (x, y))
         for attack, norm, options in _SMALLEST:
+            if f'{attack} {norm}' not in arguments.searches:
+                continue
             start = time.perf_counter()
-            result = getattr(attacks, attack)(
+            result = getattr(attacks, attack.partition(',')[0])(
                 pair.forward,
                 variables,
                 images,
@@ -444,6 +448,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--networks', nargs='+', default=names, choices=names)
     parser.add_argument('--norms', nargs='+', default=('linf',), choices=('linf', 'l2'))
     parser.add_argument('--attacks', nargs='+', default=ATTACKS, choices=_ATTACK_TITLES)
+    searches = tuple(f'{attack} {norm}' for attack, norm, _ in _SMALLEST)
+    parser.add_argument(
+        '--searches', nargs='+', default=searches[:-1], choices=searches, help='of `smallest`'
+    )
     parser.add_argument('--images', type=int, default=1000, help=f'a multiple of {_BATCH}')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each attack')
     parser.add_argument(

@@ -11,7 +11,8 @@ SUBJECT is one of
     compile     seconds to compile against the number of steps (needs no peers)
 
 Networks, weights, images, labels, radius and budgets are the same on both sides. PyTorch runs
-channels last with frozen parameters, its fastest setting on a CPU.
+channels last with frozen parameters, eagerly, and in `steps` also compiled with
+batch normalisation folded into kernels.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _NEURON_EPS = {'lenet5_robust': 2.0, 'resnet20': 0.5}
 GRADIENTS, FORWARDS = '20 input gradients, one call each', '20 forward passes, one call each'
 JACOBIANS = '4 gradients of every logit, one call each'
 _CALLS = 20
+_PEAK = 'of the peak of convolutions'
 
 
 class _Overhead(NamedTuple):
@@ -59,6 +61,7 @@ class _Overhead(NamedTuple):
         steps: how many it takes.
         options: further ones.
         targeted: whether it aims at the class after the label.
+        jitted: whether it is called inside a jit, where it takes all of its steps.
     """
 
     attack: str
@@ -66,6 +69,7 @@ class _Overhead(NamedTuple):
     steps: int = 20
     options: Mapping[str, Any] = {}
     targeted: bool = False
+    jitted: bool = False
 
 
 _OVERHEADS = {
@@ -80,7 +84,8 @@ _OVERHEADS = {
     'carlini_wagner': _Overhead('carlini_wagner', steps=100, options={'searches': 1}),
     # Whether a step is wrong decides where the next one begins.
     'fab, targeted': _Overhead('fab', (GRADIENTS, FORWARDS), 100, targeted=True),
-    'deepfool': _Overhead('deepfool', (JACOBIANS,)),
+    # Else it ends with the last image, after steps that differ from batch to batch.
+    'deepfool': _Overhead('deepfool', (JACOBIANS,), jitted=True),
     'fab': _Overhead('fab', (JACOBIANS,)),
 }
 
@@ -172,17 +177,7 @@ def prepare(
         GRADIENTS: lambda: [gradient(variables, x, y) for _ in range(_CALLS)],
         FORWARDS: lambda: [logits(variables, x) for _ in range(_CALLS)],
         JACOBIANS: lambda: [jacobian(variables, x) for _ in range(_calls(JACOBIANS))],
-        **{
-            _steps_of(name): on(
-                getattr(attacks, one.attack),
-                *call,
-                threat=attacks.Threat('l2', 2.0) if one.attack == 'carlini_wagner' else threat,
-                steps=one.steps,
-                **one.options,
-                **({'target': (y + 1) % 10} if one.targeted else {}),
-            )
-            for name, one in _OVERHEADS.items()
-        },
+        **{_steps_of(name): _overhead_unit(one, call, threat) for name, one in _OVERHEADS.items()},
         'neurosens pgd': pgd,
         'neurosens apgd-ce': apgd,
         'neurosens apgd-dlr': on(apgd, loss='dlr'),
@@ -215,6 +210,23 @@ def _run(unit: Callable[[], Any]) -> None:
     jax.block_until_ready(unit())
 
 
+def _overhead_unit(
+    one: _Overhead, call: tuple[Any, ...], threat: attacks.Threat
+) -> Callable[[], attacks.AttackResult | attacks.MinimumResult]:
+    forward, *arrays = call
+    run = functools.partial(
+        getattr(attacks, one.attack),
+        threat=attacks.Threat('l2', 2.0) if one.attack == 'carlini_wagner' else threat,
+        steps=one.steps,
+        **one.options,
+        **({'target': (arrays[2] + 1) % 10} if one.targeted else {}),
+    )
+    if one.jitted:
+        jitted = jax.jit(functools.partial(run, forward))
+        return lambda: jitted(*arrays)
+    return functools.partial(run, *call)
+
+
 def _necessary(result: attacks.AutoAttackResult, setting: Setting) -> dict[str, float]:
     """Input gradients and forward passes, of a whole batch, that AutoAttack cannot do without.
 
@@ -235,13 +247,16 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         GRADIENTS,
         'neurosens pgd',
         'torchattacks pgd',
+        'torchattacks, compiled pgd',
         'foolbox pgd',
         'ART pgd',
         'neurosens apgd-ce',
         'torchattacks apgd-ce',
+        'torchattacks, compiled apgd-ce',
         'ART apgd-ce',
         'neurosens apgd-dlr',
         'torchattacks apgd-dlr',
+        'torchattacks, compiled apgd-dlr',
         FORWARDS,
         'neurosens square',
         'torchattacks square',
@@ -265,11 +280,13 @@ class Timed(NamedTuple):
         measurement: the timings.
         pace: at what share of the peak of convolutions the floors run.
         necessary: what `_necessary` says of AutoAttack, if it ran.
+        least: seconds of the operations of each floor at the peak of convolutions, by round.
     """
 
     measurement: harness.Measurement
     pace: str
     necessary: dict[str, float]
+    least: Mapping[str, tuple[float, ...]]
 
 
 def measure(
@@ -315,8 +332,22 @@ def measure(
             measured, floors = harness.beside_floors(
                 units, rounds=arguments.rounds, warmup=0 if cold else 1, announce=_announce
             )
-            pace = floors.pace(measured, ours.details['flops'])
-        return Timed(measured, pace, json.loads(file.read_text()) if file.exists() else {})
+            flops = ours.details['flops']
+        necessary = json.loads(file.read_text()) if file.exists() else {}
+        least = {
+            floor: floors.convolution_seconds(count)
+            for floor, count in flops.items()
+            if count is not None
+        }
+        return Timed(measured, floors.pace(measured, flops), necessary, least)
+
+
+def _of_peak(timed: Timed, name: str, parts: Mapping[str, float]) -> str:
+    """Share of the peak of convolutions that the floors of a candidate, so many calls, come to."""
+    if not all(part in timed.least for part in parts):
+        return '-'
+    calls = [count / _calls(part) * np.array(timed.least[part]) for part, count in parts.items()]
+    return harness.percent(timed.measurement.share(name, np.sum(calls, axis=0).tolist()))
 
 
 def _announce(name: str, seconds: float) -> None:
@@ -334,13 +365,15 @@ def _budget(name: str, chosen: Setting) -> tuple[str, int] | None:
     }.get(attack)
 
 
-def steps_table(measurement: harness.Measurement, chosen: Setting) -> str:
+def steps_table(timed: Timed, chosen: Setting) -> str:
     """Returns the Markdown table of one network, the fastest peer of each attack in bold."""
-    rows = []
+    measurement, rows = timed.measurement, []
     for name in measurement.seconds:
         summary = measurement.summary(name)
         budget = _budget(name, chosen)
-        label, ratio, share = name, '-', '-'
+        label, ratio, share, of_peak = name, '-', '-', '-'
+        if name in timed.least:
+            of_peak = _of_peak(timed, name, {name: _calls(name)})
         if budget is not None:
             unit, count = budget
             attack = name.rpartition(' ')[2]
@@ -359,8 +392,10 @@ def steps_table(measurement: harness.Measurement, chosen: Setting) -> str:
             if unit in measurement.seconds:
                 floor = measurement.scaled(unit, count / _CALLS)
                 share = harness.percent(measurement.share(name, floor))
-        rows.append((label, f'{summary.median:.2f}', f'{summary.minimum:.2f}', ratio, share))
-    header = ('Candidate', 's', 'best round', 'time / neurosens', 'share of floor')
+            of_peak = _of_peak(timed, name, {unit: count})
+        seconds = (f'{summary.median:.2f}', f'{summary.minimum:.2f}')
+        rows.append((label, *seconds, ratio, share, of_peak))
+    header = ('Candidate', 's', 'best round', 'time / neurosens', 'share of floor', _PEAK)
     return harness.markdown_table(header, rows)
 
 
@@ -412,9 +447,10 @@ def _steps(arguments: argparse.Namespace) -> None:
     changes = {'queries': 100}
     for name in arguments.networks:
         chosen = setting(name, **changes)
-        measurements[name], pace, _ = measure('steps', name, arguments, changes)
-        title = harness.wrapped(f'{NETWORKS[name]}. {pace}')
-        tables += [title, steps_table(measurements[name], chosen)]
+        timed = measure('steps', name, arguments, changes)
+        measurements[name] = timed.measurement
+        title = harness.wrapped(f'{NETWORKS[name]}. {timed.pace}')
+        tables += [title, steps_table(timed, chosen)]
         if not arguments.only:
             rows.append(overheads(name, measurements[name], chosen))
     if rows:
@@ -429,7 +465,9 @@ def _steps(arguments: argparse.Namespace) -> None:
         harness.draw_times(named, arguments.plot, 'seconds', 1.0)
     definition = (
         f'{Setting.batch_size} images in one batch. Floor: one call of the '
-        'compiled input gradient per step, of the compiled forward pass per query of Square.'
+        'compiled input gradient per step, of the compiled forward pass per query of Square, '
+        'which an attack that computes the same otherwise may beat; beside it, what the operations '
+        'of these calls would take at the peak of convolutions.'
     )
     harness.report(arguments, harness.wrapped(definition), *tables, measurements=measurements)
 
@@ -437,7 +475,7 @@ def _steps(arguments: argparse.Namespace) -> None:
 def _ensembles(arguments: argparse.Namespace) -> None:
     measurements, details, rows, paces = {}, {}, [], []
     for name in arguments.networks:
-        measured, pace, necessary = measure('autoattack', name, arguments, {})
+        measured, pace, necessary, _ = measure('autoattack', name, arguments, {})
         measurements[name], details[name] = measured, necessary
         paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
         rows += ensemble_rows(f'{_SHORT[name]}, {_RADII[name]}', measured, necessary)
@@ -502,7 +540,7 @@ def ensemble_rows(
 def _neurons(arguments: argparse.Namespace) -> None:
     measurements, rows, paces = {}, [], []
     for name in arguments.networks:
-        measured, pace, _ = measure('neurons', name, arguments, {})
+        measured, pace, *_ = measure('neurons', name, arguments, {})
         measurements[name] = measured
         paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
         ours, turns = 'neurosens neurons', 'PyTorch neurons in turn'
@@ -531,9 +569,9 @@ def _neurons(arguments: argparse.Namespace) -> None:
 def _every_overhead(arguments: argparse.Namespace) -> None:
     measurements, rows, paces = {}, [], []
     for name in arguments.networks:
-        measured, pace, _ = measure('overhead', name, arguments, {})
-        measurements[name] = measured
-        paces.append(harness.wrapped(f'{NETWORKS[name]}. {pace}'))
+        timed = measure('overhead', name, arguments, {})
+        measurements[name] = measured = timed.measurement
+        paces.append(harness.wrapped(f'{NETWORKS[name]}. {timed.pace}'))
         for attack, one in _OVERHEADS.items():
             unit = _steps_of(attack)
             floors = [measured.scaled(part, one.steps / _calls(part)) for part in one.floor]
@@ -548,6 +586,7 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
                     f'{measured.summary(unit).median / one.steps * 1e3:.1f}',
                     harness.ratio_text(beside.ratio(unit, 'floor')),
                     harness.percent(beside.share(unit, beside.seconds['floor'])),
+                    _of_peak(timed, unit, dict.fromkeys(one.floor, one.steps)),
                 )
             )
     header = ('Network', 'Attack', 'steps', 'floor of a step', 'ms per step', 'step / floor')
@@ -555,9 +594,11 @@ def _every_overhead(arguments: argparse.Namespace) -> None:
         f'{Setting.batch_size} images in one batch, whole attacks with all that stands before and '
         'behind their steps. Floor: as many calls of the compiled gradient of '
         'the loss (and of the forward pass, where a step is judged before the next), or of the '
-        'gradients of all logits where steps need these.'
+        'gradients of all logits where steps need these; beside it, what the operations of these '
+        'calls would take at the peak of convolutions. DeepFool is inside a jit, where it takes '
+        'all of its steps.'
     )
-    table = harness.markdown_table((*header, 'share of floor'), rows)
+    table = harness.markdown_table((*header, 'share of floor', _PEAK), rows)
     harness.report(arguments, harness.wrapped(definition), table, *paces, measurements=measurements)
 
 

@@ -151,18 +151,21 @@ def prepare_programs() -> harness.Prepared:
     images = np.random.default_rng(0).random((_IMAGES, *info.image_shape), np.float32)
     variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), images[:1]))
 
+    def logits(variables: Any, x: jax.Array) -> jax.Array:
+        return forward(variables, x)[0]
+
     def unit(padded: bool) -> None:
         # A function of its own, so that nothing is compiled already.
-        run = jax.jit(lambda variables, x: forward(variables, x)[0])
+        run = jax.jit(lambda variables, x: logits(variables, x))
         for start in range(0, _IMAGES, BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
             if padded and len(batch) < BATCH_SIZE:
                 batch = np.concatenate([batch, images[: BATCH_SIZE - len(batch)]])
             jax.block_until_ready(run(variables, parallel.shard(mesh, batch)))
 
-    return harness.Prepared(
-        {_WHOLE: lambda: unit(True), 'a program for the last batch': lambda: unit(False)}, {}
-    )
+    units = {_WHOLE: lambda: unit(True), 'a program for the last batch': lambda: unit(False)}
+    flops = harness.count_flops(jax.jit(logits), variables, images)
+    return harness.Prepared(units, {'flops': flops})
 
 
 def table(
@@ -171,6 +174,7 @@ def table(
     programs: harness.Measurement,
     floor: Sequence[float],
     floor_of_sizes: Sequence[float],
+    floor_of_programs: Sequence[float] | None,
 ) -> str:
     """Returns the Markdown table.
 
@@ -180,13 +184,14 @@ def table(
         programs: seconds of a test set, compilation with it.
         floor: seconds of these training steps at the peak of convolutions, in each round.
         floor_of_sizes: those of the images of all sizes.
+        floor_of_programs: those of a forward pass of the test set; None where nobody counted.
     """
     rows = []
     for name in choices.seconds:
         rows.append(
             (
                 _TRAINING if name == _TRAINING else f'{_TRAINING}, {name}',
-                f'{choices.summary(name).median / _STEPS * 1e3:.0f} ms',
+                f'{harness.time_text(choices.summary(name), 1e3 / _STEPS, 0)} ms',
                 '1' if name == _TRAINING else harness.ratio_text(choices.ratio(name, _TRAINING)),
                 harness.percent(choices.share(name, floor)),
             )
@@ -196,19 +201,22 @@ def table(
         rows.append(
             (
                 f'{max(SIZES)} images in batches of {size}',
-                f'{sizes.summary(size).median * 1e3:.0f} ms',
+                f'{harness.time_text(sizes.summary(size), 1e3, 0)} ms',
                 '1' if size == usual else harness.ratio_text(sizes.ratio(size, usual)),
                 harness.percent(sizes.share(size, floor_of_sizes)),
             )
         )
     for name in programs.seconds:
+        share = '-'
+        if floor_of_programs is not None:
+            share = harness.percent(programs.share(name, floor_of_programs))
         rows.append(
             (
                 f'{_IMAGES:,} images and compilation, '
                 + ('one program, the last batch filled up' if name == _WHOLE else name),
-                f'{programs.summary(name).median:.2f} s',
+                f'{harness.time_text(programs.summary(name), 1, 2)} s',
                 '1' if name == _WHOLE else harness.ratio_text(programs.ratio(name, _WHOLE)),
-                '-',
+                share,
             )
         )
     return harness.markdown_table(
@@ -244,23 +252,28 @@ def main() -> None:
             {str(size): of_sizes.unit(str(size)) for size in SIZES}, rounds=arguments.rounds
         )
         of_programs = start('choices:prepare_programs', {})
-        programs = harness.alternate(
+        programs, beside_programs = harness.beside_floors(
             {name: of_programs.unit(name) for name in (_WHOLE, 'a program for the last batch')},
             rounds=max(arguments.rounds // 2, 2),
         )
+        flops_of_programs = of_programs.details['flops']
     flops = training_step.step_flops(BATCH_SIZE)
     floor = floors.convolution_seconds(_STEPS * flops)
     floor_of_sizes = beside_sizes.convolution_seconds(max(SIZES) // BATCH_SIZE * flops)
+    floor_of_programs = None
+    if flops_of_programs is not None:
+        floor_of_programs = beside_programs.convolution_seconds(flops_of_programs)
     definition = (
         f'ResNet-20, batches of {BATCH_SIZE} where no other size is said. What a training step '
         f'gives away needs no second place: {donated:.1f} MiB, parameters and optimizer. Floor: '
-        'the operations of the step, or of those on 256 images, at the peak of convolutions in '
-        f'their own rounds. Of the step: {floors}'
+        'the operations of the step, of those on 256 images, or of the forward pass of all images, '
+        'without compilation, at the peak of convolutions in their own rounds. Times stand with '
+        f'their quartiles. Of the step: {floors}'
     )
     harness.report(
         arguments,
         harness.wrapped(definition),
-        table(choices, sizes, programs, floor, floor_of_sizes),
+        table(choices, sizes, programs, floor, floor_of_sizes, floor_of_programs),
         measurements={'choices': choices, 'sizes': sizes, 'programs': programs},
     )
 

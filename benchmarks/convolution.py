@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,11 @@ from neurosens import onednn, parallel
 BATCH_SIZE = 128
 # What is timed, and its operations relative to those of a forward pass.
 KINDS = {'forward': 1, 'gradient': 2, 'kernel gradient': 1}
+# The candidates, each in a worker process.
+SIDES = ('XLA', 'oneDNN', 'PyTorch')
+# Of a unit, so many of which are a turn: the way to a worker and back would count in one call.
+_UNIT_SECONDS = 0.03
+_UNITS = 3
 
 
 class Shape(NamedTuple):
@@ -54,9 +59,8 @@ class Shape(NamedTuple):
         return random.standard_normal((BATCH_SIZE, side, side, self.outputs), 'f4')
 
     def flops(self) -> float:
-        """Operations of a forward pass."""
-        pixels = (-(-self.side // self.stride)) ** 2
-        return 2.0 * BATCH_SIZE * pixels * self.window**2 * self.inputs * self.outputs
+        """Operations of a forward pass, without products with the zeros around images."""
+        return BATCH_SIZE * harness.convolution_flops(*self)
 
 
 SHAPES = (
@@ -94,7 +98,20 @@ def prepare(*, by_onednn: bool) -> harness.Prepared:
             jax.jit(lambda x, w, y, run=run: jax.vjp(lambda w: run(x, w), w)[1](y)),
             *(x, w, cotangents),
         )
-    return harness.Prepared(units, {'devices': mesh.size})
+    return lasting(units, devices=mesh.size)
+
+
+def lasting(units: Mapping[str, harness.Unit], **details: Any) -> harness.Prepared:
+    """Returns what a worker offers: units of several calls, and how many `calls` each has.
+
+    Args:
+        units: one call each.
+        **details: further facts to report.
+    """
+    repeated = {name: harness.lasting(unit, _UNIT_SECONDS) for name, unit in units.items()}
+    calls = {name: count for name, (_, count) in repeated.items()}
+    several = {name: unit for name, (unit, _) in repeated.items()}
+    return harness.Prepared(several, {**details, 'calls': calls})
 
 
 def _convolve(x: jax.Array, w: jax.Array, shape: Shape) -> jax.Array:
@@ -107,6 +124,41 @@ def _convolve(x: jax.Array, w: jax.Array, shape: Shape) -> jax.Array:
 def _blocking(function: Callable[..., Any], *arrays: jax.Array) -> harness.Unit:
     function(*arrays)
     return lambda: jax.block_until_ready(function(*arrays))
+
+
+def table(measured: harness.Measurement, floors: harness.Floors) -> str:
+    """Returns the Markdown table, the fastest side of each row in bold.
+
+    Args:
+        measured: seconds of one call, by `unit_name`.
+        floors: peaks in the same rounds.
+    """
+    rows = []
+    for shape, kind in _cases():
+        names = {side: unit_name(side, shape, kind) for side in SIDES}
+        fastest = harness.fastest(measured, list(names.values()))
+        floor = floors.convolution_seconds(shape.flops() * KINDS[kind])
+        times = {name: harness.time_text(measured.summary(name), 1e3, 2) for name in names.values()}
+        rows.append(
+            (
+                f'{shape} {kind}',
+                *(f'**{text}**' if name == fastest else text for name, text in times.items()),
+                harness.ratio_text(measured.ratio(names['XLA'], names['oneDNN'])),
+                harness.ratio_text(measured.ratio(names['PyTorch'], names['oneDNN'])),
+                *(harness.percent(measured.share(name, floor)) for name in names.values()),
+            )
+        )
+    header = ('Convolution', *(f'{side}, ms' for side in SIDES), 'XLA / oneDNN', 'PyTorch / oneDNN')
+    return harness.markdown_table((*header, *(f'share of floor, {side}' for side in SIDES)), rows)
+
+
+def unit_name(side: str, shape: Shape, kind: str) -> str:
+    """Returns the name of a measured unit."""
+    return f'{side}: {shape} {kind}'
+
+
+def _cases() -> list[tuple[Shape, str]]:
+    return [(shape, kind) for shape in SHAPES for kind in KINDS]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -126,42 +178,31 @@ def main() -> None:
         'oneDNN': harness.WorkerSpec(ours, {'by_onednn': True}),
         'PyTorch': harness.WorkerSpec(theirs),
     }
-    cases = [(shape, kind) for shape in SHAPES for kind in KINDS]
+    units, calls = {}, {}
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(harness.worker(spec)) for name, spec in specs.items()}
-        units = {
-            f'{name}: {shape} {kind}': worker.unit(f'{shape} {kind}')
-            for shape, kind in cases
-            for name, worker in workers.items()
-        }
-        measured, floors = harness.beside_floors(units, rounds=arguments.rounds, repeats=3)
-    rows = []
-    for shape, kind in cases:
-        names = {name: f'{name}: {shape} {kind}' for name in specs}
-        fastest = harness.fastest(measured, list(names.values()))
-        times = {unit: f'{1000 * measured.summary(unit).median:.2f}' for unit in names.values()}
-        floor = floors.convolution_seconds(shape.flops() * KINDS[kind])
-        rows.append(
-            (
-                f'{shape} {kind}',
-                *(harness.bold(text, times[fastest]) for text in times.values()),
-                harness.ratio_text(measured.ratio(names['XLA'], names['oneDNN'])),
-                harness.ratio_text(measured.ratio(names['PyTorch'], names['oneDNN'])),
-                *(harness.percent(measured.share(unit, floor)) for unit in names.values()),
-            )
-        )
-    header = ('Convolution', *(f'{name}, ms' for name in specs), 'XLA / oneDNN', 'PyTorch / oneDNN')
-    header = (*header, *(f'share of floor, {name}' for name in specs))
+        workers = {side: stack.enter_context(harness.worker(specs[side])) for side in SIDES}
+        for shape, kind in _cases():
+            for side, worker in workers.items():
+                name = unit_name(side, shape, kind)
+                units[name] = worker.unit(f'{shape} {kind}')
+                calls[name] = worker.details['calls'][f'{shape} {kind}']
+        several, floors = harness.beside_floors(units, rounds=arguments.rounds, repeats=_UNITS)
+    measured = several.per_call(calls)
     definition = (
-        f'Batches of {BATCH_SIZE}. A gradient is a forward pass, a square and the gradient with '
-        'respect to the images; that of the kernel is alone. Floor: the operations of the '
-        f'convolutions in it, at the peak rate of convolutions. {floors}'
+        f'Batches of {BATCH_SIZE}. In its turn each is called for {1e3 * _UNIT_SECONDS:.0f} ms or '
+        f'longer, {_UNITS} times, of which the median counts; times are those of one call, with '
+        'their quartiles over rounds. A gradient is a forward pass, a square and the gradient with '
+        'respect to the images; that of the kernel is alone. Forward passes of 1 x 1 are the same '
+        'program under XLA and oneDNN: their ratio shows the noise. Floor: the operations of the '
+        'convolutions in it, without products with the zeros around images, at the peak rate of '
+        f'convolutions. {floors}'
     )
     harness.report(
         arguments,
         harness.wrapped(definition),
-        harness.markdown_table(header, rows),
+        table(measured, floors),
         measurements={'convolution': measured},
+        details={'calls': calls},
     )
 
 

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -33,6 +34,7 @@ from matplotlib.figure import Figure
 
 from neurosens import onednn, parallel
 from neurosens.evaluation import plots
+from neurosens.onednn import kernel_gradient
 
 Unit: TypeAlias = Callable[[], object]
 
@@ -111,6 +113,10 @@ class Measurement:
     def scaled(self, name: str, factor: float) -> tuple[float, ...]:
         """Returns the seconds of a candidate in each round times a factor."""
         return tuple(factor * value for value in self.seconds[name])
+
+    def per_call(self, calls: Mapping[str, int]) -> Measurement:
+        """Returns the seconds of one call of candidates that make so many in a unit."""
+        return Measurement({name: self.scaled(name, 1 / calls[name]) for name in self.seconds})
 
     def ratio(self, name: str, reference: str) -> Ratio:
         """Returns how many times as long as `reference` a candidate takes."""
@@ -267,7 +273,9 @@ def _receive(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------- floors
 
-_FLOOR_SECONDS = 0.03
+# Of a turn: long enough to average over what candidates of seconds meet, short enough for those of
+# 25 rounds to stay below a minute.
+_FLOOR_SECONDS = 0.5
 _FLOOR_CASES = ((32, 16, 16), (16, 32, 32), (8, 64, 64), (16, 128, 128), (8, 256, 256))
 _FLOOR_UNITS = ('matmul', 'convolution', 'memory')
 
@@ -295,6 +303,10 @@ class Floors:
     def matmul_seconds(self, flops: float) -> tuple[float, ...]:
         """Returns how long so many operations take in each round at the peak of products."""
         return tuple(flops / rate for rate in self.matmul)
+
+    def memory_seconds(self, size: float) -> tuple[float, ...]:
+        """Returns how long so many bytes take in each round at the peak of memory."""
+        return tuple(size / rate for rate in self.memory)
 
     def pace(self, measurement: Measurement, flops: Mapping[str, float | None]) -> str:
         """Says at what share of the peak of convolutions candidates run, and what the peaks are.
@@ -326,10 +338,13 @@ class Floors:
         )
 
 
-def prepare_floors(*, size: int = 0, megabytes: int = 0, images: int = 0) -> Prepared:
+def prepare_floors(
+    *, seconds: float = _FLOOR_SECONDS, size: int = 0, megabytes: int = 0, images: int = 0
+) -> Prepared:
     """Prepares what the device does at its best, in a worker process.
 
     Args:
+        seconds: how long a unit lasts at least.
         size: rows per device, and columns, of the float32 matrices; 0 for 2048, or on an
             accelerator, for which that is little, 8192.
         megabytes: size per device of the array that is read and of the one that is written; 0 for
@@ -370,8 +385,8 @@ def prepare_floors(*, size: int = 0, megabytes: int = 0, images: int = 0) -> Pre
     }
     units, work = {}, {}
     for name, (unit, amount) in once.items():
-        calls = max(round(_FLOOR_SECONDS / _least_seconds(unit)), 1)
-        units[name], work[name] = _repeated(unit, calls), calls * amount
+        units[name], calls = lasting(unit, seconds)
+        work[name] = calls * amount
     return Prepared(units, {'work': work, 'fastest': best})
 
 
@@ -394,6 +409,29 @@ def count_flops(function: Any, *arguments: Any, calls: int = 1) -> float | None:
     return None if analysis is None else calls * analysis['flops']
 
 
+def convolution_flops(side: int, inputs: int, outputs: int, window: int, stride: int = 1) -> float:
+    """Counts the operations of a convolution of one square image, as XLA does.
+
+    Its gradient with respect to the image, or to the kernel, takes as many.
+
+    Args:
+        side: of the image, around which are `(window - 1) // 2` zeros, products with which do not
+            count.
+        inputs: channels of the image.
+        outputs: channels of the result.
+        window: side of the kernel, an odd number.
+        stride: of the convolution.
+
+    Returns:
+        A product and a sum for every pixel that a window meets, input and output channel.
+    """
+    edge = (window - 1) // 2
+    starts = range(-edge, side + edge - window + 1, stride)
+    # Pixels that windows meet along an axis, all windows together.
+    met = sum(min(start + window, side) - max(start, 0) for start in starts)
+    return 2.0 * met**2 * inputs * outputs
+
+
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, precision='highest')
 
@@ -409,12 +447,23 @@ def _compiled(function: Callable[..., jax.Array], *arrays: jax.Array) -> Unit:
     return lambda: jax.block_until_ready(compiled(*arrays))
 
 
-def _repeated(unit: Unit, calls: int) -> Unit:
+def lasting(unit: Unit, seconds: float) -> tuple[Unit, int]:
+    """Repeats a unit, so that what a turn takes beside it counts for little.
+
+    Args:
+        unit: one call; runs a few times before, to see how long it lasts.
+        seconds: how long all calls should last at least.
+
+    Returns:
+        The unit of all calls, and how many there are.
+    """
+    calls = max(math.ceil(seconds / _least_seconds(unit)), 1)
+
     def run() -> None:
         for _ in range(calls):
             unit()
 
-    return run
+    return run, calls
 
 
 def _least_seconds(unit: Unit, repeats: int = 3) -> float:
@@ -442,7 +491,8 @@ def beside_floors(
     Returns:
         The seconds of the candidates, and the rates of the device.
     """
-    with worker(WorkerSpec('benchmarks.harness:prepare_floors')) as host:
+    options = {'seconds': _FLOOR_SECONDS / repeats}
+    with worker(WorkerSpec('benchmarks.harness:prepare_floors', options)) as host:
         peaks = {f'floor: {name}': host.unit(name) for name in _FLOOR_UNITS}
         whole = alternate(
             {**candidates, **peaks},
@@ -552,8 +602,9 @@ def mesh() -> jax.sharding.Mesh:
 def peak_memory(unit: Unit) -> float:
     """The peak of this process in MiB while a unit runs; on a GPU that of what JAX allocated.
 
-    The unit runs once before, so that what compiling takes is left out of the process's peak.
-    Linux only.
+    The unit runs once before, which compiles it, and the peak counts from there on. That leaves out
+    what compiling took only where freed memory is given back: a process that keeps it, as those of
+    `start_jax` do, still holds all of it. Linux only.
     """
     unit()
     if device() == 'gpu':
@@ -641,7 +692,10 @@ def _cpu_model() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     fields = (line.partition(':') for line in lines)
     models = (value.strip() for key, _, value in fields if key.strip() == 'model name')
-    return next(models, platform.processor() or platform.machine())
+    model = next(models, platform.processor() or platform.machine())
+    # Clouds give processors of several generations one name.
+    lacks = platform.machine() in ('x86_64', 'AMD64') and not kernel_gradient.has_avx512()
+    return f'{model} without AVX-512' if lacks else model
 
 
 def machine_line(description: Mapping[str, Any]) -> str:
@@ -655,9 +709,26 @@ def machine_line(description: Mapping[str, Any]) -> str:
     )
 
 
-def ratio_text(ratio: Ratio) -> str:
+def ratio_text(ratio: Ratio, digits: int = 2) -> str:
     """Returns a ratio with its spread, such as `'1.52 (1.49-1.57)'`."""
-    return f'{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})'
+    return _spread_text(*ratio, digits)
+
+
+def time_text(summary: Summary, scale: float, digits: int) -> str:
+    """Returns a time with its quartiles, such as `'4.9 (4.6-5.3)'`.
+
+    Args:
+        summary: in seconds.
+        scale: what a second of it is in the unit of the text.
+        digits: behind the point.
+    """
+    return _spread_text(*(scale * seconds for seconds in summary[:3]), digits)
+
+
+def _spread_text(middle: float, low: float, high: float, digits: int) -> str:
+    text, *ends = (f'{value:,.{digits}f}' for value in (middle, low, high))
+    # A single round has no spread, nor has what is compared with itself.
+    return text if low == high else f'{text} ({ends[0]}-{ends[1]})'
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -36,6 +36,8 @@ FEW_LAYER = 'stage1_block3'
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 DEPTHS = (20, 32, 44, 56)
 CHUNKS = (1, 2, 4, 8, 16, 32, 65)
+# Of scaling: the layer whose neurons are measured, and directions of random probes.
+_MEASURED, _PROBES = 'act1', 4
 _MULTIPLIES = 64
 _AGREEING = 0.97
 
@@ -132,7 +134,7 @@ def delta(arguments: argparse.Namespace) -> None:
         theirs = [f'PyTorch, {name}' for name in peers.details['units']]
         units = {name: ours.unit(name) for name in ours.details['units']}
         units |= {f'PyTorch, {name}': peers.unit(name) for name in peers.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
     # Everything in seconds for the whole problem.
     pairs = DELTA['images'] * DELTA['neurons']
     scale = dict.fromkeys(ours.details['units'], 1.0)
@@ -152,7 +154,7 @@ def delta(arguments: argparse.Namespace) -> None:
     }
     definition = (
         f'{DELTA["neurons"]} neurons on {DELTA["images"]:,} images with {DELTA["classes"]} '
-        f'classes. {agreement} Floor: the slower of the two that the table names.'
+        f'classes. {agreement} Floor: the slower of the two that the table names. {floors}'
     )
     harness.report(
         arguments,
@@ -205,9 +207,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _ratio(ratio: harness.Ratio) -> str:
-    if ratio.median < 100:
-        return harness.ratio_text(ratio)
-    return f'{ratio.median:,.0f} ({ratio.low:,.0f}-{ratio.high:,.0f})'
+    return harness.ratio_text(ratio, 2 if ratio.median < 100 else 0)
 
 
 # ---------------------------------------------------------------------------- input gradients
@@ -315,15 +315,19 @@ def probes(arguments: argparse.Namespace) -> None:
         rows.append(
             (
                 name,
-                _milliseconds(measurement.summary(name).median),
+                harness.time_text(measurement.summary(name), 1e3, 1),
                 harness.ratio_text(each),
                 harness.percent(measurement.share(name, measurement.scaled('forward pass', count))),
             )
         )
     header = ('All layers of ResNet-20', 'ms', 'forward passes per probe', 'share of floor')
+    definition = (
+        f'Batch {GRADIENT_IMAGES}, times with their quartiles. Floor: a forward pass per probe. '
+        f'{pace}'
+    )
     harness.report(
         arguments,
-        harness.wrapped(f'Batch {GRADIENT_IMAGES}. Floor: a forward pass per probe. {pace}'),
+        harness.wrapped(definition),
         harness.markdown_table(header, rows),
         measurements={'probes': measurement},
     )
@@ -536,9 +540,10 @@ def ablation(arguments: argparse.Namespace) -> None:
 
 def _least_ablation_flops() -> float:
     """Operations per image that no way of removing 64 filters in turn can do without."""
-    convolutions = 28**2 * 9 * 64 + 14**2 * 9 * 64 * 32
-    dense = 7**2 * 32 * 64 + 64 * 10
-    return 2.0 * (convolutions + (1 + 64) * dense)
+    first = harness.convolution_flops(28, 1, 64, 3)
+    second = harness.convolution_flops(14, 64, 32, 3)
+    dense = 2.0 * (7**2 * 32 * 64 + 64 * 10)
+    return first + second + (1 + 64) * dense
 
 
 # --------------------------------------------------------------------------- memory and scaling
@@ -598,8 +603,9 @@ def memory(arguments: argparse.Namespace) -> None:
     header = (*header, 'growth of the process, MiB')
     floor = next(iter(found.values()))['floor']
     definition = (
-        'Ablation of 64 filters, batches of 250, each chunk in a process of its own. Floor: the '
-        f'{floor:.0f} MiB of one forward pass.'
+        'Ablation of 64 filters, batches of 250, each chunk in a process of its own, '
+        f'whose growth is that beyond what compiling took. Floor: the {floor:.0f} MiB of one '
+        'forward pass.'
     )
     if arguments.plot:
         figure = Figure(figsize=(4.5, 3.2), layout='constrained')
@@ -624,56 +630,97 @@ def prepare_scaling(*, output: str = '') -> harness.Prepared:
         output: not used.
 
     Returns:
-        For each width of a hidden layer, and each depth of a CIFAR ResNet, one unit per measure.
+        For each width of a hidden layer, and each depth of a CIFAR ResNet, one unit per measure; as
+        details the `flops` of each, see `least_flops`.
     """
     del output
     mesh = harness.start_jax()
-    units: dict[str, harness.Unit] = {}
     key = parallel.replicate(mesh, jax.random.key(0))
-    x = parallel.shard(mesh, neuron_problems.images(128, 0, (28, 28, 1)))
-    y = parallel.shard(mesh, neuron_problems.labels(128, 0))
-    for width in WIDTHS:
-        module = models.create('mlp', num_classes=10, hidden=(width, 256))
-        _scaling_units(units, f'width {width}', module, mesh, x, y, 'act1', key)
-    x = parallel.shard(mesh, neuron_problems.images(16, 0))
-    y = parallel.shard(mesh, neuron_problems.labels(16, 0))
-    for depth in DEPTHS:
-        module = models.create(f'cifar_resnet{depth}', num_classes=10)
-        # Gradients go from the neurons to the pixels: through all layers only from the last.
-        _scaling_units(units, f'depth {depth}', module, mesh, x, y, 'act1', key, 'head:in')
-    return _prepared(units, devices=mesh.size)
+    grey, colour = (
+        parallel.shard(mesh, (neuron_problems.images(n, 0, shape), neuron_problems.labels(n, 0)))
+        for n, shape in ((128, (28, 28, 1)), (16, (32, 32, 3)))
+    )
+    cases: list[tuple[str, str, dict[str, Any], Any, str, str]] = [
+        (f'width {width}', 'mlp', {'hidden': (width, 256)}, grey, 'dense2', '') for width in WIDTHS
+    ]
+    # Gradients go from the neurons to the pixels: through all layers only from the last.
+    cases += [
+        (f'depth {depth}', f'cifar_resnet{depth}', {}, colour, 'stage1_block1/conv1', 'head:in')
+        for depth in DEPTHS
+    ]
+    units: dict[str, harness.Unit] = {}
+    flops: dict[str, float] = {}
+    for name, model, options, (x, y), linear, pulled in cases:
+        module = models.create(model, num_classes=10, **options)
+        variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *x.shape[1:])))
+        forward, variables = LinenForward(module), parallel.replicate(mesh, variables)
+        measures = _measures(forward, variables, x, y, key, pulled or _MEASURED)
+        units |= {f'{name} {measure}': _blocking(run) for measure, run in measures.items()}
+        least = least_flops(forward, variables, x, linear=linear, pulled=pulled)
+        flops |= {f'{name} {measure}': count for measure, count in least.items()}
+    return _prepared(units, devices=mesh.size, flops=flops)
 
 
-def _scaling_units(
-    units: dict[str, harness.Unit],
-    name: str,
-    module: Any,
-    mesh: jax.sharding.Mesh,
-    x: jax.Array,
-    y: jax.Array,
-    layer: str,
-    key: jax.Array,
-    gradient_layer: str = '',
-) -> None:
-    forward = LinenForward(module)
-    shape = jnp.zeros((1, *x.shape[1:]))
-    variables = parallel.replicate(mesh, jax.jit(module.init)(jax.random.key(0), shape))
+def _measures(
+    forward: LinenForward, variables: Any, x: jax.Array, y: jax.Array, key: jax.Array, pulled: str
+) -> dict[str, Callable[[], Any]]:
+    call, layer = (forward, variables, x), _MEASURED
     plain = jax.jit(lambda v, x: forward(v, x)[0])
     everything, x_adv = jnp.ones_like(y, dtype=bool), jnp.clip(x + 0.1, 0, 1)
-    measures: dict[str, Callable[[], Any]] = {
+    return {
         'forward': lambda: plain(variables, x),
-        'sensitivity': lambda: neurons.sensitivity(forward, variables, x, layer=layer),
-        'influence': lambda: neurons.influence(forward, variables, x, layer=layer),
-        'ablation': lambda: neurons.ablation(forward, variables, x, y, layer=layer),
-        'statistics': lambda: activation_summary(forward, variables, x, everything, layer=layer),
-        'shift': lambda: neurons.shift(forward, variables, x, x_adv, layer=layer),
-        'probes': lambda: neurons.probe_gradients(forward, variables, x, key, probes=4),
-        'gradients': lambda: neurons.input_gradient_norms(
-            forward, variables, x, layer=gradient_layer or layer
-        ),
+        'sensitivity': lambda: neurons.sensitivity(*call, layer=layer),
+        'influence': lambda: neurons.influence(*call, layer=layer),
+        'ablation': lambda: neurons.ablation(*call, y, layer=layer),
+        'statistics': lambda: activation_summary(*call, everything, layer=layer),
+        'shift': lambda: neurons.shift(*call, x_adv, layer=layer),
+        'probes': lambda: neurons.probe_gradients(*call, key, probes=_PROBES),
+        'gradients': lambda: neurons.input_gradient_norms(*call, layer=pulled),
     }
-    for measure, run in measures.items():
-        units[f'{name} {measure}'] = _blocking(run)
+
+
+def least_flops(
+    forward: LinenForward, variables: Any, x: jax.Array, *, linear: str, pulled: str
+) -> dict[str, float]:
+    """Counts the operations that measures of `act1` cannot do without, as their floor has them.
+
+    Args:
+        forward: the network.
+        variables: its variables.
+        x: images.
+        linear: the first layer behind `act1` that multiplies: without a neuron its output differs
+            by a part of it, and only what follows has to run again.
+        pulled: the layer whose input gradients take a pass back for each neuron; empty where they
+            are those of `act1` and rows of the kernel of a dense layer.
+
+    Returns:
+        By measure; nothing where JAX cannot count.
+    """
+
+    def value(layer: str) -> Any:
+        return jax.jit(lambda v, x: forward(v, x, taps=(layer,))[1][layer])
+
+    logits = jax.jit(lambda v, x: forward(v, x)[0])
+    layers = (_MEASURED, linear, pulled or _MEASURED)
+    counts = [harness.count_flops(run, variables, x) for run in (logits, *map(value, layers))]
+    whole, front, entered, before = (count or 0.0 for count in counts)
+    if not whole:
+        return {}
+    classes = jax.eval_shape(logits, variables, x).shape[-1]
+    measured, last = (
+        jax.eval_shape(value(layer), variables, x).shape[-1] for layer in (layers[0], layers[2])
+    )
+    behind = whole - front
+    return {
+        'forward': whole,
+        'sensitivity': whole + min(classes, measured) * behind,
+        'influence': whole + behind,
+        'ablation': whole + measured * (whole - entered),
+        'statistics': front,
+        'shift': 2 * front,
+        'probes': (1 + _PROBES) * whole,
+        'gradients': (1 + last) * before if pulled else front,
+    }
 
 
 def scaling_figure(measurement: harness.Measurement, measures: Sequence[str]) -> Figure:
@@ -697,15 +744,25 @@ def scaling(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         worker = _start(stack, 'neurons:prepare_scaling', {})
         units = {name: worker.unit(name) for name in worker.details['units']}
-        measurement = harness.alternate(units, rounds=arguments.rounds)
+        measurement, floors = harness.beside_floors(units, rounds=arguments.rounds)
+        flops = worker.details['flops']
     measures = tuple(
         name.rpartition(' ')[2] for name in units if name.startswith(f'width {WIDTHS[0]} ')
     )
     tables = []
-    for kind, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
+    # The widths are of dense layers, the depths of convolutions.
+    for kind, sizes, seconds in (
+        ('width', WIDTHS, floors.matmul_seconds),
+        ('depth', DEPTHS, floors.convolution_seconds),
+    ):
         rows = []
         for measure in measures:
-            times = [measurement.summary(f'{kind} {size} {measure}').median * 1e3 for size in sizes]
+            cells = []
+            for name in (f'{kind} {size} {measure}' for size in sizes):
+                share = '-'
+                if name in flops:
+                    share = harness.percent(measurement.share(name, seconds(flops[name])))
+                cells.append(f'{measurement.summary(name).median * 1e3:.1f} ({share})')
             # A ResNet of depth n has n - 2 layers behind the one that is measured.
             costly = sizes if kind == 'width' else [size - 2 for size in sizes]
             # One slope per round, in which drift of the machine cancels.
@@ -716,17 +773,23 @@ def scaling(arguments: argparse.Namespace) -> None:
             last = np.diff(rounds[-2:], axis=0)[0] / np.log(costly[-1] / costly[-2])
             low, middle, high = np.quantile(last, (0.1, 0.5, 0.9))
             last_exponent = harness.ratio_text(harness.Ratio(middle, low, high))
-            rows.append((measure, *(f'{value:.1f}' for value in times), exponent, last_exponent))
-        header = (f'ms at {kind}', *(str(size) for size in sizes), 'exponent', 'of the last step')
+            rows.append((measure, *cells, exponent, last_exponent))
+        header = (f'ms at {kind} (share of floor)', *map(str, sizes), 'exponent')
+        header = (*header, 'of the last step')
         tables.append(harness.markdown_table(header, rows))
     if arguments.plot:
         harness.save_figure(scaling_figure(measurement, measures), arguments.plot)
     definition = (
         '128 images for the widths, 16 for the depths. The exponent is the slope in logarithms, of '
-        'all sizes and of the last two, '
-        'for depth against the layers between the measured one and the logits, or, of gradients, '
-        'which are those of the 64 last neurons, the pixels. There is no other floor; the forward '
-        'pass shows how the cost of the network itself grows.'
+        'all sizes and of the last two, for depth against the layers between the measured one and '
+        'the logits, or, of gradients, which are those of the 64 last neurons, the pixels. Floor: '
+        'operations, for the widths at the peak rate of matrix products, for the depths at that of '
+        'convolutions: of the forward pass; for sensitivity also of a pass back to the layer for '
+        f'each class, for influence of one, for probes of {_PROBES} forward passes more, for '
+        'ablation of what stands behind the next convolution or product, for each neuron; for '
+        'statistics of the layers up to the measured one alone, for shift twice; for gradients of '
+        'those up to theirs, and of as many back from each neuron, but none for rows of the kernel '
+        f'of a dense layer. {floors}'
     )
     harness.report(
         arguments, harness.wrapped(definition), *tables, measurements={'scaling': measurement}

@@ -167,6 +167,13 @@ def _subjects() -> tuple[Subject, ...]:
             60,
         ),
         Subject(
+            'attack_parity.projecting',
+            'benchmarks.attack_parity',
+            ('smallest', *real, '--searches', 'fmn, projecting l2'),
+            parity,
+            5,
+        ),
+        Subject(
             'attack_parity.published',
             'benchmarks.attack_parity',
             ('published', *real),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class Term(NamedTuple):
     Attributes:
         objective: name and options of the objective.
         regularizer: name and options of the regularizer, or None.
-        limit: what its step may cost in plain steps.
+        limit: what its step may cost in plain steps; infinite where nothing is asked of it.
     """
 
     objective: tuple[str, dict[str, Any]]
@@ -72,9 +73,13 @@ class Term(NamedTuple):
 _PLAIN: tuple[str, dict[str, Any]] = ('standard', {})
 # Of terms that use the pass of the objective.
 SHARED = ', shared pass'
+# Activation sensitivity by pullbacks of random cotangents in place of a random tangent.
+CALLED_BACK = 'activation sensitivity, cotangents'
 _PENALTIES = {
     'T1 + T2': ('neuron_contribution', {}, 1.1),
     'activation sensitivity': ('activation_sensitivity', {}, 2.2),
+    # What double backpropagation in PyTorch draws too.
+    CALLED_BACK: ('activation_sensitivity', {'estimator': 'cotangent'}, math.inf),
     'Jacobian, one projection': ('jacobian', {'projections': 1}, 2.5),
     'both in one pass': ('sensitivity_and_jacobian', {}, 2.7),
 }
@@ -215,7 +220,8 @@ def _steps(arguments: argparse.Namespace) -> None:
         tables += [harness.wrapped(f'{name}. {pace}'), harness.markdown_table(header, rows)]
     definition = (
         f'Batches of {arguments.batch_size}; of each turn the median of {_REPEATS} times {STEPS} '
-        'steps. Floor: the plain step of neurosens in the same round.'
+        'steps. Floor: the plain step of neurosens in the same round. PyTorch draws activation '
+        'sensitivity by cotangents in all of its rows, as double backpropagation does.'
     )
     if arguments.plot:
         harness.draw_times(measurements, arguments.plot, 'ms per step', 1e3 / STEPS)
@@ -230,7 +236,7 @@ def _row(measured: harness.Measurement, term: str, known: Term) -> tuple[str, ..
         term,
         f'{1000 * measured.summary(term).median / STEPS:.0f}',
         '1' if plain else harness.ratio_text(measured.ratio(term, 'plain')),
-        '' if plain else f'{known.limit:g}',
+        f'{known.limit:g}' if math.isfinite(known.limit) and not plain else '',
         harness.percent(measured.share(term, measured.seconds['plain'])),
         f'{1000 * measured.summary(theirs).median / STEPS:.0f}',
         '1' if plain else harness.ratio_text(measured.ratio(theirs, 'PyTorch: plain')),

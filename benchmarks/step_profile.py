@@ -15,11 +15,14 @@ import pathlib
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
 from benchmarks import harness, training_step
+from neurosens import data
+from neurosens.models import BatchNorm
 from neurosens.onednn import kernel_gradient
 
 # What names of operations begin with or hold.
@@ -37,8 +40,12 @@ KINDS = (
 
 ALL = 'all'
 _STEP = 'step'
-# Operations of the first convolution of the ResNet-20 on one image: 32 x 32 x 3 to 16, 3 x 3.
-_FIRST_CONVOLUTION = 2.0 * 32 * 32 * 27 * 16
+# Operations of the first convolution of the ResNet-20 on one image.
+_FIRST_CONVOLUTION = harness.convolution_flops(32, 3, 16, 3)
+# Arrays of the size of the input of a normalisation that must be read or written: for its sums the
+# input, and in the gradient the input again and a derivative; between the sums input and result,
+# and in the gradient a derivative, the input and the derivative with respect to it.
+_ARRAYS = {KINDS[2]: 3, KINDS[3]: 5}
 
 
 class Event(NamedTuple):
@@ -160,6 +167,21 @@ def profiled(unit: harness.Unit) -> list[list[Event]]:
     return threads
 
 
+def normalised_bytes(batch_size: int) -> int:
+    """Returns the bytes of the inputs of all normalisations of the network, which are float32."""
+    sizes: list[int] = []
+
+    def note(run: Any, arguments: Any, options: Any, context: Any) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == '__call__':
+            sizes.append(4 * arguments[0].size)
+        return run(*arguments, **options)
+
+    images = jax.ShapeDtypeStruct((batch_size, *data.info('cifar10').image_shape), 'f4')
+    with nn.intercept_methods(note):
+        jax.eval_shape(training_step.make_module().init, jax.random.key(0), images)
+    return sum(sizes)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -199,6 +221,11 @@ def main() -> None:
         kind: 1000 * statistics.median(floors.convolution_seconds(part))
         for kind, part in ((KINDS[0], flops - of_kernels), (KINDS[1], of_kernels), (ALL, flops))
     }
+    normalised = normalised_bytes(arguments.batch_size)
+    least |= {
+        kind: 1000 * statistics.median(floors.memory_seconds(arrays * normalised))
+        for kind, arrays in _ARRAYS.items()
+    }
     noted[ALL], counts[ALL] = sum(noted.values()), sum(counts.values())
     rows = [
         (
@@ -215,8 +242,11 @@ def main() -> None:
         f'ResNet-20, {arguments.steps} steps on {arguments.batch_size} images, {mesh.size} '
         f'devices; for one step and device. Without the profiler a step took {1000 * step:.0f} ms, '
         f'{harness.percent(share)} of the floor. Floor: the {flops / 1e9:.1f} GFLOP of a step, a '
-        f'third of which is that of the gradients of kernels, at the peak rate of convolutions, '
-        f'without what stands between them. {floors}'
+        'third of which is that of the gradients of kernels, at the peak rate of convolutions, '
+        f'without what stands between them. Floor of the sums are {_ARRAYS[KINDS[2]]}, and of '
+        f'elementwise operations {_ARRAYS[KINDS[3]]}, times the {normalised / 1e6:.0f} MB of the '
+        'inputs of normalisations: what is read or written once, at the rate of memory, which '
+        f'caches may exceed. Waiting and all else have none. {floors}'
     )
     header = ('Own time of', 'operations', 'ms', 'share of floor')
     harness.report(

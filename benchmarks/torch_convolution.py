@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, torch_device
-from benchmarks.convolution import SHAPES
+from benchmarks.convolution import SHAPES, lasting
 from neurosens import parallel
 
 
@@ -53,4 +53,4 @@ def prepare() -> harness.Prepared:
 
         units[f'{shape} forward'], units[f'{shape} gradient'] = forward, gradient
         units[f'{shape} kernel gradient'] = kernel_gradient
-    return harness.Prepared(units, {'threads': torch.get_num_threads()})
+    return lasting(units, threads=torch.get_num_threads())

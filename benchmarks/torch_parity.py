@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import eagerpy as ep
 import foolbox
 import numpy as np
 import torch
@@ -14,12 +15,27 @@ import torchattacks
 from benchmarks import published, torch_attacks
 from benchmarks.attack_settings import Setting
 
+
+class _ProjectingFMN(foolbox.attacks.L2FMNAttack):
+    """FMN of foolbox in l2 with projections onto the ball.
+
+    Its own divide norms by themselves, so that nothing is ever projected.
+    """
+
+    def project(self, x: ep.Tensor, x0: ep.Tensor, epsilon: ep.Tensor) -> ep.Tensor:
+        """Returns what lies in the ball around `x0` of radius `epsilon`, one for each image."""
+        lengths = ep.norms.l2(ep.astensor(x - x0).flatten(start=1), axis=-1)
+        factor = ep.minimum(1, epsilon / ep.maximum(lengths, 1e-12))
+        return x0 + (x - x0) * factor.reshape((-1, *(1,) * (x.ndim - 1)))
+
+
 _SMALLEST: dict[tuple[str, str], Callable[[], foolbox.Attack]] = {
     ('deepfool', 'l2'): lambda: foolbox.attacks.L2DeepFoolAttack(steps=50),
     ('deepfool', 'linf'): lambda: foolbox.attacks.LinfDeepFoolAttack(steps=50),
     ('fmn', 'l2'): lambda: foolbox.attacks.L2FMNAttack(steps=100),
     ('fmn', 'linf'): lambda: foolbox.attacks.LInfFMNAttack(steps=100),
     ('fmn', 'l1'): lambda: foolbox.attacks.L1FMNAttack(steps=100),
+    ('fmn, projecting', 'l2'): lambda: _ProjectingFMN(steps=100),
     ('carlini_wagner', 'l2'): lambda: foolbox.attacks.L2CarliniWagnerAttack(
         binary_search_steps=5, steps=200
     ),

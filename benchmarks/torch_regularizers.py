@@ -109,6 +109,7 @@ def jacobian(found: Pass) -> torch.Tensor:
 
 _PENALTIES: dict[str, Callable[[Pass], torch.Tensor]] = {
     'activation sensitivity': sensitivity,
+    regularizers.CALLED_BACK: sensitivity,
     'Jacobian, one projection': jacobian,
     'both in one pass': lambda found: sensitivity(found, 0.5),
 }

@@ -25,8 +25,10 @@ from benchmarks import (
     attacks,
     batch_norm,
     choices,
+    convolution,
     documents,
     harness,
+    neuron_problems,
     neurons,
     registry,
     regularizers,
@@ -36,6 +38,7 @@ from benchmarks import (
 )
 from benchmarks.attack_settings import Setting
 from neurosens import models
+from neurosens.forward import LinenForward
 from neurosens.models import BatchNorm, common
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -259,6 +262,14 @@ def test_reports_show_commands_without_paths():
     ]  # fmt: skip
 
 
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    monkeypatch.setattr(harness.platform, 'machine', lambda: 'x86_64')
+    monkeypatch.setattr(harness.kernel_gradient, 'has_avx512', lambda: True)
+    plain = harness.machine()['cpu']
+    monkeypatch.setattr(harness.kernel_gradient, 'has_avx512', lambda: False)
+    assert harness.machine()['cpu'] == f'{plain} without AVX-512'
+
+
 def test_a_report_names_command_machine_and_date(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x.py', 'delta', '--markdown', 'y'])
     spec = types.SimpleNamespace(name='benchmarks.neurons')
@@ -350,6 +361,7 @@ def test_shares_of_floors_are_formed_inside_of_rounds():
     assert harness.percent(0.25) == '25 %' and harness.percent(0.00042) == '0.04 %'
     floors = harness.Floors((4e9,), (2e9, 1e9), (1e9,), 'a shape')
     assert floors.convolution_seconds(2e9) == (1.0, 2.0) and floors.matmul_seconds(2e9) == (0.5,)
+    assert floors.memory_seconds(3e9) == (3.0,)
     assert floors.pace(harness.Measurement({'a': (2.0, 4.0)}), {'a': 1e9, 'b': 1e9}) == (
         f'Of the peak of convolutions, a: 1 GFLOP at 25 %. {floors}'
     )
@@ -370,6 +382,176 @@ def test_operations_of_a_device_that_jax_does_not_analyse_are_not_known():
 def test_operations_of_several_calls_are_counted():
     square = jax.jit(lambda x: x @ x)
     assert harness.count_flops(square, np.ones((3, 3), 'f4'), calls=5) == 5 * 2 * 3**3
+
+
+@pytest.mark.parametrize(
+    ('side', 'window', 'stride', 'met'),
+    [
+        (4, 3, 1, 2 + 3 + 3 + 2),
+        (4, 3, 2, 2 + 3),
+        (5, 5, 1, 3 + 4 + 5 + 4 + 3),
+        (7, 1, 1, 7),
+    ],
+)
+def test_products_with_zeros_around_images_are_no_operations(side, window, stride, met):
+    assert harness.convolution_flops(side, 3, 5, window, stride) == 2 * met**2 * 3 * 5
+
+
+@pytest.mark.parametrize('shape', convolution.SHAPES, ids=str)
+def test_operations_of_convolutions_are_those_that_xla_counts(shape):
+    arrays = (*shape.arrays(), shape.cotangents())
+    x, w, y = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+    run = functools.partial(convolution._convolve, shape=shape)
+
+    def of_images(y, w):
+        return jax.linear_transpose(lambda x: run(x, w), x)(y)
+
+    def of_kernel(x, y):
+        return jax.linear_transpose(lambda w: run(x, w), w)(y)
+
+    for function, arguments in ((run, (x, w)), (of_images, (y, w)), (of_kernel, (x, y))):
+        counted = harness.count_flops(jax.jit(function), *arguments)
+        # XLA adds up in float32.
+        assert counted == pytest.approx(shape.flops(), rel=1e-6)
+
+
+def test_the_floor_of_ablation_is_one_pass_and_the_dense_layers_of_all_others():
+    module = neuron_problems.small_cnn()
+    x = jax.ShapeDtypeStruct((1, *neuron_problems.SMALL_CNN_SHAPE), 'f4')
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    counted = harness.count_flops(jax.jit(module.apply), variables, x)
+    once = neurons._least_ablation_flops() - 64 * 2 * (7 * 7 * 32 * 64 + 64 * 10)
+    # Biases, ReLUs and pooling are not in it.
+    assert 0.95 * counted < once < counted
+
+
+def test_floors_of_neuron_measures_are_of_the_parts_that_they_need():
+    x = jax.ShapeDtypeStruct((4, 28, 28, 1), 'f4')
+    module = models.create('mlp', num_classes=10, hidden=(64, 256))
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    found = neurons.least_flops(LinenForward(module), variables, x, linear='dense2', pulled='')
+    front, second, head = (4 * 2 * size for size in (784 * 64, 64 * 256, 256 * 10))
+    whole = front + second + head
+    assert found == pytest.approx(
+        {
+            'forward': whole,
+            'sensitivity': whole + 10 * (second + head),
+            'influence': whole + second + head,
+            'ablation': whole + 64 * head,
+            'statistics': front,
+            'shift': 2 * front,
+            'probes': 5 * whole,
+            'gradients': front,
+        },
+        rel=0.15,
+    )
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), 'f4')
+    module = models.create('cifar_resnet20', num_classes=10)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    found = neurons.least_flops(
+        LinenForward(module), variables, x, linear='stage1_block1/conv1', pulled='head:in'
+    )
+    first, second = (2 * harness.convolution_flops(32, inputs, 16, 3) for inputs in (3, 16))
+    whole = found['forward']
+    assert found['statistics'] == pytest.approx(first, rel=0.15)
+    assert found['ablation'] == pytest.approx(whole + 16 * (whole - first - second), rel=0.02)
+    assert found['sensitivity'] == pytest.approx(whole + 10 * (whole - first), rel=0.02)
+    assert found['gradients'] == pytest.approx(65 * whole, rel=0.01)
+
+
+def test_nothing_is_known_of_measures_that_jax_does_not_count(monkeypatch):
+    monkeypatch.setattr(harness, 'count_flops', lambda *_: None)
+    module = models.create('mlp', num_classes=10, hidden=(4, 8))
+    options = {'linear': 'dense2', 'pulled': ''}
+    assert neurons.least_flops(LinenForward(module), {}, np.ones(1), **options) == {}
+
+
+def test_calls_are_repeated_until_they_last(monkeypatch):
+    calls = []
+    monkeypatch.setattr(harness, '_least_seconds', lambda unit: 0.004)
+    unit, count = harness.lasting(lambda: calls.append(1), 0.03)
+    unit()
+    assert count == len(calls) == 8
+    assert harness.lasting(calls.clear, 0.001)[1] == 1
+    prepared = convolution.lasting({'a': calls.clear}, devices=2)
+    assert prepared.details == {'devices': 2, 'calls': {'a': 8}}
+    prepared.units['a']()
+    assert not calls
+    measured = harness.Measurement({'a': (0.04, 0.08), 'b': (1.0, 2.0)})
+    assert measured.per_call({'a': 8, 'b': 1}).seconds == {'a': (0.005, 0.01), 'b': (1.0, 2.0)}
+
+
+def test_a_turn_of_the_floors_lasts_as_long_for_any_number_of_units(monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def noting(spec):
+        asked.append(spec.options['seconds'])
+        yield FakeWorker(DETAILS['harness:prepare_floors'])
+
+    monkeypatch.setattr(harness, 'worker', noting)
+    for repeats in (1, 4):
+        harness.beside_floors({'a': lambda: None}, rounds=1, repeats=repeats)
+    assert asked == [harness._FLOOR_SECONDS, harness._FLOOR_SECONDS / 4]
+
+
+def test_the_work_of_floors_is_that_of_all_calls(monkeypatch):
+    mesh = harness.parallel.data_mesh(1)
+    monkeypatch.setattr(harness, 'start_jax', lambda: mesh)
+    monkeypatch.setattr(harness, '_compiled', lambda function, *arrays: lambda: None)
+    monkeypatch.setattr(harness, '_least_seconds', lambda unit: 0.1)
+    work = harness.prepare_floors(seconds=0.45, size=8, megabytes=1, images=1).details['work']
+    assert work['matmul'] == 5 * 2 * 8**3 and work['memory'] == 5 * 2 * 2**20
+    assert work['convolution'] == 5 * 2 * 16**2 * 9 * 128 * 128
+
+
+def test_a_single_round_has_no_spread():
+    once = harness.Measurement({'a': (1.5,), 'b': (1.0,)})
+    assert harness.ratio_text(once.ratio('a', 'b')) == '1.50'
+    assert harness.time_text(once.summary('a'), 1e3, 0) == '1,500'
+    several = harness.Measurement({'a': (1.0, 2.0, 3.0), 'b': (1.0, 1.0, 1.0)})
+    assert harness.ratio_text(several.ratio('a', 'b')) == '2.00 (1.20-2.80)'
+    assert harness.ratio_text(several.ratio('a', 'a')) == '1.00'
+    assert harness.time_text(several.summary('a'), 1, 1) == '2.0 (1.5-2.5)'
+    assert neurons._ratio(harness.Ratio(1274.4, 131.0, 205.0)) == '1,274 (131-205)'
+
+
+def test_convolutions_stand_with_quartiles_and_their_share_of_the_peak(monkeypatch):
+    shape = convolution.Shape(4, 1, 1, 3, 1)
+    monkeypatch.setattr(convolution, 'SHAPES', (shape,))
+    times = {'XLA': (4e-3, 5e-3, 6e-3), 'oneDNN': (2e-3,) * 3, 'PyTorch': (1e-3,) * 3}
+    measured = harness.Measurement(
+        {
+            convolution.unit_name(side, shape, kind): seconds
+            for side, seconds in times.items()
+            for kind in convolution.KINDS
+        }
+    )
+    # A forward pass has 2 * 100 operations on each image, half a millisecond of them.
+    peak = (convolution.BATCH_SIZE * 200 / 0.5e-3,) * 3
+    forward, gradient, kernel = cells_of(
+        convolution.table(measured, harness.Floors(peak, peak, peak, 'a shape'))
+    )[2:]
+    assert forward == [
+        *('4 x 4 x 1 to 1, 3 x 3 forward', '5.00 (4.50-5.50)', '2.00', '**1.00**'),
+        *('2.50 (2.10-2.90)', '0.50', '10 %', '25 %', '50 %'),
+    ]
+    assert gradient[-3:] == ['20 %', '50 %', '100 %'] and kernel[-3:] == forward[-3:]
+
+
+def test_compiling_has_the_floor_of_what_is_compiled():
+    training = harness.Measurement({choices._TRAINING: (4.0,)})
+    sizes = harness.Measurement({str(choices.BATCH_SIZE): (1.0,)})
+    programs = harness.Measurement({choices._WHOLE: (2.0, 4.0, 6.0)})
+    floors = (1.0,), (0.5,), (1.0, 1.0, 1.0)
+    rows = cells_of(choices.table(training, sizes, programs, *floors))[2:]
+    assert [row[1:] for row in rows] == [
+        ['1,000 ms', '1', '25 %'],
+        ['1,000 ms', '1', '50 %'],
+        ['4.00 (3.00-5.00) s', '1', '25 %'],
+    ]
+    unknown = choices.table(training, sizes, programs, *floors[:2], None)
+    assert cells_of(unknown)[-1][-1] == '-'
 
 
 def test_bars_are_as_long_as_the_medians(tmp_path, monkeypatch):
@@ -494,6 +676,48 @@ def test_the_first_round_of_autoattack_stands_apart():
     assert attacks.ensemble_rows('N', alone, needed) == [first]
 
 
+def test_steps_stand_beside_plain_calls_and_the_peak_of_convolutions():
+    measured = harness.Measurement(
+        {
+            attacks.GRADIENTS: (2.0, 2.0),
+            'neurosens pgd': (1.0, 1.0),
+            'torchattacks pgd': (4.0, 4.0),
+            'torchattacks, compiled pgd': (3.0, 3.0),
+        }
+    )
+    # Twenty gradients would take half a second at the peak.
+    timed = attacks.Timed(measured, '', {}, {attacks.GRADIENTS: (0.5, 0.5)})
+    table = attacks.steps_table(timed, attacks.setting('resnet20', pgd_steps=20))
+    rows = {row[0].strip('*'): row[3:] for row in cells_of(table)[2:]}
+    assert rows == {
+        attacks.GRADIENTS: ['-', '-', '25 %'],
+        'neurosens pgd (20 steps)': ['-', '200 %', '50 %'],
+        'torchattacks pgd': ['4.00', '50 %', '12 %'],
+        'torchattacks, compiled pgd': ['3.00', '67 %', '17 %'],
+    }
+    assert '**torchattacks, compiled pgd**' in table
+
+
+def test_deepfool_is_timed_where_it_takes_all_steps():
+    taken = []
+
+    def step_counter(forward, variables, x, y, key, *, threat, steps):
+        taken.append((isinstance(x, jax.core.Tracer), threat, steps))
+        return y + variables
+
+    one = attacks._OVERHEADS['deepfool']
+    threat = attacks.attacks.Threat('linf', 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks.attacks, 'deepfool', step_counter)
+        unit = attacks._overhead_unit(one, (None, 1, np.ones(2), np.zeros(2), 0), threat)
+        assert np.asarray(unit()).tolist() == [1, 1]
+        patch.setattr(attacks.attacks, 'pgd', step_counter)
+        attacks._overhead_unit(
+            attacks._OVERHEADS['pgd'], (None, 1, np.ones(2), np.zeros(2), 0), threat
+        )()
+    assert taken == [(True, threat, 20), (False, threat, 20)]
+
+
 def test_the_floor_of_autoattack_counts_what_robust_images_take():
     result = types.SimpleNamespace(
         runs=('apgd-ce', 'fab-t 1', 'square'),
@@ -518,6 +742,7 @@ class FakeWorker:
 MEASURES = ('forward', 'sensitivity', 'ablation', 'statistics')
 SIZES = [f'width {size}' for size in neurons.WIDTHS] + [f'depth {size}' for size in neurons.DEPTHS]
 PROGRAM = {'flops': 1e9, 'collectives': {'all-reduce': 3}}
+CALLS = {f'{shape} {kind}': 10 for shape in convolution.SHAPES for kind in convolution.KINDS}
 DETAILS = {
     'harness:prepare_floors': {
         'work': {'matmul': 1e9, 'convolution': 1e9, 'memory': 1e9}, 'fastest': 'a shape'
@@ -527,6 +752,9 @@ DETAILS = {
     },
     'training_step:count': {'flops': 1e9},
     'choices:prepare': {'donated': 2.0 * 2**20},
+    'choices:prepare_programs': {'flops': 1e9},
+    'convolution:prepare': {'calls': CALLS},
+    'torch_convolution:prepare': {'calls': CALLS},
     'batch_norm:prepare': {
         'units': [f'{name}, {kind}' for name in (batch_norm.FORWARD, batch_norm.GRADIENT)
                   for kind in batch_norm.KINDS],
@@ -570,7 +798,8 @@ DETAILS = {
     'torch_neurons:prepare_ablation': {'units': ['loop']},
     'neurons:prepare_memory': {'temporary': 4.0, 'floor': 1.0, 'grown': 2.0},
     'neurons:prepare_scaling': {
-        'units': [f'{size} {measure}' for size in SIZES for measure in MEASURES]
+        'units': [f'{size} {measure}' for size in SIZES for measure in MEASURES],
+        'flops': {f'{size} {measure}': 1e9 for size in SIZES for measure in MEASURES},
     },
     'memory:prepare_pgd': {'temporary': 4.0, 'floor': 1.0, 'peak': 2.0},
     'memory:prepare_delta': {'temporary': 4.0, 'floor': 1.0, 'peak': 2.0},
@@ -600,13 +829,30 @@ REPORTED = [
 
 
 # What has been measured since then is in them, but not all that the script prints by now.
-OF_EARLIER_SCRIPTS = {'attacks.autoattack'}
+OF_EARLIER_SCRIPTS = {
+    'attacks.overhead',
+    'attacks.steps',
+    'neurons.delta',
+    'neurons.scaling',
+    'defenses.defended.lenet5_robust',
+    'defenses.defended.resnet20',
+    'robust_training.cifar10',
+    'robust_training.mnist',
+}
 
 
 def shape_of(report):
     """The headers of a report's tables, and whether it says how fast the machine was."""
     headers = re.findall(r'(?m)^(\| .*)\n\| --- \|', report)
     return headers, bool(re.search(r'Peaks\s+in\s+the\s+same\s+rounds', report))
+
+
+def check_documented(subject, text):
+    """Compares a report with what the documentation has of an earlier one."""
+    document = (DOCUMENTS / subject.document).read_text(encoding='utf-8')
+    documented = document[slice(*documents.blocks(document)[subject.name])]
+    same = shape_of(documented) == shape_of(text)
+    assert same == (subject.name not in OF_EARLIER_SCRIPTS), (shape_of(documented), shape_of(text))
 
 
 @pytest.mark.parametrize('subject', REPORTED, ids=lambda subject: subject.name)
@@ -629,15 +875,10 @@ def test_every_report_is_made(subject, tmp_path, monkeypatch):
     assert tables, 'a report has a table'
     for table in tables:
         assert len({line.count(' | ') for line in table.strip().splitlines()}) == 1
-    without = ('memory', 'regularizers.memory')
-    if subject.name not in without and not subject.name.startswith('neurons'):
+    if subject.name not in ('memory', 'neurons.memory', 'regularizers.memory'):
         assert re.search(r'Peaks\s+in\s+the\s+same\s+rounds', text)
-    if subject.name != 'neurons.scaling':
-        assert 'Floor' in text and 'share of floor' in text
-    document = (DOCUMENTS / subject.document).read_text(encoding='utf-8')
-    documented = document[slice(*documents.blocks(document)[subject.name])]
-    same = shape_of(documented) == shape_of(text)
-    assert same == (subject.name not in OF_EARLIER_SCRIPTS), (shape_of(documented), shape_of(text))
+    assert 'Floor' in text and 'share of floor' in text
+    check_documented(subject, text)
     assert (tmp_path / 'figures' / 'plot.png').exists() == bool(subject.plot)
     assert json.loads((tmp_path / 'a.json').read_text())['machine']
 
@@ -669,7 +910,12 @@ def test_own_times_of_a_profile_leave_out_what_is_inside():
 
 def test_a_profile_is_a_table_of_a_step_on_a_device(tmp_path, monkeypatch):
     mesh = types.SimpleNamespace(size=2)
-    event = step_profile.Event('onednn_convolution.1', 0, 40 * 1e6)
+    # A convolution, sums of a normalisation and elementwise operations, one after the other.
+    events = [
+        step_profile.Event('onednn_convolution.1', 0, 40e6),
+        step_profile.Event('while.2', 40e6, 5e6),
+        step_profile.Event('multiply_add_fusion.3', 45e6, 5e6),
+    ]
     monkeypatch.setattr(harness, 'use_device', lambda name: None)
     monkeypatch.setattr(harness, 'start_jax', lambda batch_size: mesh)
     monkeypatch.setattr(training_step, 'training_unit', lambda *_: lambda: None)
@@ -677,7 +923,8 @@ def test_a_profile_is_a_table_of_a_step_on_a_device(tmp_path, monkeypatch):
     peak = harness.Floors(*[(1e12,) * 3] * 3, 'a shape')
     seconds = harness.Measurement({'step': (0.03,) * 3})
     monkeypatch.setattr(harness, 'beside_floors', lambda units, rounds: (seconds, peak))
-    monkeypatch.setattr(step_profile, 'profiled', lambda unit: [[event], [event]])
+    monkeypatch.setattr(step_profile, 'profiled', lambda unit: [events, events])
+    monkeypatch.setattr(step_profile, 'normalised_bytes', lambda batch_size: batch_size * 1e6)
     spec = types.SimpleNamespace(name='benchmarks.step_profile')
     monkeypatch.setitem(sys.modules, '__main__', types.SimpleNamespace(__spec__=spec))
     monkeypatch.setattr(sys, 'argv', ['x.py', '--steps', '5', '--markdown', str(tmp_path / 'a.md')])
@@ -687,10 +934,18 @@ def test_a_profile_is_a_table_of_a_step_on_a_device(tmp_path, monkeypatch):
     assert re.search(r'a\s+step\s+took\s+6\s+ms,\s+50\s+%', text)
     rows = cells_of(text)
     assert rows[2] == [step_profile.KINDS[0], '0', '8.0', '25 %']
-    assert rows[3][3] == '-' and rows[-1] == ['all', '0', '8.0', '38 %']
+    assert rows[3][3] == '-' and rows[-1] == ['all', '1', '10.0', '30 %']
+    # 3 and 5 times 128 MB at 1 TB/s, of a millisecond each.
+    assert rows[4][2:] == ['1.0', '38 %'] and rows[5][2:] == ['1.0', '64 %']
+    assert 'the 128 MB of the' in ' '.join(text.split())
     monkeypatch.setattr(sys, 'argv', ['x.py', '--batch_size', '64'])
     with pytest.raises(SystemExit, match='64 images are 32 on each of 2 devices'):
         step_profile.main()
+
+
+def test_normalisations_of_all_blocks_are_read():
+    sizes = 7 * 32 * 32 * 16 + 6 * 16 * 16 * 32 + 6 * 8 * 8 * 64
+    assert step_profile.normalised_bytes(3) == 3 * 4 * sizes
 
 
 def test_the_network_of_mnist_is_that_of_its_config():
@@ -730,6 +985,7 @@ def made(monkeypatch, script, name, tmp_path):
     assert (tmp_path / 'plot.png').exists() == bool(subject.plot)
     text = (tmp_path / 'a.md').read_text()
     assert text.startswith('```sh\npython -m benchmarks') and '\n> 2' in text
+    check_documented(subject, text)
     return text
 
 
@@ -772,6 +1028,8 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
     # What is there is not made again.
     assert cells_of(made(monkeypatch, robust_training, 'robust_training.mnist', tmp_path))
     assert len(calls) == 3 * len(methods)
+    made(monkeypatch, robust_training, 'robust_training.cifar10', tmp_path)
+    assert len(calls) == 3 * len(methods) + len(robust_training.SETTINGS['cifar10'].methods)
 
 
 def test_what_is_kept_is_of_the_same_settings(tmp_path, monkeypatch):
@@ -859,6 +1117,10 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
     assert ['pgd-linf-0.3', '-2.50', '-', '+0.50'] in cells
     assert ['noise of the size of pgd-linf-0.3', '+0.12', '+0.12', '+0.12'] in cells
     assert len(re.findall(r'(?m)^\| --- \|', text)) == 4
+    for network in defences.SETTINGS:
+        assert f'| {network} |' in made(
+            monkeypatch, defences, f'defenses.defended.{network}', tmp_path
+        )
 
 
 @pytest.mark.parity

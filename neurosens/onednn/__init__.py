@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN on a CPU, up to eight times as fast as those that XLA chooses.
+"""Convolutions by oneDNN on a CPU, mostly faster than those that XLA chooses.
 
 The x86 builds of jaxlib contain oneDNN, and their runtime executes the custom calls
 `__onednn$convolution` and `__onednn$matmul`; only their compiler does not emit them. `use_onednn`

@@ -4,7 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from neurosens.regularizers import input_gradient, jacobian, jacobian_root, neuron_contribution
+from neurosens.regularizers import (
+    activation_sensitivity,
+    input_gradient,
+    jacobian,
+    jacobian_root,
+    neuron_contribution,
+)
 from neurosens.training import adversarial
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
@@ -122,6 +128,49 @@ def test_neuron_contribution(pair):
         pair, neuron_contribution(top=top, weight_difference_weight=d1, contribution_weight=d2)
     )
     assert_same(found, torch_value_and_gradients(network, d1 * first + d2 * second))
+
+
+@pytest.mark.parametrize('name', ['activation sensitivity', 'Jacobian, one projection', 'both'])
+def test_the_peers_that_are_timed_draw_around_the_same_penalties(pair, name):
+    from benchmarks import torch_regularizers
+
+    network, forward, variables, x, y = pair
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    found = torch_regularizers.run(network, images, train=False)
+    torch.manual_seed(0)
+    draw, ours = {
+        'activation sensitivity': (
+            torch_regularizers.sensitivity, activation_sensitivity(estimator='exact')
+        ),
+        'Jacobian, one projection': (torch_regularizers.jacobian, jacobian(projections=-1)),
+        'both': (lambda found: torch_regularizers.sensitivity(found, 0.5), None),
+    }[name]  # fmt: skip
+    draws = np.array([draw(found).item() for _ in range(400)])
+
+    def value(regularizer):
+        with jax.enable_x64(True):
+            return float(regularizer(forward, variables, x, y, KEY)[0])
+
+    if ours is None:
+        halves = value(activation_sensitivity(estimator='exact')), value(jacobian(projections=-1))
+        expected = sum(halves)
+    else:
+        expected = value(ours)
+    error = draws.std(ddof=1) / np.sqrt(len(draws))
+    assert error < 0.05 * expected
+    assert draws.mean() == pytest.approx(expected, abs=4 * error)
+
+
+def test_the_peer_of_neuron_contribution_that_is_timed_computes_the_same(pair):
+    from benchmarks import torch_regularizers
+
+    network, *_, x, y = pair
+    with torch_regularizers._Hidden(network) as hidden:
+        network(torch_images(x))
+    theirs = torch_regularizers.contribution(
+        network, hidden.features[0], torch.from_numpy(np.int64(y))
+    )
+    assert_same(ours(pair, neuron_contribution()), torch_value_and_gradients(network, theirs))
 
 
 @pytest.mark.parametrize('beta', [1.0, 6.0])
