@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 from collections.abc import Mapping
 
 # What stands for paths in commands, as reports show them.
@@ -52,7 +53,7 @@ class Subject:
     def shown(self) -> str:
         """Returns the command as documentation shows it."""
         shown = {'weights': 'DIR', 'data_dir': 'DIR', 'output': 'DIR', 'plot': 'FILE'}
-        return ' '.join(('python', *self.command(shown)))
+        return shlex.join(('python', *self.command(shown)))
 
     def lacks(self, paths: Mapping[str, str], device: str = '') -> str:
         """Returns a sentence on what it needs and does not have; empty where it has everything.
