@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 import sys
@@ -32,6 +33,7 @@ from neurosens import (
     data,
     defenses,
     evaluation,
+    models,
     neurons,
     parallel,
     scripts,
@@ -75,6 +77,13 @@ def main(arguments: Sequence[str]) -> int:
     key = evaluation.fixed_key(job.config.seed)
     if parallel.is_primary():
         print(f'{job.config.model} on {job.config.dataset} {job.split}, {job.origin}')
+        if job.config.weights:
+            # Not those of a data set: the settings have some, or the file, or nobody.
+            numbers = (
+                f'{name} ({", ".join(f"{value:.6g}" for value in values)})'
+                for name, values in _normalization(job).items()
+            )
+            print(f'images normalised by {" and ".join(numbers)}')
     # First what may find the images wanting, which should not show only after long attacks.
     parameters: Any = None
     calibration: dict[str, Any] = {}
@@ -168,6 +177,13 @@ class Job(NamedTuple):
         """A progress bar over batches, on the first process."""
         shown = self.values['progress'] and parallel.is_primary()
         return functools.partial(tqdm, desc=name, unit='batch', leave=False, disable=not shown)
+
+
+def _normalization(job: Job) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel that the model normalises images by."""
+    module = job.model.forward.module
+    assert isinstance(module, models.Classifier)
+    return {'mean': list(module.mean), 'std': list(module.std)}
 
 
 def _open(arguments: Sequence[str]) -> Job:
@@ -380,6 +396,7 @@ def _write_sections(
     if not job.config.weights:
         facts['step'] = job.model.step
     facts['config'] = config_lib.to_dict(job.config)
+    facts.update({f'normalisation/{name}': values for name, values in _normalization(job).items()})
     if job.config.defense.parameters:
         # Those of the calibration stand with the defence.
         for name in config_lib.CALIBRATION:
@@ -422,12 +439,28 @@ def _workdir(values: dict, config: config_lib.Config, from_weights: bool) -> pat
             f'--workdir={workdir} holds a training, whose report that of the weights would '
             'replace; name another directory.'
         )
+    _check_stored_report(workdir, config.weights)
     if values['checkpoint'] != 'best':
         raise ValueError(
             f'--checkpoint={values["checkpoint"]} chooses among those of a training, but '
             '--config.weights names a file; leave one out.'
         )
     return workdir
+
+
+def _check_stored_report(workdir: pathlib.Path, weights: str) -> None:
+    """Refuses to replace the report of another file, such as one of the same name elsewhere."""
+    try:
+        report = json.loads((workdir / 'report' / 'results.json').read_text(encoding='utf-8'))
+        stored = report['config']['weights']
+    except (OSError, ValueError, KeyError, TypeError):
+        # There is none, or none that says what it is of.
+        return
+    if stored and pathlib.Path(stored).resolve() != pathlib.Path(weights).resolve():
+        raise ValueError(
+            f'{workdir} holds the report of the weights {stored}, which that of {weights} would '
+            'replace; name another directory by --workdir.'
+        )
 
 
 @contextlib.contextmanager

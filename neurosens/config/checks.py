@@ -132,6 +132,11 @@ def _check_training(config: Config) -> None:
             f'initial_rescaling is {config.initial_rescaling!r}, but there are no weights to '
             'rescale; name those that it was calibrated on by initial_weights.'
         )
+    if config.weights_key and not (config.weights or config.initial_weights):
+        raise ConfigError(
+            f'weights_key is {config.weights_key!r}, but there is no file of weights to look in; '
+            'leave it out, or name a file by weights or initial_weights.'
+        )
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

@@ -380,7 +380,8 @@ class Config:
         else 1.
       weights: file of a network that was trained in PyTorch, which `evaluate.py` then evaluates in
         place of a training's; `model` may then also be 'sequential' (see `neurosens.interop`).
-      weights_key: where in that file the state dict lies, where it holds several.
+      weights_key: where in that file, or in a file of `initial_weights`, the state dict lies, where
+        it holds several.
       dtype: computation type, 'float32' or 'bfloat16'; parameters are always float32.
       objective: what is minimised, a name of `neurosens.training.OBJECTIVES`.
       objective_options: options of the objective, such as `{'label_smoothing': 0.1}`.

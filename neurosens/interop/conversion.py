@@ -57,7 +57,7 @@ def load_torch(
       model: as of `from_torch`, like all others but `key`.
       key: where in the file the state dict lies, where it holds several.
       num_classes: number of logits; by default that of the file.
-      mean: mean of each channel of the images.
+      mean: mean of each channel of the images, with `std` or not at all.
       std: standard deviation of each channel.
       dtype: floating-point type of the computation.
       image_shape: height, width and channels of the images.
@@ -118,15 +118,18 @@ def from_torch(
         projects use; all others go by their order among layers of their kind.
       num_classes: number of logits; by default that of the state dict.
       mean: mean of each channel, which is subtracted inside the model; by default that in the state
-        dict, where it has one, else 0.
-      std: standard deviation of each channel, likewise; else 1.
+        dict, where it has one, else 0, with a warning where images have three channels.
+      std: standard deviation of each channel, likewise, else 1; where one of both is known, the
+        other has to be.
       dtype: floating-point type of the computation; variables are float32.
       image_shape: height, width and channels of the images; by default a square that fits.
       names: for layers of the module, by path, the layer in the state dict, with or without the
         prefixes of wrappers, where it is not found by itself.
       call: arguments of the module's call besides images, such as `{'train': False}`, as of
         `LinenForward`.
-      **options: options of the model, as of `neurosens.models.options`.
+      **options: options of the model, as of `neurosens.models.options`. A `resnet18` or `resnet50`
+        whose layers are named as in torchvision, but whose first convolution is 3 x 3, needs
+        `stem='cifar'`, which says that no max pool follows it.
 
     Returns:
       `(module, variables)`: images in [0, 1] `[B, H, W, C]` are classified by
@@ -134,8 +137,9 @@ def from_torch(
 
     Raises:
       WeightsError: names or shapes do not fit, each of them named; values are not finite; the
-        state dict normalises by other numbers than `mean` and `std`; or the order in which a layer
-        of the module takes the features of a flattened map cannot be told.
+        state dict normalises by other numbers than `mean` and `std`, or only one of them is known;
+        or the order in which a layer of the module takes the features of a flattened map, or
+        whether a max pool follows the first convolution, cannot be told.
       ValueError: an option of the model is unknown or wrong.
     """
     return _convert(
@@ -284,6 +288,7 @@ def _convert(
                 stacklevel=3,
             )
     else:
+        normalized = not (mean is None and cleaned.mean is None)
         mean, std = _normalization(cleaned, mean, std)
         settings = {'mean': mean, 'std': std, 'dtype': dtype, **options}
         head = pairing.head(names, cleaned.arrays, cleaned.originals)
@@ -307,6 +312,16 @@ def _convert(
     chosen = pair(found)
     problems = mismatches.find(found, chosen, arrays, cleaned.originals)
     mismatches.refuse(problems, source, module, sized=fits or image_shape is not None)
+    if not isinstance(model, nn.Module):
+        if 'stem' not in options:
+            naming.check_stem(module, arrays, source)
+        if not normalized and _channels(found, image_shape) == 3:
+            warnings.warn(
+                f'{source} holds no mean and std, and none are given: images are not normalised; '
+                'give those that the network was trained with, or mean=(0.0,) and std=(1.0,) where '
+                'there are none.',
+                stacklevel=3,
+            )
     if image_shape is None and isinstance(module, models.LeNet5):
         mismatches.check_lenet5(found, source)
     flat = {
@@ -359,11 +374,8 @@ def _normalization(
     cleaned: cleaning.Cleaned, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation: those given, those of the file, or 0 and 1."""
-    chosen = []
-    for name, value, saved, default in (
-        ('mean', mean, cleaned.mean, (0.0,)),
-        ('std', std, cleaned.std, (1.0,)),
-    ):
+    chosen: dict[str, tuple[float, ...]] = {}
+    for name, value, saved in (('mean', mean, cleaned.mean), ('std', std, cleaned.std)):
         # An array or a tuple of zeros of the caller's counts as given.
         given = None if value is None else registry.floats(name, value)
         if given is not None and saved is not None and not _agree(given, saved):
@@ -371,11 +383,30 @@ def _normalization(
                 f'{name} is {given}, but the network in the file normalises by {saved}; '
                 f'leave {name} out.'
             )
-        chosen.append(given if given is not None else saved if saved is not None else default)
+        known = given if given is not None else saved
+        if known is not None:
+            chosen[name] = known
+    for name, other, without in (('mean', 'std', 1.0), ('std', 'mean', 0.0)):
+        if name in chosen and other not in chosen:
+            raise WeightsError(
+                f'{name} is {chosen[name]}, but {other} is neither given nor in the file; give '
+                f'{other} too, ({without},) where the network normalises without.'
+            )
+    chosen = chosen or {'mean': (0.0,), 'std': (1.0,)}
     # A value given for all channels goes with values for each.
-    size = max(map(len, chosen))
-    mean, std = (value * size if len(value) == 1 else value for value in chosen)
+    size = max(map(len, chosen.values()))
+    mean, std = (value * size if len(value) == 1 else value for value in chosen.values())
     return mean, std
+
+
+def _channels(
+    found: Sequence[layers.Layer], image_shape: tuple[int, int, int] | None
+) -> int | None:
+    """Channels of the images, where a first convolution or the user tells."""
+    if image_shape is not None:
+        return image_shape[-1]
+    first = found[0]
+    return layers.inputs(first) if first.kind == layers.CONVOLUTION else None
 
 
 def _agree(given: Sequence[float], saved: Sequence[float]) -> bool:

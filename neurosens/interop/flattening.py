@@ -31,6 +31,10 @@ _UNKNOWN_MAP = -3
 _REPEATED = -4
 # An `_UNKNOWN_MAP` that was made out of features.
 _REMADE = -5
+# A map of which an axis was made of positions and channels, not in the order of PyTorch's axes.
+MIXED = -6
+# Maps whose axes have no places in PyTorch.
+_PLACELESS = (UNFLATTENED, _UNKNOWN_MAP, _REMADE, MIXED)
 _CHANNELS = 1
 _PREFIX = 'neurosens.interop/'
 
@@ -49,7 +53,8 @@ def orders(jaxpr: jex.Jaxpr) -> dict[str, int]:
     Returns:
       By path: the channels of the flattened map that a layer takes, 1 if they come first, as in
       PyTorch; 0 for features that are no flattened map, and for maps; `UNFLATTENED` for maps made
-      out of features; `UNKNOWN` for features of a map that were joined, cut or exchanged.
+      out of features; `MIXED` for maps with channels made of positions, as PyTorch does not make
+      them; `UNKNOWN` for features of a map that were joined, cut or exchanged.
     """
     found: dict[str, int] = {}
     _follow(jaxpr, [0] * len(jaxpr.invars), found)
@@ -74,7 +79,7 @@ def _follow(
         if name.startswith(_PREFIX):
             (one,) = inputs
             one = UNFLATTENED if one == _REMADE else one
-            told = isinstance(one, int) and (one > 0 or one in (UNKNOWN, UNFLATTENED))
+            told = isinstance(one, int) and (one > 0 or one in (UNKNOWN, UNFLATTENED, MIXED))
             # A layer may be called again.
             found.setdefault(name.removeprefix(_PREFIX), one if told else 0)
         inner = program.inner_jaxpr(equation)
@@ -128,7 +133,7 @@ def _combined(operands: Sequence[tuple[tuple[int, ...], Order]], after: tuple[in
     if len(changed) > 1:
         if any(map(_of_features, changed)):
             return UNKNOWN
-        return max(map(_lost, changed), key=lambda order: order == _REMADE)
+        return max(map(_lost, changed), key=lambda order: order in (_REMADE, MIXED))
     if not changed:
         return 0
     (order,) = changed
@@ -163,6 +168,8 @@ def _carried(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> O
 
 def _lost(order: Order) -> Order:
     """Of a map whose axes can no longer be told."""
+    if order == MIXED:
+        return MIXED
     return _REMADE if order in (UNFLATTENED, _REMADE) else _UNKNOWN_MAP
 
 
@@ -202,7 +209,7 @@ def _without(before: tuple[int, ...], order: Order, axes: Collection[int]) -> Or
     if len(kept) < 3:
         # One axis beside the batch.
         return 0
-    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+    if order in _PLACELESS:
         return _lost(order)
     places = _places(order, len(before))
     return _plain(tuple(places[axis] for axis in kept))
@@ -226,7 +233,7 @@ def _inserted(
     last = dimensions[-1] == len(after) - 1 and before[-1] == after[-1]
     if _of_features(order):
         return order if last else UNKNOWN
-    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+    if order in _PLACELESS:
         return order if len(before) == len(after) else _lost(order)
     if not order and (last or len(before) < 3):
         return 0
@@ -254,7 +261,27 @@ def _reshaped(before: tuple[int, ...], order: Order, after: tuple[int, ...]) -> 
     # Channels stay apart from positions where they are grouped among themselves alone.
     grouped = before[-1] in itertools.accumulate(after[:0:-1], operator.mul)
     features = _of_features(order) or not (order or grouped) or len(after) == 2
+    if isinstance(order, tuple) and not features and _mixes(before, order, after):
+        return MIXED
     return UNKNOWN if features else _lost(order)
+
+
+def _mixes(before: tuple[int, ...], places: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a reshape makes an axis of positions and channels that is not in PyTorch's order."""
+    ours = _spans(before)
+    for start, end in _spans(after):
+        parts = [
+            place for place, (low, high) in zip(places, ours) if max(low, start) < min(high, end)
+        ]
+        if _CHANNELS in parts and parts != sorted(parts):
+            return True
+    return False
+
+
+def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Of each axis the step from one element to the next, and to the next of the axis before."""
+    ends = [*itertools.accumulate(reversed(shape), operator.mul, initial=1)]
+    return [*itertools.pairwise(ends)][::-1]
 
 
 def _flattened(before: tuple[int, ...], order: Order) -> Order:
@@ -272,7 +299,7 @@ def _transposed(order: Order, permutation: tuple[int, ...]) -> Order:
         return 0 if tuple(permutation) == _places(0, len(permutation)) else _REMADE
     if _of_features(order):
         return UNKNOWN
-    if len(permutation) < 3 or order in (_UNKNOWN_MAP, _REMADE):
+    if len(permutation) < 3 or order in _PLACELESS:
         return order
     places = _places(order, len(permutation))
     return _plain(tuple(places[axis] for axis in permutation))
@@ -292,9 +319,12 @@ def _contracted(
     sides = [side for side, order in enumerate(inputs) if order is not None]
     if any(_of_features(order) for order in inputs if order is not None):
         return UNKNOWN
+    if order == MIXED:
+        # The sum may be over the mixed channels, which leaves new ones.
+        return _UNKNOWN_MAP
     if len(sides) > 1 or batch[0] or len(contracted[0]) > 1 or len(before) != len(after):
         return _lost(order)
-    if order in (_UNKNOWN_MAP, _REMADE, UNFLATTENED):
+    if order in _PLACELESS:
         return _lost(order)
     places = _places(order, len(before))
     (axis,) = contracted[sides[0]]

@@ -39,11 +39,14 @@ def fitting_layers(
       for the first ones that the module takes.
 
     Raises:
-      WeightsError: the module or the weights leave no images to try.
+      WeightsError: the module or the weights leave no images to try, or the module reshapes none
+        of those that are tried.
       ValueError: the module takes none of them, such as images too small for its pools.
+      TypeError: the module cannot reshape the given images.
     """
     shapes = [image_shape] if image_shape is not None else _image_shapes(arrays)
-    first, refused = None, None
+    first: tuple[layers.Layer, ...] | None = None
+    refused: Exception | None = None
     other_channels: set[int] = set()
     for shape in shapes:
         if shape[-1] in other_channels:
@@ -52,8 +55,9 @@ def fitting_layers(
             found = layers.trace(module, shape, call)
         except WeightsError:
             raise
-        except ValueError as error:
-            # Such as images that are too small for the pools.
+        except (ValueError, TypeError) as error:
+            # Such as images that are too small for the pools, or not of the size of a reshape,
+            # for which JAX has a TypeError.
             refused = error
             continue
         first = first or found
@@ -72,6 +76,12 @@ def fitting_layers(
             return found, True
     if first is None:
         assert refused is not None
+        if isinstance(refused, TypeError) and image_shape is None:
+            reason, *_ = str(refused).splitlines() or ['']
+            raise WeightsError(
+                f'{type(module).__name__} takes none of the images that were tried '
+                f'(TypeError: {reason.rstrip(".")}); give {SIZE}.'
+            ) from refused
         raise refused
     return first, False
 

@@ -155,6 +155,13 @@ def _check_order(module: nn.Module, path: str, kind: str, order: int) -> None:
             f'{type(module).__name__} makes a map out of features before {path!r}, which PyTorch '
             'does channels first; do so too: x.reshape(B, C, H, W).transpose(0, 2, 3, 1).'
         )
+    if order == flattening.MIXED and kind in (CONVOLUTION, NORMALIZATION):
+        raise WeightsError(
+            f'{type(module).__name__} makes channels out of positions before {path!r} in another '
+            "order than PyTorch's PixelUnshuffle; make them in its order, channels before "
+            'positions: x.reshape(B, H // r, r, W // r, r, C).transpose(0, 1, 3, 5, 2, 4); or '
+            f'convert {path!r} by hand.'
+        )
 
 
 def kind_of_weight(array: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -149,6 +149,31 @@ def namings(module: nn.Module) -> tuple[Naming, ...]:
         # No other names: of all shapes alike, the others' weights would be of other padding.
         found = (_deepmind,)
     return (*found, own)
+
+
+def check_stem(module: nn.Module, names: Iterable[str], source: str) -> None:
+    """Raises where a residual network may pool behind its first convolution, and ours does not.
+
+    Some networks for CIFAR are torchvision's with a smaller first convolution, and keep the max
+    pool behind it, which has no weights that could tell.
+
+    Args:
+      module: the module that the weights are for, whose user has not said which stem it has.
+      names: those of the arrays, which fit it.
+      source: what the weights were read from.
+
+    Raises:
+      WeightsError: the names are torchvision's and the first convolution is that for CIFAR.
+    """
+    if not isinstance(module, models.ResNet) or module.stem != 'cifar':
+        return
+    shortcut = f'.{_TORCHVISION.shortcut_conv}.weight'
+    if any(name.endswith(shortcut) for name in names):
+        raise WeightsError(
+            f'{source} names its layers as torchvision does but has a first convolution of 3 x 3, '
+            'and weights do not tell whether a max pool follows it; give the model option '
+            "stem='cifar' if none does, or else a module of your own that pools there."
+        )
 
 
 def implied_options(model: str, arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def head(
     originals: Mapping[str, tuple[str, ...]],
 ) -> np.ndarray | None:
     """The weight of the last layer, where names (as of `torch_names`) say which one that is."""
-    if not isinstance(given, Mapping) or 'head' not in given:
+    _check_strings(given)
+    if not given or 'head' not in given:
         return None
     layer = _bare_names({'head': given['head']}, arrays, originals)['head']
     weight = arrays.get(f'{layer}.weight')
@@ -115,12 +116,22 @@ def weights(chosen: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict
 
 def check_paths(names: Mapping[str, str] | None, found: Sequence[layers.Layer]) -> None:
     """Refuses names for layers that the module does not have."""
+    _check_strings(names)
+    paths = [layer.path for layer in found]
+    for path in names or ():
+        if path not in paths:
+            raise WeightsError(_validate.unknown('layer in names', path, paths))
+
+
+def _check_strings(names: Mapping[str, str] | None) -> None:
     if not isinstance(names, Mapping | None):
         raise WeightsError(
             f'names is {names!r}, but it must be a dict of layers of the file by those of the '
             'module: {path: layer}.'
         )
-    paths = [layer.path for layer in found]
-    for path in names or ():
-        if path not in paths:
-            raise WeightsError(_validate.unknown('layer in names', path, paths))
+    for path, layer in (names or {}).items():
+        if not (isinstance(path, str) and isinstance(layer, str)):
+            raise WeightsError(
+                f'names has {path!r}: {layer!r}, but both must be strings: the path of a layer of '
+                'the module and the name of one of the file.'
+            )

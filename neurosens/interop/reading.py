@@ -2,7 +2,7 @@
 
 PyTorch's files are pickles, and a pickle can call any function of the process that reads it. Here
 they are read by `torch.load(..., weights_only=True)` alone, which builds tensors and plain
-containers and refuses everything else.
+containers and refuses everything else, and only by releases in which it does so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from neurosens.interop.errors import WeightsError
 SAFETENSORS_SUFFIX = '.safetensors'
 TORCH_SUFFIXES = ('.pt', '.pth', '.th', '.ckpt', '.bin', '.tar')
 _DEPTH = 3
+# Up to 2.5.1 a file can run code in spite of `weights_only=True` (CVE-2025-32434).
+_SAFE_TORCH = (2, 6)
 
 StateDict = dict[str, np.ndarray]
 
@@ -45,7 +47,8 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> Sta
 
     Raises:
       WeightsError: the file has another suffix, holds anything but tensors and plain containers,
-        is damaged, or holds no or several state dicts; or PyTorch is needed and not installed.
+        is damaged, or holds no or several state dicts; or PyTorch is needed, and is not installed
+        or older than 2.6.
       FileNotFoundError: there is no such file.
     """
     path = pathlib.Path(path)
@@ -146,6 +149,13 @@ def _read_torch(path: pathlib.Path) -> Any:
             f'Reading {str(path)!r} needs PyTorch, which is not installed: pip install torch, or '
             'convert the file to .safetensors where it is.'
         ) from None
+    release = re.match(r'(\d+)\.(\d+)', torch.__version__)
+    if release is None or tuple(map(int, release.groups())) < _SAFE_TORCH:
+        raise WeightsError(
+            f'Reading {str(path)!r} with PyTorch {torch.__version__} could run any code that the '
+            "file holds; install 2.6 or newer: pip install 'torch>=2.6', or convert the file to "
+            '.safetensors where it comes from.'
+        )
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:

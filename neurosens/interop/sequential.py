@@ -190,6 +190,12 @@ def infer(
     layers = list(_layers(arrays))
     for layer in layers:
         _check_norm(layer, norm)
+    for before, after in itertools.pairwise(layers):
+        if before.weight.ndim == 2 and after.weight.ndim == 4:
+            raise WeightsError(
+                f'The convolution {after.name!r} stands behind the linear layer {before.name!r}; '
+                'this is no plain stack, so name the model it is of.'
+            )
     convolutions = [layer for layer in layers if layer.weight.ndim == 4]
     dense = [layer for layer in layers if layer.weight.ndim == 2]
     depth = len(convolutions)

@@ -451,7 +451,15 @@ def adaptive_average_pool(
     if x.shape[1:3] == (size, size):
         return x
     rows, columns = (_window_means(length, size) for length in x.shape[1:3])
-    pooled = jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x, precision='highest')
+    # One axis after the other, the longer one first, which takes the fewest products. A single sum
+    # would multiply both matrices first where the map is one position, and nothing would tell then
+    # which axis of the result is which, as `interop` has to know.
+    if x.shape[1] >= x.shape[2]:
+        pooled = jnp.einsum('ih,bhwc->bwci', rows, x, precision='highest')
+        pooled = jnp.einsum('jw,bwci->bijc', columns, pooled, precision='highest')
+    else:
+        pooled = jnp.einsum('jw,bhwc->bhcj', columns, x, precision='highest')
+        pooled = jnp.einsum('ih,bhcj->bijc', rows, pooled, precision='highest')
     return pooled.astype(x.dtype)
 
 

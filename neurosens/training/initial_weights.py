@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from neurosens import config as config_lib
-from neurosens import data, defenses, interop, parallel
+from neurosens import data, defenses, interop, models, parallel
 from neurosens.forward import LinenForward, Variables
+from neurosens.interop import naming
 from neurosens.training import checkpoints, freezing
 from neurosens.training.loading import load, make_model
 from neurosens.training.objectives import run_training_mode
@@ -29,7 +30,8 @@ def check(config: config_lib.Config, module: nn.Module, mesh: Mesh) -> None:
       mesh: devices to run on.
 
     Raises:
-      ConfigError: the weights are of another kind of model, or training would undo the rescaling.
+      ConfigError: the weights are of another kind of model, `weights_key` is set for a work
+        directory, or training would undo the rescaling.
       CheckpointError: the work directory cannot be read.
       WeightsError: the file of weights cannot be read or does not fit.
       DefenseError: the rescaling cannot be read, or is of other weights.
@@ -38,6 +40,12 @@ def check(config: config_lib.Config, module: nn.Module, mesh: Mesh) -> None:
     if pathlib.Path(config.initial_weights).is_file():
         _from_file(config, module)
     else:
+        if config.weights_key:
+            raise config_lib.ConfigError(
+                f'weights_key is {config.weights_key!r}, which chooses inside of a file of '
+                f'weights, but initial_weights is {config.initial_weights!r}, which is none; leave '
+                'weights_key out, or name a file.'
+            )
         _, saved = checkpoints.read_config(config.initial_weights, 'best')
         if _shapes(module, config) != _shapes(make_model(saved), saved):
             raise config_lib.ConfigError(
@@ -80,7 +88,13 @@ def _plain(config: config_lib.Config, module: nn.Module, mesh: Mesh) -> Variable
 
 def _from_file(config: config_lib.Config, module: nn.Module) -> Variables:
     shape = data.info(config.dataset).image_shape
-    return interop.load_torch(config.initial_weights, module, image_shape=shape)[1]
+    key = config.weights_key or None
+    _, found = interop.load_torch(config.initial_weights, module, key=key, image_shape=shape)
+    if isinstance(module, models.ResNet) and 'stem' not in config.model_options:
+        # The module has one, but nobody has said so.
+        names = interop.read_state_dict(config.initial_weights, key)
+        naming.check_stem(module, names, repr(config.initial_weights))
+    return found
 
 
 def _shapes(module: nn.Module, config: config_lib.Config) -> Variables:

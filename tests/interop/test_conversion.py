@@ -9,7 +9,7 @@ import pytest
 
 from neurosens import interop, models
 from neurosens.interop import naming
-from neurosens.models import BatchNorm
+from neurosens.models import BatchNorm, vgg
 
 torch = pytest.importorskip('torch', reason='parity needs requirements-bench.txt')
 
@@ -209,6 +209,31 @@ def test_a_file_tells_the_options_of_wide_residual_networks(images, logits_of, a
         interop.from_torch(state, other)
     with pytest.raises(interop.WeightsError, match='does not fit WideResNet: missing'):
         interop.from_torch(networks.WideResNet(10, 1, 5).state_dict(), module)
+
+
+def test_vggs_of_imagenet_need_no_image_shape(monkeypatch, images, logits_of, assert_same):
+    # Narrow, for the smallest images that are tried leave one position, and its pool spreads it.
+    widths = (4, 6, 8, 10, 12)
+    monkeypatch.setattr(vgg, 'STAGE_FEATURES', widths)
+    network = networks.VGG((1,), 5, classifier='imagenet')
+    steps, inputs = [], 3
+    for features, size in zip(widths, (1, 1, 2, 2, 2)):
+        for _ in range(size):
+            steps += [torch.nn.Conv2d(inputs, features, 3, padding=1), torch.nn.ReLU()]
+            inputs = features
+        steps += [torch.nn.MaxPool2d(2)]
+    network.features = torch.nn.Sequential(*steps)
+    network.classifier[0] = torch.nn.Linear(49 * inputs, 4096)
+    state = networks.randomize(network).state_dict()
+    module, variables = interop.from_torch(state, 'vgg11', mean=(0.0,), std=(1.0,))
+    x = images(2, 32, 32, 3)
+    assert_same(logits_of(module, x, variables), logits_of(network, x))
+    for shape in (None, (32, 32, 3)):
+        back = interop.to_torch(module, variables, image_shape=shape)
+        for entry, value in state.items():
+            np.testing.assert_array_equal(back[entry], value.numpy(), entry)
+    _, again = interop.from_torch(state, module, image_shape=(32, 32, 3))
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
 
 
 def test_options_given_win_over_those_that_a_file_implies():
@@ -439,6 +464,25 @@ def test_names_are_a_dict():
         interop.from_torch(networks.LeNet5().state_dict(), 'lenet5', names='fc1')
 
 
+@pytest.mark.parametrize(
+    ('names', 'pair'), [({'head': ['x']}, "'head': ['x']"), ({3: 'fc3'}, "3: 'fc3'")]
+)
+def test_names_are_strings(names, pair):
+    state = networks.LeNet5().state_dict()
+    module, variables = interop.from_torch(state, 'lenet5')
+    for convert in (
+        lambda: interop.from_torch(state, 'lenet5', names=names),
+        lambda: interop.to_torch(module, variables, names=names),
+        lambda: interop.to_torch(module, variables, names=names, like=state),
+    ):
+        with pytest.raises(interop.WeightsError) as caught:
+            convert()
+        assert str(caught.value) == (
+            f'names has {pair}, but both must be strings: the path of a layer of the module and '
+            'the name of one of the file.'
+        )
+
+
 def test_what_mends_the_order_of_a_users_module_is_named():
     state = networks.randomize(networks.ResNet2B()).state_dict()
     state = dict(reversed(state.items()))
@@ -465,6 +509,48 @@ def test_images_of_an_unusual_size_need_their_shape():
         interop.WeightsError, match=r'that they are of, and image_shape=\(height, width, channels\)'
     ):
         interop.to_torch(module, variables)
+
+
+class OfOneSize(nn.Module):
+    """Flattens maps of one size alone; JAX refuses others with a TypeError."""
+
+    side: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+        return nn.Dense(3)(x.reshape((-1, self.side**2)))
+
+
+def test_images_that_a_module_cannot_reshape_are_not_those_of_the_weights(
+    images, logits_of, assert_same
+):
+    def network(features):
+        return networks.randomize(
+            torch.nn.Sequential(
+                torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                torch.nn.Flatten(), torch.nn.Linear(features, 3),
+            )
+        )  # fmt: skip
+
+    fits = network(28 * 28)
+    module, variables = interop.from_torch(fits.state_dict(), OfOneSize(28))
+    x = images(2, 28, 28, 1)
+    assert_same(logits_of(module, x, variables), logits_of(fits, x))
+    _, again = interop.from_torch(interop.to_torch(module, variables), module)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+    # Of no usual size: 22 x 22.
+    other = network(22 * 22).state_dict()
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(other, OfOneSize(22))
+    sentence = str(caught.value)
+    assert sentence.startswith('OfOneSize takes none of the images that were tried (TypeError: ')
+    assert sentence.endswith('); give image_shape=(height, width, channels).')
+    assert '\n' not in sentence
+    interop.from_torch(other, OfOneSize(22), image_shape=(22, 22, 1))
+    with pytest.raises(TypeError):
+        interop.from_torch(other, OfOneSize(22), image_shape=(28, 28, 1))
 
 
 def test_the_network_of_the_tutorial_does_not_pad(images, logits_of, assert_same):

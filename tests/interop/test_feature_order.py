@@ -195,6 +195,56 @@ def test_maps_made_of_features_are_normalised_as_in_pytorch():
     )
 
 
+# Of blocks of positions: as in `PixelUnshuffle` or not, then moved.
+BLOCKS = {
+    'blocks': lambda x: blocks(x).reshape(len(x), 2, 3, 12),
+    'a neighbour': lambda x: x.transpose(0, 2, 1, 3).reshape(len(x), 6, 2, 6),
+    'blocks, first': lambda x: blocks(x).reshape(len(x), 6, 12).reshape(len(x), 2, 3, 12),
+    'blocks, moved': lambda x: blocks(x).reshape(len(x), 2, 3, 12)[:, ::-1].transpose(0, 2, 1, 3),
+    'blocks, joined': lambda x: jnp.concatenate([x[:, ::2, ::2], BLOCKS['blocks'](x)], -1),
+}
+
+
+def blocks(x):
+    return x.reshape(len(x), 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [lambda: nn.Conv(4, (1, 1), name='a'), lambda: nn.BatchNorm(True, name='a')],
+    ids=['convolution', 'normalisation'],
+)
+@pytest.mark.parametrize('way', BLOCKS)
+def test_channels_made_of_positions_are_known_after_they_were_moved(way, layer):
+    class Blocks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5, name='head')(layer()(BLOCKS[way](x)).mean((1, 2)))
+
+    with pytest.raises(interop.WeightsError, match=r"channels out of positions before 'a'"):
+        interop.torch_shapes(Blocks(), IMAGE)
+
+
+@pytest.mark.parametrize(
+    'moved',
+    [
+        lambda x: x.reshape(len(x), 4, 6, 3, 1).swapaxes(3, 4).reshape(x.shape),
+        lambda x: x.reshape(len(x), 24, 3).reshape(len(x), 6, 4, 3),
+        lambda x: jnp.concatenate([x[:, ::2, ::2], x[:, 1::2, ::2]], -1),
+        lambda x: blocks(x).reshape(len(x) * 6, 2, 2, 3),
+        lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), 12, 6)[..., None],
+        lambda x: nn.Dense(4)(blocks(x).reshape(len(x), 2, 3, 12)),
+    ],
+)
+def test_maps_whose_channels_stay_apart_from_positions_are_taken(moved):
+    class Moved(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5, name='head')(nn.Conv(4, (1, 1))(moved(x)).mean((1, 2)))
+
+    assert 'Conv_0.weight' in interop.torch_shapes(Moved(), IMAGE)
+
+
 @pytest.mark.parametrize(
     'moved',
     [

@@ -172,6 +172,49 @@ def test_maps_made_of_features_are_made_as_in_pytorch(assert_converts):
         )
 
 
+class Unshuffled(nn.Module):
+    """A convolution of blocks of positions, whose values become channels."""
+
+    order: tuple[int, ...]
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(self.order)
+        x = nn.relu(x.reshape(batch, height // 2, width // 2, 4 * channels))
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=True)(x)
+        return nn.Dense(5)(nn.relu(nn.Conv(4, (1, 1))(x)).mean((1, 2)))
+
+
+def unshuffled():
+    return torch.nn.Sequential(
+        torch.nn.PixelUnshuffle(2), torch.nn.ReLU(), torch.nn.Conv2d(12, 4, 1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5),
+    )  # fmt: skip
+
+
+def test_channels_made_of_positions_are_made_as_in_pytorch(assert_converts):
+    assert_converts(unshuffled(), Unshuffled((0, 1, 3, 5, 2, 4)))
+    # One channel comes first anyhow.
+    state = unshuffled().state_dict()
+    state['2.weight'] = state['2.weight'][:, :4]
+    interop.from_torch(state, Unshuffled((0, 1, 3, 2, 4, 5)), image_shape=(6, 10, 1))
+
+
+@pytest.mark.parametrize('order', [(0, 1, 3, 2, 4, 5), (0, 1, 3, 5, 4, 2), (0, 1, 3, 4, 2, 5)])
+def test_channels_made_of_positions_in_another_order_are_refused(order):
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.from_torch(unshuffled().state_dict(), Unshuffled(order), image_shape=IMAGE)
+    assert str(caught.value) == (
+        "Unshuffled makes channels out of positions before 'Conv_0' in another order than "
+        "PyTorch's PixelUnshuffle; make them in its order, channels before positions: "
+        'x.reshape(B, H // r, r, W // r, r, C).transpose(0, 1, 3, 5, 2, 4); or convert '
+        "'Conv_0' by hand."
+    )
+
+
 class Separable(nn.Module):
     """A convolution of each channel by itself, and a normalisation without parameters."""
 

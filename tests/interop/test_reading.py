@@ -2,6 +2,8 @@
 
 import collections
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -18,6 +20,7 @@ import torch_networks as networks  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
+GUIDE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'from_pytorch.md'
 STATE = {'1.weight': torch.arange(6.0).reshape(2, 3), '1.bias': torch.tensor([0.5, -0.5])}
 
 
@@ -78,6 +81,26 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path, old_format):
     assert proof.exists()
 
 
+@pytest.mark.parametrize('version', ['1.13.1', '2.5.1+cu121', 'unknown'])
+def test_releases_that_run_what_files_say_are_not_used(tmp_path, monkeypatch, version):
+    path = tmp_path / 'weights.pt'
+    torch.save(STATE, path)
+    monkeypatch.setattr(torch, '__version__', version)
+    monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('The file was read.'))
+    with pytest.raises(interop.WeightsError) as caught:
+        interop.read_state_dict(path)
+    assert f'with PyTorch {version} could run any code' in str(caught.value)
+    assert 'install 2.6 or newer' in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('version', ['2.6.0', '2.10.0a0+git123', '3.0'])
+def test_later_releases_are_used(tmp_path, monkeypatch, version):
+    path = tmp_path / 'weights.pt'
+    torch.save(STATE, path)
+    monkeypatch.setattr(torch, '__version__', version)
+    assert_is_state(interop.read_state_dict(path))
+
+
 def test_a_pickled_network_is_refused(tmp_path):
     path = tmp_path / 'network.pth'
     torch.save(networks.LeNet5(), path)
@@ -101,15 +124,19 @@ def test_a_file_of_the_robustness_library_is_saved_anew(tmp_path, monkeypatch):
     network = networks.randomize(networks.AttackerModel(networks.LeNet5(), (0.1,), (0.3,)))
     state = {f'module.{name}': value for name, value in network.state_dict().items()}
     content = {'model': state, 'optimizer': {}, 'epoch': 3, 'args': Parameters(eps=0.5)}
-    path, anew = tmp_path / 'mnist.pt', tmp_path / 'weights.pt'
-    torch.save(content, path)
+    path = tmp_path / 'mnist.pt'
+    # On a GPU, which most readers have none of.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+        torch.save(content, path)
     with pytest.raises(
         interop.WeightsError, match=r'object cox\.utils\.Parameters, .* save its state_dict\(\) al'
     ):
         interop.load_torch(path, 'lenet5')
-    # As the guide says.
-    torch.save(torch.load(path, weights_only=False)['model'], anew)
-    module, _ = interop.load_torch(anew, 'lenet5')
+    (command,) = re.findall(r'`(torch\.save\(.*)`', GUIDE.read_text(encoding='utf-8'))
+    monkeypatch.chdir(tmp_path)
+    exec(command, {'torch': torch, 'path': path})
+    module, _ = interop.load_torch('weights.pt', 'lenet5')
     assert module.mean == pytest.approx((0.1,)) and module.std == pytest.approx((0.3,))
 
 

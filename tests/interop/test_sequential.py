@@ -124,6 +124,13 @@ MISTAKES = [
         'A normalisation follows the last layer',
     ),
     (
+        lambda: state(
+            lambda: nn.Sequential(nn.Linear(64, 16), nn.Conv2d(1, 4, 3), nn.Linear(16, 3))
+        ),
+        {'strides': 1, 'padding': 1, 'pool': 'none', 'image_shape': (4, 4, 1)},
+        "^The convolution '1' stands behind the linear layer '0'; this is no plain stack, so name",
+    ),
+    (
         lambda: {'0.weight': np.ones((2, 3, 3)), '1.weight': np.ones((2, 2))},
         {},
         r"'0' \(weight \(2, 3, 3\)\) is no convolution over positions",

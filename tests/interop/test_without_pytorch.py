@@ -364,5 +364,7 @@ def test_normalisations_that_could_be_exchanged_need_an_order(tmp_path):
 def test_mean_and_std_may_be_arrays():
     state = stack('0', '2', width=12)
     state = {name: np.ones(shape, np.float32) for name, shape in state.items()}
-    module, _ = interop.from_torch(state, 'sequential', mean=np.array([0.0, 0.5, 0.25]))
+    module, _ = interop.from_torch(
+        state, 'sequential', mean=np.array([0.0, 0.5, 0.25]), std=np.ones(1)
+    )
     assert module.mean == (0.0, 0.5, 0.25) and module.std == (1.0, 1.0, 1.0)

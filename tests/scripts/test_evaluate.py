@@ -129,6 +129,7 @@ def test_results_do_not_depend_on_devices_and_batches(evaluated, scripts, tmp_pa
     )
     scripts.run('evaluate.py', f'--workdir={workdir}', *EVALUATE, *changes)
     again = json.loads((workdir / 'report' / 'results.json').read_text())
+    assert 'masking_images is 0' in again.pop('masking/undiagnosed')
     assert again.keys() == {key for key in results if not key.startswith('masking/')}
     for key, value in again.items():
         if key == 'clean_loss' or (key.startswith('neurons/') and isinstance(value, float)):
@@ -250,7 +251,9 @@ def test_every_kind_of_attack_is_reported(trained, scripts, tmp_path):
     assert accuracy['autoattack'] < clean
     assert 'autoattack-l2-0.8' in out
     assert not (report / 'unfinished').exists()
-    assert not (report / 'masking.csv').exists() and 'masking' not in out
+    assert not (report / 'masking.csv').exists()
+    assert 'masking was not looked for: evaluation.masking_images is 0.' in out
+    assert 'masking, ' not in out
 
 
 @pytest.mark.parametrize(('norm', 'attack'), [('l0', 'pgd'), ('spatial', 'spatial')])

@@ -54,7 +54,9 @@ def test_a_file_of_weights_is_evaluated(weights, tmp_path, capsys):
     assert evaluate.main([f'--workdir={workdir}', *arguments, *FEW]) == 0
     out = capsys.readouterr().out
     assert f'sequential on digits test, weights {weights}' in out
+    assert '\nimages normalised by mean (0.25) and std (0.5)\n' in out
     results = json.loads((workdir / 'report' / 'results.json').read_text())
+    assert results['normalisation/mean'] == [0.25] and results['normalisation/std'] == [0.5]
     module, variables = interop.load_torch(weights, 'mlp', hidden=(48,), mean=(0.25,), std=(0.5,))
     test = data.load('digits', 'test')
     logits = module.apply(variables, data.to_float(test.images[:64]))
@@ -198,8 +200,17 @@ MISTAKES = [
         "'0.weight' has shape (48, 64) in place of (48, 784)",
     ),
     (
-        ['--config.weights=FILE', '--config.model=sequential', '--config.mean=(0.1, 0.2)'],
+        [
+            '--config.weights=FILE',
+            '--config.model=sequential',
+            '--config.mean=(0.1, 0.2)',
+            '--config.std=(1.0,)',
+        ],
         'mean and std have length 2, but the number of image channels is 1: give one value for all',
+    ),
+    (
+        ['--config.weights=FILE', '--config.model=sequential', '--config.mean=(0.1,)'],
+        'mean is (0.1,), but std is neither given nor in the file; give std too, (1.0,) where',
     ),
     (
         ['--config.weights=FILE', "--config.model_options={'mean': (0.5,)}"],
@@ -249,6 +260,43 @@ def test_the_report_of_a_training_is_not_replaced(weights, tmp_path, capsys):
     assert 'holds a training, whose report that of the weights would replace' in (
         capsys.readouterr().err
     )
+
+
+def numbers_in_report(workdir):
+    results = json.loads((workdir / 'report' / 'results.json').read_text())
+    assert results['config']['mean'] == results['config']['std'] == []
+    return results['normalisation/mean'], results['normalisation/std']
+
+
+def test_reports_of_files_of_one_name_do_not_replace_each_other(
+    weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    state = safetensors.numpy.load_file(weights)
+    numbers = {'mean': np.full(1, 0.25, np.float32), 'std': np.full(1, 0.5, np.float32)}
+    for name, more in (('a', {}), ('b', numbers)):
+        (tmp_path / name).mkdir()
+        safetensors.numpy.save_file({**state, **more}, tmp_path / name / 'model.safetensors')
+    quick = (*FEW, '--config.neurons.measures=()', '--config.evaluation.masking_images=0')
+
+    def run(file, *more):
+        return evaluate.main(
+            [f'--config.weights={file}', '--config.model=sequential', *quick, *more]
+        )
+
+    assert run('a/model.safetensors') == 0
+    assert 'images normalised by mean (0) and std (1)\n' in capsys.readouterr().out
+    assert numbers_in_report(tmp_path / 'runs' / 'model') == ([0.0], [1.0])
+    with pytest.raises(SystemExit) as stopped:
+        run('b/model.safetensors')
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count('\n') == 1
+    assert 'holds the report of the weights a/model.safetensors, which that of b/model' in err
+    assert numbers_in_report(tmp_path / 'runs' / 'model') == ([0.0], [1.0])
+    # The same file by another path is evaluated again, and the numbers of the file are noted.
+    assert run(tmp_path / 'b' / '..' / 'a' / 'model.safetensors') == 0
+    assert run('b/model.safetensors', '--workdir=runs/b') == 0
+    assert numbers_in_report(tmp_path / 'runs' / 'b') == ([0.25], [0.5])
 
 
 def test_training_takes_no_file_of_weights():

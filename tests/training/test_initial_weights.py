@@ -88,6 +88,36 @@ def test_averages_start_from_the_weights_that_are_evaluated(first, tmp_path, dec
     assert train(experiment, tmp_path / 'second').step == 12
 
 
+@pytest.mark.parity
+def test_a_state_dict_is_chosen_among_several(tmp_path):
+    torch = pytest.importorskip('torch', reason='files of PyTorch need it')
+    shapes = {'0.weight': (48, 64), '0.bias': (48,), '2.weight': (10, 48), '2.bias': (10,)}
+    content = {
+        place: {name: torch.full(shape, value) for name, shape in shapes.items()}
+        for place, value in {'net': 1.0, 'ema': 2.0}.items()
+    }
+    torch.save(content, tmp_path / 'two.pt')
+    settings = dataclasses.replace(
+        CONFIG, model='mlp', model_options={'hidden': (48,)},
+        initial_weights=str(tmp_path / 'two.pt'),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='holds 2 state dicts; choose one by its key'):
+        training.prepare(settings)
+    chosen = training.prepare(dataclasses.replace(settings, weights_key='ema'))
+    variables = training.experiment.initial_state(chosen).variables
+    assert all((np.asarray(leaf) == 2).all() for leaf in jax.tree.leaves(variables))
+    with pytest.raises(ValueError, match="has no state dict at 'teacher'; it has them at"):
+        training.prepare(dataclasses.replace(settings, weights_key='teacher'))
+
+
+def test_a_key_without_a_file_is_refused(first):
+    with pytest.raises(config_lib.ConfigError, match="weights_key is 'ema', but there is no file"):
+        training.prepare(dataclasses.replace(CONFIG, weights_key='ema'))
+    settings = dataclasses.replace(CONFIG, weights_key='ema', initial_weights=str(first(0.0)[0]))
+    with pytest.raises(config_lib.ConfigError, match='which is none; leave weights_key out'):
+        training.prepare(settings)
+
+
 # ------------------------------------------------------------------------------- rescaled weights
 
 
