@@ -23,8 +23,8 @@ from neurosens.interop.errors import WeightsError
 SAFETENSORS_SUFFIX = '.safetensors'
 TORCH_SUFFIXES = ('.pt', '.pth', '.th', '.ckpt', '.bin', '.tar')
 _DEPTH = 3
-# Up to 2.5.1 a file can run code in spite of `weights_only=True` (CVE-2025-32434).
-_SAFE_TORCH = (2, 6)
+# Before, a file can run code in spite of `weights_only=True` (CVE-2025-32434, CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
 
 StateDict = dict[str, np.ndarray]
 
@@ -48,7 +48,7 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> Sta
     Raises:
       WeightsError: the file has another suffix, holds anything but tensors and plain containers,
         is damaged, or holds no or several state dicts; or PyTorch is needed, and is not installed
-        or older than 2.6.
+        or older than 2.10.
       FileNotFoundError: there is no such file.
     """
     path = pathlib.Path(path)
@@ -153,7 +153,7 @@ def _read_torch(path: pathlib.Path) -> Any:
     if release is None or tuple(map(int, release.groups())) < _SAFE_TORCH:
         raise WeightsError(
             f'Reading {str(path)!r} with PyTorch {torch.__version__} could run any code that the '
-            "file holds; install 2.6 or newer: pip install 'torch>=2.6', or convert the file to "
+            "file holds; install 2.10 or newer: pip install 'torch>=2.10', or convert the file to "
             '.safetensors where it comes from.'
         )
     try:
