@@ -32,8 +32,8 @@ def squared_logits(forward, variables, x, y, key):
 
 
 @functools.cache
-def cnn(norm):
-    return models.create('cnn', num_classes=10, features=(4,), hidden=(8,), norm=norm)
+def cnn(norm, dtype=jnp.float32):
+    return models.create('cnn', num_classes=10, features=(4,), hidden=(8,), norm=norm, dtype=dtype)
 
 
 @functools.cache
@@ -54,6 +54,7 @@ class Setup:
     ema_decay: float = 0.0
     terms: tuple = ()
     objective: training.Objective = STANDARD
+    dtype: type = jnp.float32
 
     @functools.cached_property
     def optimizer(self):
@@ -62,7 +63,7 @@ class Setup:
     @functools.cached_property
     def step(self):
         return training.make_train_step(
-            cnn(self.norm),
+            cnn(self.norm, self.dtype),
             *self.optimizer,
             self.objective,
             self.terms,
@@ -127,6 +128,8 @@ HARDENED = {
             ),
         ),
         objective=adversarial.trades(eps=0.1, steps=2),
+        # In single precision rounding moves signs of gradients and what ReLUs let through.
+        dtype=jnp.float64,
     )
     for shared in (False, True)
     for devices in (1, 8)
@@ -178,6 +181,15 @@ def assert_close(actual, expected, relative=1e-5):
     jax.tree.map(check, actual, expected)
 
 
+def in_double(tree):
+    """Floating-point leaves in float64."""
+
+    def cast(leaf):
+        return np.float64(leaf) if np.issubdtype(leaf.dtype, np.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
 def distance(one, other):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
     return max(float(np.abs(a - b).max()) for a, b in pairs)
@@ -203,11 +215,14 @@ def test_five_steps_give_the_same_variables_on_one_and_on_eight_devices(norm):
 
 @pytest.mark.parametrize('shared', [False, True])
 def test_attacks_and_regularizers_are_the_same_on_one_and_on_eight_devices(shared):
-    batches = [random_batch(BATCH, seed) for seed in range(2)]
-    (*_, one), logged_on_one = HARDENED[shared, 1].run(batches)
-    (*_, eight), logged_on_eight = HARDENED[shared, 8].run(batches)
-    assert distance(one.variables, HARDENED[shared, 1].initial.variables) > 1e-2
-    assert_close(eight.variables, one.variables)
+    with jax.enable_x64(True):
+        batches = [random_batch(BATCH, seed) for seed in range(2)]
+        initial = in_double(HARDENED[shared, 1].initial)
+        (*_, one), logged_on_one = HARDENED[shared, 1].run(batches, initial)
+        (*_, eight), logged_on_eight = HARDENED[shared, 8].run(batches, initial)
+    assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(one.variables))
+    assert distance(one.variables, initial.variables) > 1e-2
+    assert_close(eight.variables, one.variables, relative=1e-9)
     for alone, together in zip(logged_on_one, logged_on_eight):
         assert together == pytest.approx(alone, rel=1e-5)
 
@@ -360,7 +375,9 @@ def test_every_regularizer_draws_its_own_randomness_in_every_step():
 
 def test_a_regularizer_that_shares_the_pass_sees_features_of_training_mode():
     batch, variables = random_batch(BATCH), initial_variables('batch')
-    metrics = HARDENED[True, 8].run([batch])[1][0]
+    hardened = HARDENED[True, 8]
+    with jax.enable_x64(True):
+        metrics = hardened.run([batch], in_double(hardened.initial))[1][0]
     x = jnp.asarray(batch.image, jnp.float32) / 255
 
     def contribution(train):
