@@ -88,6 +88,9 @@ def test_auto_pgd_is_that_of_torchattacks_from_the_same_start(pair, loss, monkey
     In l2: steps of signs go either way where a pixel's gradient is nothing but rounding.
     """
     network, forward, variables, x, y = pair
+    # Off the edges of the box: of pixels that are clipped alike, rounding alone says which one max
+    # pooling takes, and that differs between processors.
+    x = 0.1 + 0.8 * x + 0.1 * (np.random.default_rng(1).random(x.shape) - 0.5)
     eps, draws = 1.5, np.random.default_rng(0).normal(size=x.shape)
     lengths = np.linalg.norm(draws.reshape(COUNT, -1), axis=1)[:, None, None, None]
     start = np.clip(x + eps * draws / (lengths + 1e-12), 0, 1)
@@ -123,9 +126,7 @@ def test_auto_pgd_is_that_of_torchattacks_from_the_same_start(pair, loss, monkey
         found.detach().numpy().transpose(0, 2, 3, 1) for found in (last, best)
     ))  # fmt: skip
     if loss == 'cross_entropy':
-        # Over 100 steps the rounding of a processor may decide at a kink of one image's loss.
-        largest = np.abs(mine - expected).max((1, 2, 3))
-        assert (largest <= 1e-7).sum() >= COUNT - 1, largest
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-7)
     # The ratio changes its classes on the way, and with them what rounding grows to.
     assert np.abs(mine - expected).mean() < 2e-3
 
