@@ -4,10 +4,13 @@ import inspect
 import pathlib
 import re
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
 import neurosens as ns
-from neurosens import training
+from neurosens import models, training
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
@@ -65,6 +68,59 @@ def test_the_examples_of_a_page_run(page, printed, capsys):
     # Each goes on where the one before ends.
     exec(compile('\n'.join(examples), page, 'exec'), {'__name__': 'page'})
     assert re.search(printed, capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.fixture(scope='module')
+def shown():
+    """What the examples of guides take as given: a small network, images, and a second network."""
+    net = models.create('mlp', num_classes=3, hidden=(16,))
+    x = jax.random.uniform(jax.random.key(0), (32, 6, 6, 1))
+    variables, other = (net.init(jax.random.key(seed), x) for seed in (1, 2))
+    forward = ns.LinenForward(net, {'train': False})
+    predictions = forward(variables, x)[0].argmax(-1)
+    return {
+        '__name__': 'guide',
+        'ns': ns,
+        'forward': forward,
+        'variables': variables,
+        'other_forward': forward,
+        'other_variables': other,
+        'x': x,
+        'y': predictions,
+        'predictions': predictions,
+        'images': x,
+        'labels': predictions,
+        'key': jax.random.key(3),
+    }
+
+
+def test_the_attacks_of_the_guide_run(shown, capsys):
+    text = (REPOSITORY / 'docs' / 'attacks.md').read_text(encoding='utf-8')
+    examples = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    pgd, turned, diagnosis, neuron = (dict(shown) for _ in examples)
+    for example, names in zip(examples, (pgd, turned, diagnosis, neuron)):
+        exec(compile(example, 'attacks.md', 'exec'), names)
+    largest = abs(pgd['result'].x_adv - shown['x']).max()
+    assert 0 < largest <= 8 / 255 + 1e-6 and pgd['result'].queries.shape == (32,)
+    assert turned['turned'].x_adv.shape == shown['x'].shape
+    out = capsys.readouterr().out
+    assert 'gradient masking, linf 0.1, 32 images' in out and 'transfer' in out
+    assert re.search(r'(?m) (True|False)$', out), 'whether it passed is printed'
+    moved = neuron['result'].x_adv - shown['x'][:, None]
+    assert moved.shape[:2] == neuron['neurons'].shape == (32, 16)
+    assert 0 < jnp.sqrt((moved**2).sum((2, 3, 4))).max() <= 0.5 + 1e-5
+
+
+def test_the_defence_of_the_guide_runs(shown, tmp_path, monkeypatch):
+    text = (REPOSITORY / 'docs' / 'defenses.md').read_text(encoding='utf-8')
+    (example,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = dict(shown)
+    exec(compile(example, 'defenses.md', 'exec'), names)
+    kept = ns.defenses.load('runs/digits/defense', variables=shown['variables'])
+    chex.assert_trees_all_equal(kept, names['parameters'])
+    logits = names['defended'](shown['variables'], names['found'].x_adv)[0]
+    assert (names['found'].success == (logits.argmax(-1) != shown['y'])).all()
 
 
 def test_every_page_and_only_those_are_in_the_navigation():
