@@ -238,13 +238,15 @@ def _row(network: str, name: str, eps: float, facts: Mapping[str, Any]) -> tuple
         f'{_percent(facts[worst])} ({low}-{high})',
         f'{_percent(least[strongest])}, {strongest.replace("_", " ")}',
         f'{facts[f"defense/missed_by_gradients/{threat}"]} of {facts["defense/images"]}',
-        _warned(facts),
+        _warned(eps, facts),
         f'{facts["defense/relative_cost"]:.1f}',
     )
 
 
-def _warned(facts: Mapping[str, Any]) -> str:
-    """Checks for gradient masking that found something."""
+def _warned(eps: float, facts: Mapping[str, Any]) -> str:
+    """Checks for gradient masking that found something at a radius, if it is the one of theirs."""
+    if f'{facts["defense/masking/eps"]:.3g}' != f'{eps:.3g}':
+        return 'not looked for'
     checks = {
         key.removeprefix('defense/masking/'): passed
         for key, passed in facts.items()

@@ -1073,6 +1073,7 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
             'defense/relative_cost': 7.04,
             'defense/images': 128,
             'defense/masking/passed': defence.name != 'inverse_perturbation',
+            'defense/masking/eps': problem.setting.eps[0],
             'defense/masking/monotone': True,
             'defense/masking/single_step': defence.name != 'inverse_perturbation',
             'defense/masking/single_step/pgd': 3,
@@ -1109,7 +1110,7 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
         *('lenet5', 'inverse perturbation', '0.1', '99.0', '98.0', '30.0', '20.0', '25.0 of 8'),
         *('10.0 (5.0-15.0)', '12.0, adaptive/apgd dlr soft', '2 of 128', 'single step', '7.0'),
     ]
-    assert rows[2][-2] == '-'
+    assert rows[1][-2] == rows[3][-2] == 'not looked for' and rows[2][-2] == '-'
     cells = cells_of(text)
     assert ['its own', '20.0', '20.0'] in cells and ['soft choices', '12.0', '12.0'] in cells
     assert ['single candidates', '-', '-'] in cells

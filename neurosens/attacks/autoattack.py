@@ -24,7 +24,7 @@ from neurosens.attacks.apgd import apgd
 from neurosens.attacks.autoattack_notes import Notes
 from neurosens.attacks.autoattack_runs import LEAST_CLASSES, RANDOM_DRAWS, Run, runs
 from neurosens.attacks.autoattack_warnings import clean_warnings, square_warning
-from neurosens.attacks.batches import check_images, check_labels, check_radius
+from neurosens.attacks.batches import check_batch, check_images, check_labels, check_radius
 from neurosens.attacks.fab import fab
 from neurosens.attacks.losses import label_margin
 from neurosens.attacks.objective import drawn_logits
@@ -230,18 +230,16 @@ def autoattack(
       Results of all images, on every process.
 
     Raises:
-      ValueError: a name or number is out of range, images are not finite or out of bounds, a label
-        is not one of the model's classes, or the directory has notes of another call.
+      ValueError: a name or number is out of range, there are no images, they are not
+        floating-point, not finite or out of bounds, a label is not one of the model's classes, or
+        the directory has notes of another call.
     """
     x, y = np.asarray(x), np.asarray(y)
     for name, value in (('steps', steps), ('queries', queries), ('batch_size', batch_size)):
         _validate.check_whole(name, value)
     require_ball('autoattack', threat)
     check_radius(threat)
-    if not len(x) or y.shape != x.shape[:1]:
-        raise ValueError(
-            f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
-        )
+    check_batch(x, y)
     check_images(x, threat.bounds)
     check_labels(forward, variables, x, y)
     index = np.arange(len(x)) if index is None else np.asarray(index)

@@ -121,15 +121,13 @@ def attack_batch(
       What `attack` returns, stacked.
 
     Raises:
-      ValueError: images, labels and `each` differ in number, or an image is not finite or outside
-        the bounds, a label is not one of the model's classes, or the radius is infinite (as far as
-        values are known: not inside a caller's jit).
+      ValueError: images, labels and `each` differ in number, there are none, images are not
+        floating-point or labels no integers; or an image is not finite or outside the bounds, a
+        label is not one of the model's classes, or the radius is infinite (as far as values are
+        known: not inside a caller's jit).
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    if x.ndim < 2 or y.shape != x.shape[:1]:
-        raise ValueError(
-            f'images have shape {x.shape} and labels {y.shape}; they must be [B, ...] and [B].'
-        )
+    check_batch(x, y)
     if index is not None and jnp.shape(index) != y.shape:
         raise ValueError(
             f'index has shape {jnp.shape(index)}; it must have a value for each of {len(x)} images.'
@@ -162,6 +160,27 @@ def attack_batch(
         chosen,
         _split(x, (forward, variables)),
     )
+
+
+def check_batch(x: Array | np.ndarray, y: Array | np.ndarray) -> None:
+    """Raises a ValueError unless these are floating-point images and as many integer labels.
+
+    Args:
+      x: images `[B, ...]`.
+      y: labels `[B]`.
+    """
+    if x.ndim < 2 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f'images have shape {x.shape} and labels {y.shape}; they must be [B, ...] and [B].'
+        )
+    if not len(x):
+        raise ValueError(f'images have shape {x.shape}; an attack needs at least one.')
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f'images are of type {x.dtype}; they must be floating-point (divide bytes by 255).'
+        )
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f'labels are of type {y.dtype}; they must be integers, one per image.')
 
 
 def check_images(x: Float[Array | np.ndarray, 'batch ...'], bounds: tuple[float, float]) -> None:

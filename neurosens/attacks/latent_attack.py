@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from neurosens.attacks.batches import attack_batch
+from neurosens.attacks.batches import attack_batch, check_batch
 from neurosens.attacks.representation import (
     activation_and_logits,
     ascend,
@@ -270,6 +270,7 @@ def activation_attack(
     if sign not in (1, -1):
         raise ValueError(f'sign is {sign!r}; it must be 1 to raise the neuron or -1 to lower it.')
     x, neurons = jnp.asarray(x), jnp.asarray(neuron)
+    check_batch(x, jnp.asarray(y))
     if neurons.ndim > 1:
         raise ValueError(f'neuron has shape {neurons.shape}; it must be one index, or [B].')
     check_indices(forward, variables, x, neurons, layer, unit)

@@ -23,7 +23,7 @@ from neurosens.evaluation.defense_outcomes import (
 )
 from neurosens.evaluation.report import aligned
 
-# Names of pictures of attacked images begin so.
+# Names of pictures of attacked images begin so; see `files.OF_A_DEFENSE`.
 EXAMPLES = 'defense_examples-'
 
 
@@ -286,8 +286,9 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
             figure = plots.example_grid(report.adaptive, outcome)
             plots.save(figure, output.path(f'{EXAMPLES}{outcome.name}.png'))
     # What an earlier evaluation of another defence left would pass for this one's.
-    for stale in set(pathlib.Path(directory).glob('defense*.*')) - set(output.written):
-        stale.unlink()
+    for pattern in files.OF_A_DEFENSE:
+        for stale in set(pathlib.Path(directory).glob(pattern)) - set(output.written):
+            stale.unlink()
     return output.written
 
 

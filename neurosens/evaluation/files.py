@@ -5,6 +5,16 @@ from __future__ import annotations
 import pathlib
 import types
 
+# What the report of a defence may consist of, as patterns.
+OF_A_DEFENSE = (
+    'defense.csv',
+    'defense.png',
+    'defense_masking.csv',
+    'defense_controls.png',
+    'defense_shifts.png',
+    'defense_examples-*.png',
+)
+
 
 class WholeFiles:
     """New files of a directory, which get their names together once all of them are written.

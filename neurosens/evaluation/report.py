@@ -255,7 +255,8 @@ def put_in_place(fresh: str | pathlib.Path, directory: str | pathlib.Path) -> No
 
     Args:
       fresh: where the report was written, on the same disk; its files move.
-      directory: where it goes; made if need be. Files that are of no report stay.
+      directory: where it goes; made if need be. Files that are of no report stay, but for those in
+        `neurons/`, which is the report's own.
     """
     fresh, directory = pathlib.Path(fresh), pathlib.Path(directory)
     names = {path.relative_to(fresh) for path in fresh.rglob('*') if path.is_file()}
@@ -263,7 +264,7 @@ def put_in_place(fresh: str | pathlib.Path, directory: str | pathlib.Path) -> No
     for name in sorted(names, key=lambda name: (name.name == 'index.html', name)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).replace(directory / name)
-    for pattern in (*_CHANGING, 'defense*.*', 'neurons/*'):
+    for pattern in (*_CHANGING, *files.OF_A_DEFENSE, 'neurons/*'):
         for path in directory.glob(pattern):
             if path.is_file() and path.relative_to(directory) not in names:
                 path.unlink()

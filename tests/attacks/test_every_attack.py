@@ -219,6 +219,26 @@ def test_labels_that_are_no_classes_are_refused(net, label):
     jax.eval_shape(lambda x: attacks.noise(*whole[:2], x, y, KEY, threat=Threat('l2', 0.5)), x)
 
 
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (
+            {'x': np.zeros((BATCH, 6, 6, 1), np.uint8)},
+            'type uint8.*floating-point',
+        ),
+        ({'y': np.zeros(BATCH, np.float32)}, 'labels are of type float32; they must be integers'),
+        ({'x': np.zeros((0, 6, 6, 1), np.float32), 'y': np.zeros(0, int)}, 'at least one'),
+    ],
+)
+def test_images_and_labels_of_other_types_or_none_are_named(net, change, sentence):
+    given = {'x': net.x, 'y': net.y, **change}
+    for attack in (*(chosen(name)[0] for name in ATTACKS), attacks.autoattack):
+        with pytest.raises(ValueError, match=sentence):
+            attack(
+                net.forward, net.variables, given['x'], given['y'], KEY, threat=Threat('l2', 0.5)
+            )
+
+
 def operations(jaxpr):
     """How many a program has, those of its loops and branches counted once each."""
     inner = [jax.extend.core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns]

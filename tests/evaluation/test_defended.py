@@ -296,7 +296,10 @@ def test_a_report_is_shown_and_written(inverse, tmp_path):
     )
     assert low <= value <= high and high - low > 0.05
     assert f', {recovered:,} of {fooled:,}' in text
+    for name in ('defense_notes.txt', 'defense_examples-old.png'):
+        (tmp_path / name).touch()
     written = evaluation.write_defense(report, tmp_path)
+    assert {path.name for path in set(tmp_path.iterdir()) - set(written)} == {'defense_notes.txt'}
     names = {path.name for path in written}
     shown = defense_report.strongest_with_examples(report)
     assert [outcome.eps for outcome in shown] == [0.05, 0.12]
@@ -766,9 +769,9 @@ def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):
     assert transfer.passed is not None
     assert evaluation.defense_facts(report)['defense/masking/images'] == 8
     assert 'gradient masking' in evaluation.defense_table(report)
-    (tmp_path / 'defense_old.png').touch()
+    (tmp_path / 'defense_controls.png').touch()
     evaluation.write_defense(report, tmp_path)
-    assert not (tmp_path / 'defense_old.png').exists()
+    assert not (tmp_path / 'defense_controls.png').exists()
     assert (tmp_path / 'defense_masking.csv').exists()
 
 
