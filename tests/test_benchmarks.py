@@ -834,8 +834,6 @@ OF_EARLIER_SCRIPTS = {
     'attacks.steps',
     'neurons.delta',
     'neurons.scaling',
-    'defenses.defended.lenet5_robust',
-    'defenses.defended.resnet20',
     'robust_training.cifar10',
     'robust_training.mnist',
 }
