@@ -208,7 +208,7 @@ def defended(problem: Problem, folder: pathlib.Path) -> list[Table]:
         'all attacks on the defence',
         'strongest alone',
         'missed along gradients',
-        'warnings of masking',
+        'warnings of masking, of checks that apply',
         'cost',
     )
     return [Table(header, rows), *moves]
@@ -244,17 +244,17 @@ def _row(network: str, name: str, eps: float, facts: Mapping[str, Any]) -> tuple
 
 
 def _warned(eps: float, facts: Mapping[str, Any]) -> str:
-    """Checks for gradient masking that found something at a radius, if it is the one of theirs."""
-    if f'{facts["defense/masking/eps"]:.3g}' != f'{eps:.3g}':
-        return 'not looked for'
+    """Checks for gradient masking that warn at a radius, and how many of them apply."""
+    pattern = re.compile(rf'defense/masking/linf-{re.escape(f"{eps:.3g}")}/(\w+)')
     checks = {
-        key.removeprefix('defense/masking/'): passed
+        match[1].replace('_', ' '): passed
         for key, passed in facts.items()
-        if re.fullmatch(r'defense/masking/\w+', key) and isinstance(passed, bool)
+        if (match := pattern.fullmatch(key)) and isinstance(passed, bool)
     }
     # Of all of them together.
-    checks.pop('passed', None)
-    return ', '.join(name.replace('_', ' ') for name, passed in checks.items() if not passed) or '-'
+    checks.pop('passed')
+    warned = ', '.join(name for name, passed in checks.items() if not passed)
+    return f'{warned or "-"} of {len(checks)}'
 
 
 def _along(problem: Problem, facts: Mapping[str, Any]) -> Table:

@@ -6,11 +6,14 @@
 Trains one network by every method and seed, attacks each in linf, l2 and l1 by AutoAttack, or those
 of its attacks that are named, and keeps every result in the output folder, so that an interrupted
 run goes on where it stopped. An image counts as robust if it withstands all attacks of a norm.
+Signs of gradient masking are looked for in each model and norm, and stand beside the accuracies
+with the warnings of AutoAttack.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import pathlib
 import shutil
@@ -24,9 +27,12 @@ import numpy as np
 
 from benchmarks import harness
 from neurosens import attacks, config, data, parallel, training
+from neurosens import evaluation as evaluation_lib
 from neurosens.evaluation import accuracy
 
 BATCH_SIZE = 250
+# First images on which gradient masking is looked for.
+_DIAGNOSED = 128
 # Of the timing of steps.
 _STEPS, _ROUNDS = 20, 7
 
@@ -195,7 +201,8 @@ def run(
 
     Returns:
         Clean accuracy on the whole test set; of the images that are attacked accuracy under white
-        noise, clipped to [0, 1], and robust accuracy by norm.
+        noise, clipped to [0, 1], and robust accuracy by norm; and by norm, under `warnings`, the
+        checks for gradient masking that warn and the warnings of AutoAttack.
     """
     settings = settings_of(setting, method, seed, arguments.data_dir)
     experiment = training.prepare(settings)
@@ -219,6 +226,7 @@ def run(
         experiment.forward, variables, noisy, y, experiment.mesh, BATCH_SIZE
     )
     found['noise'] = float((seen == y).mean())
+    found['warnings'] = {}
     for norm, eps in setting.radii.items():
         outcome = attacks.autoattack(
             experiment.forward,
@@ -233,6 +241,20 @@ def run(
             mesh=experiment.mesh,
         )
         found[norm] = float(1 - outcome.success.mean())
+        few = slice(_DIAGNOSED)
+        diagnosis = evaluation_lib.diagnose(
+            experiment.forward,
+            variables,
+            x[few],
+            y[few],
+            jax.random.key(seed),
+            threat=attacks.Threat(norm, eps),
+            batch_size=BATCH_SIZE,
+            mesh=experiment.mesh,
+            reported=outcome.success[few],
+        )
+        warned = [check.name for check in diagnosis.checks if check.passed is False]
+        found['warnings'][norm] = [*warned, *outcome.warnings]
     return found
 
 
@@ -247,10 +269,18 @@ def table(
             values = [100 * one[key] for one in runs]
             spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.1f}{spread}')
+        counts = collections.Counter(
+            f'{warning}, {norm}'
+            for one in runs
+            for norm, warnings in one['warnings'].items()
+            for warning in warnings
+        )
+        of_seeds = (f'{warning}: {count} of {len(runs)}' for warning, count in counts.items())
+        cells.append('; '.join(of_seeds).replace('_', ' ') or '-')
         rows.append((name, *cells, harness.ratio_text(cost.ratio(name, 'standard'))))
     attacked = (f'{norm} {eps:.4g}' for norm, eps in setting.radii.items())
     of_all = ('clean %', 'clean %, attacked images', f'noise {setting.noise:g}')
-    header = ('Method', *of_all, *attacked, 'step / standard')
+    header = ('Method', *of_all, *attacked, 'warnings, of seeds', 'step / standard')
     return harness.markdown_table(header, rows)
 
 

@@ -830,10 +830,9 @@ REPORTED = [
 
 # What has been measured since then is in them, but not all that the script prints by now.
 OF_EARLIER_SCRIPTS = {
-    'attacks.overhead',
-    'attacks.steps',
-    'neurons.delta',
-    'neurons.scaling',
+    'defenses.defended.lenet5',
+    'defenses.defended.lenet5_robust',
+    'defenses.defended.resnet20',
     'robust_training.cifar10',
     'robust_training.mnist',
 }
@@ -1006,7 +1005,9 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
         assert arguments.queries == 1000 and arguments.attacks == ['apgd-ce', 'apgd-t', 'square']
         share = 0.1 * seed
         clean = {'clean': 0.9, 'clean_of_attacked': 0.95, 'noise': 0.8}
-        return {**clean, 'linf': share, 'l2': 2 * share, 'l1': 3 * share}
+        warnings = {'linf': ['single_step'] if seed else [], 'l2': [], 'l1': ['Too few classes.']}
+        robust = {'linf': share, 'l2': 2 * share, 'l1': 3 * share}
+        return {**clean, **robust, 'warnings': warnings if method.objective == 'pgd' else {}}
 
     def costs(setting, data_dir):
         del data_dir
@@ -1019,10 +1020,14 @@ def test_ways_of_training_are_averaged_over_seeds(tmp_path, monkeypatch):
     assert len(calls) == 3 * len(methods) == len(list(kept.glob('*.json')))
     header, _, *rows = cells_of(text)
     of_all = ['clean %', 'clean %, attacked images', 'noise 0.3']
-    assert header[1:] == [*of_all, 'linf 0.1', 'l2 1', 'l1 5', 'step / standard']
+    robust = ['linf 0.1', 'l2 1', 'l1 5']
+    assert header[1:] == [*of_all, *robust, 'warnings, of seeds', 'step / standard']
     assert [row[0] for row in rows] == list(methods)
     shares = ['90.0 ± 0.0', '95.0 ± 0.0', '80.0 ± 0.0', '10.0 ± 10.0']
     assert all(row[1:5] == shares for row in rows)
+    warned = {row[0]: row[7] for row in rows}
+    assert warned['standard'] == '-'
+    assert warned['PGD-7 training'] == 'Too few classes., l1: 3 of 3; single step, linf: 2 of 3'
     # What is there is not made again.
     assert cells_of(made(monkeypatch, robust_training, 'robust_training.mnist', tmp_path))
     assert len(calls) == 3 * len(methods)
@@ -1071,14 +1076,19 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
             'defense/relative_cost': 7.04,
             'defense/images': 128,
             'defense/masking/passed': defence.name != 'inverse_perturbation',
-            'defense/masking/eps': problem.setting.eps[0],
-            'defense/masking/monotone': True,
-            'defense/masking/single_step': defence.name != 'inverse_perturbation',
-            'defense/masking/single_step/pgd': 3,
-            'defense/masking/transfer': None,
         }
         for eps in problem.setting.eps:
             threat = f'linf-{eps:.3g}'
+            first = eps == problem.setting.eps[0]
+            facts |= {
+                f'defense/masking/{threat}/passed': not first,
+                f'defense/masking/{threat}/eps': eps,
+                f'defense/masking/{threat}/monotone': True,
+                f'defense/masking/{threat}/single_step': not first,
+                f'defense/masking/{threat}/single_step/pgd': 3,
+                f'defense/masking/{threat}/black_box': None if first else True,
+                f'defense/masking/{threat}/transfer': None,
+            }
             for place, kind in enumerate(('undefended', 'static', 'all')):
                 facts[f'defense/worst/{kind}-{threat}'] = (3 - place) / 10
             facts[f'defense/worst/all-{threat}/low'] = 0.05
@@ -1106,9 +1116,9 @@ def test_every_defence_has_a_row_for_each_radius(defences, tmp_path, monkeypatch
     assert len(rows) == 3 * 2
     assert rows[0] == [
         *('lenet5', 'inverse perturbation', '0.1', '99.0', '98.0', '30.0', '20.0', '25.0 of 8'),
-        *('10.0 (5.0-15.0)', '12.0, adaptive/apgd dlr soft', '2 of 128', 'single step', '7.0'),
+        *('10.0 (5.0-15.0)', '12.0, adaptive/apgd dlr soft', '2 of 128', 'single step of 2', '7.0'),
     ]
-    assert rows[1][-2] == rows[3][-2] == 'not looked for' and rows[2][-2] == '-'
+    assert rows[1][-2] == rows[3][-2] == '- of 3' and rows[2][-2] == 'single step of 2'
     cells = cells_of(text)
     assert ['its own', '20.0', '20.0'] in cells and ['soft choices', '12.0', '12.0'] in cells
     assert ['single candidates', '-', '-'] in cells

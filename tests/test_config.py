@@ -187,6 +187,8 @@ def test_a_group_cannot_be_set_as_a_whole(group):
             'schedule.boundaries item is 1.0; it must be greater than 0, less than 1.',
         ),
         ('evaluation.eps=(0.1, -0.1)', 'evaluation.eps item is -0.1; it must be at least 0.'),
+        ('evaluation.eps=(0.0314, 0.03137)', 'evaluation.eps holds 0.0314 and 0.03137, which'),
+        ('evaluation.eps=(0.1, 0.1)', 'evaluation.eps holds 0.1 and 0.1, which are the same'),
         ('epochs=nan', 'epochs is nan; it must be finite, greater than 0.'),
         ('optimizer.learning_rate=1e400', 'optimizer.learning_rate is inf; it must be finite, '),
         ('seed=-1', 'seed is -1; it must be at least 0, at most '),

@@ -179,6 +179,16 @@ def _check_evaluation(evaluation: Evaluation) -> None:
     for eps in evaluation.eps:
         high = 180 if evaluation.norm == 'spatial' else None
         _check('evaluation.eps item', eps, low=0, high=high)
+    named: dict[str, float] = {}
+    for eps in evaluation.eps:
+        # Results are named so.
+        name = f'{eps:.3g}'
+        if name in named:
+            raise ConfigError(
+                f'evaluation.eps holds {named[name]} and {eps}, which are the same to three '
+                'digits, by which results are named; leave one of them out.'
+            )
+        named[name] = eps
     losses = ('cross_entropy', 'margin', 'dlr', 'scaled_cross_entropy')
     choices = {
         'evaluation.split': (evaluation.split, ('test', 'validation')),

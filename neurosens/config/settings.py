@@ -136,8 +136,8 @@ class Evaluation:
         'autoattack_rand' has its own number.
       examples: images in the example grid.
       masking_images: on how many first images to look for gradient masking, where there are
-        attacks: in `norm`, at the upper middle of `eps`, with PGD of `steps` and `restarts` and at
-        most 500 of `queries`; 0 turns it off.
+        attacks: in `norm`, at each radius of `eps`, with PGD of `steps` and `restarts` and at most
+        500 of `queries`; 0 turns it off.
     """
 
     split: str = 'test'

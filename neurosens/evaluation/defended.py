@@ -116,7 +116,7 @@ def evaluate_defense(
     report = attacked(defended, 'defended', names)
     outcomes: list[DefenseOutcome] = []
     for name in names:
-        for eps in evaluation.eps:
+        for eps in sorted(set(evaluation.eps)):
             warnings: tuple[str, ...] = ()
             if name.startswith('autoattack'):
                 ensemble = robustness.run_autoattack(
@@ -217,7 +217,7 @@ def evaluate_defense(
         tuple(moves),
         inverse_perturbation.passes(parameters) if known else 1,
         relative_cost(forward, defended, variables, source, mesh, evaluation.batch_size),
-        report.diagnosis,
+        report.diagnoses,
         uncontrolled,
         report,
         dict(calibration or {}),

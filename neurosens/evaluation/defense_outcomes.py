@@ -85,7 +85,7 @@ class DefenseReport:
       moves: of inverse perturbation, controls at each radius.
       passes: forward passes of the model for one image.
       cost: time for one image relative to the undefended model, measured.
-      diagnosis: of gradient masking by the defence; None where it was not asked for.
+      diagnoses: of gradient masking by the defence, at each radius; none where not asked for.
       uncontrolled: why there are no controls although they were asked for, or empty.
       adaptive: attacks on the defended model along its own gradient, with example images; None in
         reports made by hand.
@@ -101,7 +101,7 @@ class DefenseReport:
     moves: tuple[Moves, ...]
     passes: int
     cost: float
-    diagnosis: masking.Diagnosis | None = None
+    diagnoses: tuple[masking.Diagnosis, ...] = ()
     uncontrolled: str = ''
     adaptive: robustness.RobustnessReport | None = None
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -186,7 +186,16 @@ def success_rate(
 
     Returns:
       A share in [0, 1]; NaN where nothing fooled the model.
+
+    Raises:
+      ValueError: the arguments are of different shapes.
     """
+    shapes = {np.shape(flags) for flags in (fooled, recovered, valid) if flags is not None}
+    if len(shapes) > 1:
+        raise ValueError(
+            f'fooled, recovered and valid have shapes {sorted(shapes)}; they must be of the same '
+            'images.'
+        )
     counted = np.asarray(fooled, bool) & (True if valid is None else np.asarray(valid, bool))
     if not counted.any():
         return float('nan')

@@ -153,8 +153,8 @@ def defense_table(report: DefenseReport) -> str:
         lines += ['', *aligned(['images that fall, but not along gradients', 'images'], body)]
     for name, warnings in report.warnings.items():
         lines += [f'{name}: {warning}' for warning in warnings]
-    if report.diagnosis is not None:
-        lines += ['', 'the defended model:', masking_report.masking_table(report.diagnosis)]
+    for diagnosis in report.diagnoses:
+        lines += ['', 'the defended model:', masking_report.masking_table(diagnosis)]
     if report.undiagnosed:
         lines += ['', f'the defended model: {report.undiagnosed}']
     return '\n'.join(lines)
@@ -237,9 +237,8 @@ def defense_facts(report: DefenseReport) -> dict[str, Any]:
     flat |= {f'defense/{key}': count for key, count in _missed(report).items()}
     for moves in report.moves:
         flat |= {f'defense/{key}': value for key, value in _of_moves(moves).items()}
-    if report.diagnosis is not None:
-        found = masking_report.masking_facts(report.diagnosis)
-        flat.update({f'defense/{key}': value for key, value in found.items()})
+    found = masking_report.masking_facts(report.diagnoses)
+    flat.update({f'defense/{key}': value for key, value in found.items()})
     if report.undiagnosed:
         flat['defense/masking/undiagnosed'] = report.undiagnosed
     return flat
@@ -273,8 +272,8 @@ def write_defense(report: DefenseReport, directory: str | pathlib.Path) -> list[
                     writer.writerow([key, cell, '', '', _fooled(moves)])
             writer.writerow(['passes', report.passes, '', '', ''])
             writer.writerow(['relative_cost', report.cost, '', '', ''])
-        if report.diagnosis is not None:
-            masking_report.write_masking(report.diagnosis, output.path('defense_masking.csv'))
+        if report.diagnoses:
+            masking_report.write_masking(report.diagnoses, output.path('defense_masking.csv'))
         if report.outcomes:
             plots.save(accuracy_figure(report), output.path('defense.png'))
         if report.moves:

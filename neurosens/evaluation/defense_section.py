@@ -90,8 +90,8 @@ def defense_section(report: DefenseReport, files: Iterable[pathlib.Path] = ()) -
             caption, alternative = _described(path.stem)
             blocks.append(Figure(path.read_bytes(), caption, alternative))
     lead = [_verdict(report, title), *_warnings(report, title)]
-    if report.diagnosis is not None:
-        masked = masking_section('Signs of gradient masking by the defence', report.diagnosis)
+    if report.diagnoses:
+        masked = masking_section('Signs of gradient masking by the defence', report.diagnoses)
         blocks.append(masked._replace(lead=()))
         lead += masked.lead
     if report.undiagnosed:

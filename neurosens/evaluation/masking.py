@@ -71,6 +71,11 @@ class Diagnosis:
     eps: float
 
     @property
+    def name(self) -> str:
+        """Such as `'linf-0.0314'`, its key in result files."""
+        return f'{self.norm}-{self.eps:.3g}'
+
+    @property
     def passed(self) -> bool:
         """Whether no check warns."""
         return all(check.passed is not False for check in self.checks)
@@ -248,6 +253,7 @@ def diagnose(
     batch_size: int = 256,
     mesh: Mesh | None = None,
     index: Int[np.ndarray, ' images'] | None = None,
+    reported: Bool[np.ndarray, ' images'] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Diagnosis:
     """Looks for signs that a model hides its gradients (Athalye et al. 2018, Carlini et al. 2019).
@@ -259,6 +265,8 @@ def diagnose(
       right than the most frequent label has;
     - `effort`: five times the steps, or the restarts, leave no image right that fewer fool;
     - `converged`: nor do they fool more, or the attack is too weak to report;
+    - `reported`: the attacks of a report at this radius fool what these attacks fool (PGD of all
+      steps, restarts and losses, FGSM, Square, noise);
     - `single_step`: PGD fools what FGSM fools;
     - `transfer`, `black_box`: images made for the surrogate, and Square, fool no image that no
       attack by gradients fools (PGD of all these steps, restarts and losses);
@@ -274,10 +282,11 @@ def diagnose(
 
     The rule: each compares images one by one, or counts of them, and N/100 + 2 sqrt(N/100) of N
     images, rounded down and one at least, may go the wrong way by chance (3 of 100, 16 of 1000);
-    `masking_checks.slack`. Where the two attacks are of equal effort, as for `losses` and
-    `precision`, images that only the second fools are held against those that only the first does;
-    see `masking_checks.exceeds`. A diagnosis that passes is no proof: it attacks few images with
-    short attacks, and cannot see an operation inside of the model's modules.
+    `masking_checks.slack`. A check that could not have warned, as no image was left for a stronger
+    attack to find, does not apply, and says so. Where the two attacks are of equal effort, as for
+    `losses` and `precision`, images that only the second fools are held against those that only the
+    first does; see `masking_checks.exceeds`. A diagnosis that passes is no proof: it attacks few
+    images with short attacks, and cannot see an operation inside of the model's modules.
 
     It costs about as much as 17 times this PGD and `queries` forward passes of each image, and four
     compilations; further ones for a surrogate and for each kind of wrapper.
@@ -298,6 +307,8 @@ def diagnose(
       batch_size: images per batch, over all devices; results do not depend on it.
       mesh: devices to split batches over; only one by default.
       index: identity of each image `[N]`, by default its place.
+      reported: whether any attack of a report at this radius, or none being needed, fools the model
+        `[N]`; without it that is not compared.
       progress: wraps an iterable over the attacks, as `tqdm` does.
 
     Returns:
@@ -321,6 +332,11 @@ def diagnose(
     if not len(x) or y.shape != x.shape[:1]:
         raise ValueError(
             f'images have shape {x.shape} and labels {y.shape}; they must be [N, ...] and [N].'
+        )
+    if reported is not None and np.shape(reported) != y.shape:
+        raise ValueError(
+            f'reported has shape {np.shape(reported)}; it must be {y.shape}, one flag for each '
+            'image.'
         )
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f'labels are of type {y.dtype}; they must be integers.')
@@ -366,6 +382,7 @@ def diagnose(
         limit=_grey_radius(threat, x.shape[1:]),
         replaced=replaced,
         absent=absent,
+        reported=None if reported is None else np.asarray(reported, bool),
     )
     return Diagnosis(judge(evidence), len(x), threat.norm, float(threat.eps))
 
@@ -419,6 +436,10 @@ def _plan(
             attacks['float64'] = functools.partial(_double, few, *wide)
     else:
         absent['float64'] = 'The repeat in float64 was left out; give it images.'
+    absent['reported'] = (
+        'Nothing was given to compare: which images the attacks of a report fool at this radius '
+        '(reported); attacks that aim at a class are not compared.'
+    )
     absent['straight'] = (
         'No transform or edit is wrapped around the model; of those inside of its modules nothing '
         'is known.'

@@ -2,7 +2,9 @@
 
 Carlini et al. 2019 (https://arxiv.org/abs/1902.06705) and Athalye et al. 2018
 (https://arxiv.org/abs/1802.00420) list the signs. Every check counts images that a weaker attack
-fools and a stronger one does not, or the like; `slack` and `exceeds` say what may be chance.
+fools and a stronger one does not, or the like; `slack` and `exceeds` say what may be chance. A
+check that could not have warned does not pass, such as one of images that a stronger attack finds
+where no image is left to find: it does not apply.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class Evidence(NamedTuple):
       limit: the radius at which any image can become any constant one, in pixel units.
       replaced: how many transforms and edits were made straight-through.
       absent: why an attack was not run, by its name.
+      reported: whether any attack of a report at this radius fools the model `[N]`; None where
+        there is nothing to compare.
     """
 
     labels: Int[np.ndarray, ' images']
@@ -78,6 +82,7 @@ class Evidence(NamedTuple):
     limit: float
     replaced: Mapping[str, int]
     absent: Mapping[str, str]
+    reported: Bool[np.ndarray, ' images'] | None = None
 
 
 def slack(images: int) -> int:
@@ -127,10 +132,51 @@ def judge(evidence: Evidence) -> tuple[Check, ...]:
 
 
 def _judged(
-    name: str, passed: bool, figures: Mapping[str, float], holds: str, advice: str
+    name: str,
+    passed: bool,
+    figures: Mapping[str, float],
+    holds: str,
+    advice: str,
+    empty: str = '',
 ) -> Check:
+    """A check of counts; `empty` says why it could not have failed, where it could not."""
     values = {key: float(value) for key, value in figures.items()}
+    if empty:
+        return Check(name, None, values, empty)
     return Check(name, bool(passed), values, holds if passed else advice)
+
+
+def _nothing_left(fooled: Bool[np.ndarray, ' images'], attack: str = 'PGD') -> str:
+    """Why nothing can be found beyond an attack, if it leaves no more images than chance may."""
+    left = int((~fooled).sum())
+    if left > slack(len(fooled)):
+        return ''
+    return (
+        f'{attack} leaves {left} of {len(fooled)} images right, so that nothing can be found '
+        'beyond it; look at a smaller radius.'
+    )
+
+
+def _no_excess(fooled: Bool[np.ndarray, ' images']) -> str:
+    """The same for a stronger attack of equal effort."""
+    left = int((~fooled).sum())
+    if exceeds(left, 0, len(fooled)):
+        return ''
+    return (
+        f'PGD leaves {left} of {len(fooled)} images right, too few to tell another attack of '
+        'its effort from chance; look at a smaller radius, or at more images.'
+    )
+
+
+def _few_correct(evidence: Evidence) -> str:
+    """Why nothing can be seen of images that are wrong without an attack."""
+    correct = int(evidence.correct.sum())
+    if correct > slack(len(evidence.correct)):
+        return ''
+    return (
+        f'The model is right about {correct} of {len(evidence.correct)} images without an attack, '
+        'too few to attack; take more images, or a model that is trained.'
+    )
 
 
 def _by_gradients(evidence: Evidence) -> Bool[np.ndarray, ' images']:
@@ -152,6 +198,7 @@ def _monotone(evidence: Evidence) -> Check:
         'Accuracy falls as the radius grows.',
         'Accuracy rises with the radius, which no sound attack allows: gradients mislead far from '
         'the image; use smaller steps and more restarts, or attacks without gradients (square).',
+        _few_correct(evidence),
     )
 
 
@@ -164,20 +211,38 @@ def _chance(evidence: Evidence) -> Check:
     radius = max(evidence.by_radius)
     right = int((~evidence.by_radius[radius]).sum())
     most = int(np.bincount(evidence.labels).max())
+    allowed = most + slack(len(evidence.labels))
+    empty = _few_correct(evidence)
+    if not empty and evidence.correct.sum() <= allowed:
+        empty = (
+            f'{most} of {len(evidence.labels)} images have the same label, so that no accuracy is '
+            'above chance; take images of several classes, and more of them.'
+        )
     return _judged(
         'chance',
-        right <= most + slack(len(evidence.labels)),
+        right <= allowed,
         {'radius': radius, 'grey_radius': evidence.limit, 'correct': right, 'most_frequent': most},
         'At a radius where nothing of an image is left, accuracy is at chance or below.',
         'PGD leaves images right at a radius where all of them can become the same grey: gradients '
         'do not show the way; attack through a smooth substitute (straight_through), with square '
         'and by transfer.',
+        empty,
     )
 
 
 def _effort(evidence: Evidence) -> Check:
-    """More steps and restarts fool at least the images that fewer fool."""
+    """More steps and restarts fool at least the images that fewer fool.
+
+    The first restart is the attack of one, so that of restarts only a random model loses images.
+    """
     short = evidence.fooled['pgd']
+    won = int((short & evidence.correct).sum())
+    empty = ''
+    if won <= slack(len(short)):
+        empty = (
+            f'PGD fools {won} of {len(short)} images, so that no stronger attack can lose any; '
+            'look at a larger radius.'
+        )
     lost = {name: int((short & ~evidence.fooled[name]).sum()) for name in ('steps', 'restarts')}
     return _judged(
         'effort',
@@ -186,6 +251,7 @@ def _effort(evidence: Evidence) -> Check:
         'More steps and more restarts help no image.',
         'More steps or restarts leave images right that fewer fool: gradients mislead at small '
         'steps; take the worst case over step sizes, and add attacks without gradients (square).',
+        empty,
     )
 
 
@@ -201,6 +267,27 @@ def _converged(evidence: Evidence) -> Check:
         'More steps or restarts fool further images, so that accuracy under this attack is too '
         'good: raise steps or restarts, or take apgd or autoattack (not for l0), before you report '
         'a figure.',
+        _nothing_left(short),
+    )
+
+
+def _reported(evidence: Evidence) -> Check:
+    """A report's attacks together fool what these short ones fool."""
+    if evidence.reported is None:
+        return Check('reported', None, {}, evidence.absent['reported'])
+    # What only a surrogate or a substitute for gradients shows has checks of its own.
+    names = {'clean', 'noise', 'fgsm', 'square', *_GRADIENT_ATTACKS} & evidence.fooled.keys()
+    here = np.any([evidence.fooled[name] for name in names], axis=0)
+    gained = int((here & ~evidence.reported).sum())
+    return _judged(
+        'reported',
+        gained <= slack(len(here)),
+        {'reported': evidence.reported.sum(), 'diagnosis': here.sum(), 'only_diagnosis': gained},
+        'The attacks of the report fool what those of this diagnosis fool.',
+        'Attacks of this diagnosis fool images that none of the report does, so that its accuracy '
+        'under attack is too good: leave step_size and loss at their defaults, raise steps and '
+        'restarts, or add apgd or autoattack.',
+        _nothing_left(evidence.reported, 'The report'),
     )
 
 
@@ -218,6 +305,7 @@ def _single_step(evidence: Evidence) -> Check:
         'One step fools images that many steps do not: gradients hold on the images alone, as '
         'after single-step adversarial training; attack from the clean image (bim) with several '
         'step sizes, and with square.',
+        _nothing_left(evidence.fooled['pgd']),
     )
 
 
@@ -228,7 +316,8 @@ def _found_beyond(evidence: Evidence, name: str, attack: str, holds: str, advice
     fooled, white_box = evidence.fooled[attack], _by_gradients(evidence)
     gained = int((fooled & ~white_box).sum())
     figures = {attack: fooled.sum(), 'white_box': white_box.sum(), f'only_{attack}': gained}
-    return _judged(name, gained <= slack(len(fooled)), figures, holds, advice)
+    empty = _nothing_left(white_box, 'PGD of all kinds')
+    return _judged(name, gained <= slack(len(fooled)), figures, holds, advice, empty)
 
 
 def _transfer(evidence: Evidence) -> Check:
@@ -263,6 +352,7 @@ def _noise(evidence: Evidence) -> Check:
         'Random noise fools fewer than half as many images as the attack.',
         'Random noise of the same radius fools at least half as many images as the attack: either '
         'gradients mislead (look at square) or the radius is beyond what means anything; lower it.',
+        _few_correct(evidence),
     )
 
 
@@ -286,6 +376,7 @@ def _gradients(evidence: Evidence) -> Check:
         'Images have no gradient that float32 can hold, or one that is no number: use a loss that '
         'does not saturate (scaled_cross_entropy, margin), and straight_through where an operation '
         'has no derivative.',
+        _few_correct(evidence),
     )
 
 
@@ -304,6 +395,7 @@ def _losses(evidence: Evidence) -> Check:
         'Other losses find no more.',
         'A loss that does not saturate fools images that cross-entropy does not: attack with '
         "loss='margin', 'dlr' or 'scaled_cross_entropy' (apgd_dlr, autoattack; not for l0).",
+        _no_excess(plain),
     )
 
 
@@ -325,6 +417,7 @@ def _precision(evidence: Evidence) -> Check:
         'Gradients in float64 find no more.',
         'Gradients computed in float64 fool images that those of the model do not: rounding hides '
         'them; attack in float64 (jax.enable_x64) or with loss scaled_cross_entropy or margin.',
+        _no_excess(single),
     )
 
 
@@ -367,6 +460,7 @@ def _straight_through(evidence: Evidence) -> Check:
         'Gradients that pass transforms straight through find nothing more.',
         'Gradients that pass transforms or edits straight through fool further images: attack the '
         'model with them replaced by attacks.straight_through (BPDA), or a better substitute.',
+        _nothing_left(white_box, 'PGD of all kinds'),
     )
 
 
@@ -375,6 +469,7 @@ _CHECKS: tuple[Callable[[Evidence], Check], ...] = (
     _chance,
     _effort,
     _converged,
+    _reported,
     _single_step,
     _transfer,
     _black_box,

@@ -1,4 +1,4 @@
-"""A diagnosis of gradient masking as text, as facts and as a file."""
+"""Diagnoses of gradient masking as text, as facts and as a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import functools
 import pathlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neurosens.evaluation.masking import Diagnosis
@@ -41,43 +41,52 @@ def masking_table(diagnosis: Diagnosis) -> str:
     return '\n'.join(lines)
 
 
-def masking_facts(diagnosis: Diagnosis) -> dict[str, Any]:
-    """A diagnosis under flat keys, for `results.json`.
+def masking_facts(diagnoses: Sequence[Diagnosis]) -> dict[str, Any]:
+    """Diagnoses under flat keys, for `results.json`.
 
     Args:
-      diagnosis: what `diagnose` found.
+      diagnoses: what `diagnose` found, each of another threat.
 
     Returns:
-      `masking/passed`, `masking/images`, `masking/slack`, `masking/norm` and `masking/eps`; for
-      each check `masking/<check>` (true, false, or None where it does not apply) and
-      `masking/<check>/<figure>`; and `masking/<check>/advice` for those that warn.
+      `masking/passed`, whether no check warns at any radius; for each diagnosis, under
+      `masking/<norm>-<eps>/`, its own `passed`, `images`, `slack` and `eps`; for each check
+      `<check>` (true, false, or None where it does not apply), `<check>/<figure>`, and
+      `<check>/message` for those that warn or do not apply. Nothing where there is no diagnosis.
     """
-    facts: dict[str, Any] = {
-        'masking/passed': diagnosis.passed,
-        'masking/images': diagnosis.images,
-        'masking/slack': diagnosis.slack,
-        'masking/norm': diagnosis.norm,
-        'masking/eps': diagnosis.eps,
-    }
-    for check in diagnosis.checks:
-        facts[f'masking/{check.name}'] = check.passed
-        facts.update({f'masking/{check.name}/{key}': v for key, v in check.figures.items()})
-        if check.passed is False:
-            facts[f'masking/{check.name}/advice'] = check.message
+    if not diagnoses:
+        return {}
+    facts: dict[str, Any] = {'masking/passed': all(each.passed for each in diagnoses)}
+    for diagnosis in diagnoses:
+        found: dict[str, Any] = {
+            'passed': diagnosis.passed,
+            'images': diagnosis.images,
+            'slack': diagnosis.slack,
+            'eps': diagnosis.eps,
+        }
+        for check in diagnosis.checks:
+            found[check.name] = check.passed
+            found.update({f'{check.name}/{key}': v for key, v in check.figures.items()})
+            if not check.passed:
+                found[f'{check.name}/message'] = check.message
+        facts.update({f'masking/{diagnosis.name}/{key}': value for key, value in found.items()})
     return facts
 
 
-def write_masking(diagnosis: Diagnosis, path: pathlib.Path) -> None:
-    """Writes a diagnosis as CSV: one line for each figure, and one for a check without any.
+def write_masking(diagnoses: Sequence[Diagnosis], path: pathlib.Path) -> None:
+    """Writes diagnoses as CSV: one line for each figure, and one for a check without any.
 
     Args:
-      diagnosis: what `diagnose` found.
+      diagnoses: what `diagnose` found, each of another threat.
       path: the file.
     """
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
-        writer.writerow(['check', 'verdict', 'figure', 'value', 'message'])
-        for check in diagnosis.checks:
-            figures: Mapping[str, Any] = check.figures or {'': ''}
-            for name, value in figures.items():
-                writer.writerow([check.name, check.verdict, name, value, check.message])
+        writer.writerow(['norm', 'eps', 'check', 'verdict', 'figure', 'value', 'message'])
+        for diagnosis in diagnoses:
+            threat = [diagnosis.norm, diagnosis.eps]
+            for check in diagnosis.checks:
+                figures: Mapping[str, Any] = check.figures or {'': ''}
+                for name, value in figures.items():
+                    writer.writerow(
+                        [*threat, check.name, check.verdict, name, value, check.message]
+                    )

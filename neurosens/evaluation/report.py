@@ -90,8 +90,8 @@ def table(report: RobustnessReport) -> str:
             lines += ['', *aligned(['mean distance / norm of the image', 'value'], cells)]
     for outcome in report.outcomes:
         lines += [f'{outcome.name}: {warning}' for warning in outcome.warnings]
-    if report.diagnosis is not None:
-        lines += ['', masking_report.masking_table(report.diagnosis)]
+    for diagnosis in report.diagnoses:
+        lines += ['', masking_report.masking_table(diagnosis)]
     if report.undiagnosed:
         lines += ['', report.undiagnosed]
     return '\n'.join(lines)
@@ -160,8 +160,7 @@ def results(report: RobustnessReport, facts: dict[str, Any]) -> dict[str, Any]:
             flat[f'median_distance/{name}{part}'] = value if math.isfinite(value) else None
     for name, mean in report.relative_distances().items():
         flat[f'relative_distance/{name}'] = mean if math.isfinite(mean) else None
-    if report.diagnosis is not None:
-        flat.update(masking_report.masking_facts(report.diagnosis))
+    flat.update(masking_report.masking_facts(report.diagnoses))
     if report.undiagnosed:
         flat['masking/undiagnosed'] = report.undiagnosed
     return flat
@@ -231,8 +230,8 @@ def write(
                 columns = (values.tolist() for values in distances.values())
                 labels = report.predictions.labels.tolist()
                 writer.writerows(zip(range(len(labels)), labels, *columns))
-        if report.diagnosis is not None:
-            masking_report.write_masking(report.diagnosis, output.path('masking.csv'))
+        if report.diagnoses:
+            masking_report.write_masking(report.diagnoses, output.path('masking.csv'))
         pictures = {}
         for name, figure in _figures(report, training_log):
             path = output.path(name)

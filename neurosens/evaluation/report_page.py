@@ -60,8 +60,8 @@ def report_page(
     if warnings:
         lead.append(Notes('Robustness may be overestimated', warnings))
     parts = [_accuracy(report, results, pictures)]
-    if report.diagnosis is not None:
-        parts.append(masking_section('Signs of gradient masking', report.diagnosis))
+    if report.diagnoses:
+        parts.append(masking_section('Signs of gradient masking', report.diagnoses))
     if report.undiagnosed:
         parts.append(Section('Signs of gradient masking', [report.undiagnosed]))
     parts += sections
@@ -71,40 +71,52 @@ def report_page(
     return page(title, lead, parts)
 
 
-def masking_section(title: str, diagnosis: Diagnosis) -> Section:
-    """What a diagnosis of gradient masking found, as a section of the page.
+def masking_section(title: str, diagnoses: Sequence[Diagnosis]) -> Section:
+    """What diagnoses of gradient masking found, as a section of the page.
 
     Args:
       title: of the section.
-      diagnosis: what was found.
+      diagnoses: what was found at each radius, of the same images.
 
     Returns:
-      One row for each check; what failed stands at the top of the page too.
+      A table for each radius, with one row for each check; what failed stands at the top of the
+      page too, once for all radii where it did.
     """
-    failed = [check.message for check in diagnosis.checks if check.verdict == 'warn']
+    failed: dict[str, list[str]] = {}
+    for diagnosis in diagnoses:
+        for check in diagnosis.checks:
+            if check.verdict == 'warn':
+                failed.setdefault(check.message, []).append(f'{diagnosis.eps:.3g}')
+    notes = [
+        f'At {diagnoses[0].norm} eps {_listed(radii)}: {message}'
+        for message, radii in failed.items()
+    ]
     return Section(
         title,
         [
             'Attacks that mislead themselves make a model look robust. Each check compares attacks '
-            f'on {diagnosis.images:,} images; up to {diagnosis.slack} of them may go the wrong way '
-            'by chance.',
-            check_table(
-                f'Checks at {diagnosis.norm} eps {diagnosis.eps:.3g}',
-                [
-                    (
-                        check.name.replace('_', ' '),
-                        check.verdict,
-                        ', '.join(
-                            f'{name.replace("_", " ")} {value:.4g}'
-                            for name, value in check.figures.items()
-                        ),
-                        check.message,
-                    )
-                    for check in diagnosis.checks
-                ],
-            ),
+            f'on {diagnoses[0].images:,} images; up to {diagnoses[0].slack} of them may go the '
+            'wrong way by chance.',
+            *map(_checks_at, diagnoses),
         ],
-        [Notes(title, failed)] if failed else [],
+        [Notes(title, notes)] if notes else [],
+    )
+
+
+def _checks_at(diagnosis: Diagnosis) -> Table:
+    return check_table(
+        f'Checks at {diagnosis.norm} eps {diagnosis.eps:.3g}',
+        [
+            (
+                check.name.replace('_', ' '),
+                check.verdict,
+                ', '.join(
+                    f'{name.replace("_", " ")} {value:.4g}' for name, value in check.figures.items()
+                ),
+                check.message,
+            )
+            for check in diagnosis.checks
+        ],
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -56,7 +56,7 @@ class RobustnessReport:
       split: its split.
       predictions: per-image results on clean images.
       outcomes: per attack and radius.
-      diagnosis: of gradient masking; None where it was not asked for.
+      diagnoses: of gradient masking, at each radius, smallest first; none where not asked for.
       lengths: norm of each clean image, where an attack looked for the smallest perturbation.
       undiagnosed: why gradient masking was not looked for although there were attacks, or empty.
     """
@@ -65,7 +65,7 @@ class RobustnessReport:
     split: str
     predictions: accuracy.Predictions
     outcomes: tuple[AttackOutcome, ...]
-    diagnosis: masking.Diagnosis | None = None
+    diagnoses: tuple[masking.Diagnosis, ...] = ()
     lengths: Float[np.ndarray, ' examples'] | None = None
     undiagnosed: str = ''
 
@@ -141,7 +141,7 @@ def evaluate(
         finds its images by PGD on that model, and a check of masking.
 
     Returns:
-      The report.
+      The report, of radii smallest first.
     """
     limit = settings.limit or None
     predictions = accuracy.predict(
@@ -154,12 +154,13 @@ def evaluate(
         progress=progress('clean'),
     )
     outcomes: list[AttackOutcome] = []
+    radii = sorted(set(settings.eps))
     for name in (*settings.attacks, *(['transfer'] if surrogate is not None else [])):
         if name.startswith('autoattack'):
             ensemble = functools.partial(
                 run_autoattack, name, forward, variables, source, mesh, settings, key
             )
-            for eps in settings.eps:
+            for eps in radii:
                 found = ensemble(eps, directory, ensemble_progress)
                 judged = accuracy.predict_images(
                     forward,
@@ -176,7 +177,7 @@ def evaluate(
             continue
         # What looks for the smallest perturbation finds the answer for all radii at once.
         smallest = name in MINIMUM
-        for eps in sorted(settings.eps)[-1:] if smallest else settings.eps:
+        for eps in radii[-1:] if smallest else radii:
             attacked = accuracy.attack(
                 make_attack(name, forward, variables, settings, eps, key, surrogate),
                 forward,
@@ -201,13 +202,6 @@ def evaluate(
                 if smallest
                 else [AttackOutcome(_label(name, settings), settings.norm, eps, attacked)]
             )
-    diagnosis = None
-    radii = sorted(eps for eps in settings.eps if eps)
-    undiagnosed = _undiagnosed(settings) if outcomes else ''
-    if outcomes and not undiagnosed:
-        diagnosis = _diagnose(
-            forward, variables, source, mesh, settings, key, radii, surrogate, progress('masking')
-        )
     lengths = None
     if any(name in MINIMUM for name in settings.attacks):
 
@@ -218,15 +212,18 @@ def evaluate(
         lengths = accuracy.stream(
             source, mesh, settings.batch_size, jax.jit(of_batch), limit=limit
         )['length']
-    return RobustnessReport(
-        source.info,
-        settings.split,
-        predictions,
-        tuple(outcomes),
-        diagnosis,
-        lengths,
-        undiagnosed,
+    report = RobustnessReport(
+        source.info, settings.split, predictions, tuple(outcomes), lengths=lengths
     )
+    if not outcomes:
+        return report
+    undiagnosed = _undiagnosed(settings)
+    if undiagnosed:
+        return dataclasses.replace(report, undiagnosed=undiagnosed)
+    diagnoses = _diagnose(
+        forward, variables, source, mesh, settings, key, report, surrogate, progress
+    )
+    return dataclasses.replace(report, diagnoses=diagnoses)
 
 
 def _undiagnosed(settings: config_lib.Evaluation) -> str:
@@ -251,29 +248,35 @@ def _diagnose(
     mesh: Mesh,
     settings: config_lib.Evaluation,
     key: PRNGKeyArray,
-    radii: Sequence[float],
+    report: RobustnessReport,
     surrogate: tuple[Forward, Variables] | None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> masking.Diagnosis:
-    """Signs of gradient masking on the first images, which every process holds."""
+    progress: Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]],
+) -> tuple[masking.Diagnosis, ...]:
+    """Signs of gradient masking on the first images, which every process holds, at each radius."""
     limit = min(settings.masking_images, settings.limit or settings.masking_images)
     held = accuracy.stream(source, mesh, settings.batch_size, _held, limit=limit)
-    return masking.diagnose(
-        forward,
-        variables,
-        held['image'].astype(np.float32) / np.float32(255),
-        held['label'],
-        key,
-        threat=attacks.Threat(settings.norm, radii[len(radii) // 2]),
-        steps=settings.steps,
-        restarts=settings.restarts,
-        queries=min(settings.queries, _DIAGNOSIS_QUERIES),
-        draws=settings.draws,
-        surrogate=surrogate,
-        batch_size=settings.batch_size,
-        mesh=mesh,
-        index=held['index'],
-        progress=progress,
+    x = held['image'].astype(np.float32) / np.float32(255)
+    return tuple(
+        masking.diagnose(
+            forward,
+            variables,
+            x,
+            held['label'],
+            key,
+            threat=attacks.Threat(settings.norm, eps),
+            steps=settings.steps,
+            restarts=settings.restarts,
+            queries=min(settings.queries, _DIAGNOSIS_QUERIES),
+            draws=settings.draws,
+            surrogate=surrogate,
+            batch_size=settings.batch_size,
+            mesh=mesh,
+            index=held['index'],
+            # An attack that misses its aim may have left the class all the same.
+            reported=None if settings.target else ~report.worst_case(eps)[: len(x)],
+            progress=progress(f'masking {eps:g}'),
+        )
+        for eps in sorted({eps for eps in settings.eps if eps})
     )
 
 
@@ -298,7 +301,7 @@ def _at_each_radius(
     """Outcomes for all radii from the smallest perturbations found, of one run."""
     outcomes = []
     assert attacked.distance is not None
-    for eps in settings.eps:
+    for eps in sorted(set(settings.eps)):
         found = attacked.distance <= eps
         success = found | ~clean.correct
         shown = found[: len(attacked.x)].reshape(-1, *[1] * (attacked.x.ndim - 1))

@@ -1,5 +1,6 @@
 """Evaluation visits every example once, in order, whatever the batches and devices."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -138,9 +139,10 @@ def test_logits_that_are_not_numbers_are_no_class_under_any_attack(source, tmp_p
     np.testing.assert_array_equal(report.predictions.correct, ~undefined & (labels == 9))
     for outcome in report.outcomes:
         assert outcome.attacked.success[undefined].all()
-    (check,) = (check for check in report.diagnosis.checks if check.name == 'gradients')
+    (diagnosis,) = report.diagnoses
+    (check,) = (check for check in diagnosis.checks if check.name == 'gradients')
     assert check.figures['correct'] == (~undefined & (labels == 9))[:40].sum()
-    (check,) = (check for check in report.diagnosis.checks if check.name == 'randomness')
+    (check,) = (check for check in diagnosis.checks if check.name == 'randomness')
     assert check.passed and check.figures['largest_change'] == 0
     assert evaluation.results(report, {})['clean_loss'] is None
     # What needs no perturbation has none.
@@ -174,8 +176,42 @@ def test_gradients_of_a_random_model_are_averaged_over_draws(source):
     expected = attacks.pgd(forward, variables, x, source.labels, key, **options)
     attacked = found.outcomes[0].attacked
     np.testing.assert_allclose(attacked.x_adv, expected.x_adv[: len(attacked.x_adv)], atol=1e-6)
-    (check,) = [check for check in found.diagnosis.checks if check.name == 'randomness']
+    (diagnosis,) = found.diagnoses
+    (check,) = [check for check in diagnosis.checks if check.name == 'randomness']
     assert check.passed and check.figures['draws'] == 4
+
+
+def test_every_radius_is_diagnosed_and_attacks_too_weak_for_it_are_found(model, source):
+    forward, variables = model
+    mesh = parallel.data_mesh(1)
+    variables = parallel.replicate(mesh, variables)
+    right = np.asarray(forward(variables, data.to_float(source.images))[0]).argmax(-1)
+    source = data.ArrayDataset(source.images, right.astype(np.int32), source.info)
+    settings = config.Evaluation(
+        attacks=('pgd',), eps=(0.2, 0.05), steps=5, batch_size=COUNT, queries=20, masking_images=50
+    )
+
+    def checks(**changes):
+        changed = dataclasses.replace(settings, **changes)
+        report = evaluation.evaluate(forward, variables, source, mesh, changed, jax.random.key(0))
+        assert [outcome.eps for outcome in report.outcomes] == [0.05, 0.2]
+        return report, [{check.name: check for check in d.checks} for d in report.diagnoses]
+
+    report, found = checks()
+    assert [diagnosis.eps for diagnosis in report.diagnoses] == [0.05, 0.2]
+    for each, outcome in zip(found, report.outcomes):
+        assert each['reported'].figures['reported'] == outcome.attacked.success[:50].sum()
+    weak, (small, _) = checks(step_size=1e-4)
+    assert small['reported'].passed is False
+    left = small['reported'].figures['only_diagnosis']
+    fooled = weak.outcomes[0].attacked.success[:50].sum()
+    assert left + fooled == small['reported'].figures['diagnosis'] > fooled + 3
+    # The diagnosis itself takes steps that reach the edge, and sees nothing wrong.
+    assert small['single_step'].figures == found[0]['single_step'].figures
+    # What misses its aim may have left the class all the same.
+    _, aimed = checks(target='least_likely')
+    assert [each['reported'].passed for each in aimed] == [None, None]
+    assert 'aim at a class' in aimed[0]['reported'].message
 
 
 def test_a_label_that_is_no_class_is_named(model, source):

@@ -47,6 +47,8 @@ def test_the_success_rate_counts_what_fooled_the_model():
     recovered = np.array([True, True, True, True, False, False])
     assert evaluation.success_rate(fooled, recovered, valid) == pytest.approx(1 / 3)
     assert math.isnan(evaluation.success_rate(np.zeros(3, bool), np.ones(3, bool)))
+    with pytest.raises(ValueError, match=r'shapes \[\(1,\), \(3,\)\]; they must be of the same'):
+        evaluation.success_rate(np.ones(3, bool), np.ones(1, bool))
 
 
 class Templates(nn.Module):
@@ -763,12 +765,14 @@ def test_the_config_of_compress_and_amplify_asks_for_autoattack():
 def test_gradients_of_a_defended_model_are_checked(problem, tmp_path):
     settings = {'masking_images': 8, 'measure': 'influence'}
     _, report = run(problem, 'pruning', {'count': 3, 'order': 'least'}, **settings)
-    assert report.diagnosis is not None and report.diagnosis.images == 8
+    assert [(each.eps, each.images) for each in report.diagnoses] == [(0.05, 8), (0.12, 8)]
     # Images made for the undefended model are among the attacks it is held against.
-    transfer = {check.name: check for check in report.diagnosis.checks}['transfer']
-    assert transfer.passed is not None
-    assert evaluation.defense_facts(report)['defense/masking/images'] == 8
-    assert 'gradient masking' in evaluation.defense_table(report)
+    transfer = {check.name: check for check in report.diagnoses[0].checks}['transfer']
+    assert 'transfer' in transfer.figures
+    facts = evaluation.defense_facts(report)
+    for eps in ('0.05', '0.12'):
+        assert facts[f'defense/masking/linf-{eps}/images'] == 8
+        assert f'gradient masking, linf {eps}, 8 images' in evaluation.defense_table(report)
     (tmp_path / 'defense_controls.png').touch()
     evaluation.write_defense(report, tmp_path)
     assert not (tmp_path / 'defense_controls.png').exists()

@@ -149,11 +149,18 @@ def test_what_failed_of_a_diagnosis_leads_the_page():
     unasked = masking.Check('transfer', None, {}, 'There is no other model.')
     for checks, lead in (
         ((passed, unasked), []),
-        ((passed, failed, unasked), [Notes('Signs', ['More steps find more.'])]),
+        (
+            (passed, failed, unasked),
+            [Notes('Signs', ['At linf eps 0.1 and 0.2: More steps find more.'])],
+        ),
     ):
-        diagnosis = masking.Diagnosis(checks, 64, 'linf', 0.1)
-        section = report_page.masking_section('Signs', diagnosis)
+        diagnoses = [masking.Diagnosis(checks, 64, 'linf', eps) for eps in (0.1, 0.2)]
+        diagnoses.append(masking.Diagnosis((passed,), 64, 'linf', 0.3))
+        section = report_page.masking_section('Signs', diagnoses)
         assert list(section.lead) == lead
+        assert [table.caption for table in section.blocks[1:]] == [
+            f'Checks at linf eps {eps}' for eps in (0.1, 0.2, 0.3)
+        ]
 
 
 def test_what_no_page_can_hold_is_replaced():

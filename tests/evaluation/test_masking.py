@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from neurosens import evaluation, parallel
-from neurosens.attacks import Threat, random_forward
+from neurosens.attacks import Threat, pgd, random_forward
 from neurosens.defenses import inverse_perturbation
 from neurosens.evaluation import masking, masking_checks
 from neurosens.evaluation.masking_checks import slack
@@ -98,8 +98,10 @@ def diagnose(problem):
 
 @pytest.fixture(scope='module')
 def honest(diagnose, problem):
-    surrogate = model(), classifier(problem[2])
-    return diagnose(model(), surrogate=surrogate)
+    x, y, templates = problem
+    surrogate = model(), classifier(templates)
+    found = pgd(model(), surrogate[1], x, y, KEY, threat=Threat('linf', EPS), steps=10)
+    return diagnose(model(), surrogate=surrogate, reported=found.success)
 
 
 def warnings(diagnosis):
@@ -112,9 +114,13 @@ def figures(diagnosis, name):
     return check.figures
 
 
+def skipped(checks):
+    return {check.name: check.message for check in checks if check.passed is None}
+
+
 def test_an_honest_model_passes_every_check(honest):
     assert all(check.passed for check in honest.checks), evaluation.masking_table(honest)
-    assert honest.passed and len(honest.checks) == 13
+    assert honest.passed and len(honest.checks) == 14
     # And the attacks had something to show.
     assert 10 < figures(honest, 'single_step')['pgd'] < 35
 
@@ -257,6 +263,7 @@ def test_the_same_is_found_on_any_devices_and_batches(honest, diagnose):
     assert {check.name for check in found.checks if check.passed is None} == {
         'black_box',
         'precision',
+        'reported',
         'transfer',
     }
     assert {'view', 'steps', 'noise', 'straight_transforms'} <= set(seen)
@@ -291,6 +298,7 @@ def sound():
         limit=0.5,
         replaced={'transforms': 1, 'edits': 0},
         absent={},
+        reported=flags(60),
     )
 
 
@@ -308,14 +316,15 @@ BROKEN = {
     'monotone': lambda e, n: e._replace(by_radius={**e.by_radius, 0.1: flags(30 - n)}),
     'chance': lambda e, n: e._replace(by_radius={**e.by_radius, 0.5: flags(90 - n)}),
     'effort': lambda e, n: fooling(e, steps=60 - n),
-    'converged': lambda e, n: fooling(e, restarts=60 + n),
-    'single_step': lambda e, n: fooling(e, fgsm=60 + n),
+    'converged': lambda e, n: fooling(e, restarts=60 + n)._replace(reported=flags(60 + n)),
+    'reported': lambda e, n: e._replace(reported=flags(60 - n)),
+    'single_step': lambda e, n: fooling(e, fgsm=60 + n)._replace(reported=flags(60 + n)),
     'transfer': lambda e, n: fooling(e, transfer=60 + n),
-    'black_box': lambda e, n: fooling(e, square=60 + n),
+    'black_box': lambda e, n: fooling(e, square=60 + n)._replace(reported=flags(60 + n)),
     'noise': lambda e, n: fooling(e, noise=30 + n),
     'gradients': lambda e, n: e._replace(gradient=np.where(flags(n), 1e-30, 1.0)),
     'gradients, not finite': lambda e, n: e._replace(gradient=np.where(flags(n), np.nan, 1.0)),
-    'losses': lambda e, n: fooling(e, scaled=60 + n),
+    'losses': lambda e, n: fooling(e, scaled=60 + n)._replace(reported=flags(60 + n)),
     'precision': lambda e, n: fooling(e, float64=60 + n),
     'straight_through': lambda e, n: fooling(e, straight_transforms=60 + n),
 }
@@ -340,6 +349,7 @@ def test_equal_attacks_may_differ_both_ways(sound):
     differing = fooling(sound)
     swapped = np.roll(flags(60), 15)
     differing.fooled['margin'] = differing.fooled['float64'] = swapped
+    differing = differing._replace(reported=flags(60) | swapped)
     # What gradients in float64 find counts for them alone, what another loss finds for gradients.
     assert judged(differing) == set()
     differing.fooled['scaled'] = flags(60) | swapped
@@ -355,16 +365,57 @@ def test_a_random_model_passes_once_its_gradients_are_averaged(sound):
     assert judged(sound._replace(change=np.full(N, 1e-5))) == set()
 
 
+BEYOND = {'converged', 'reported', 'single_step', 'transfer', 'black_box', 'straight_through'}
+EQUAL = {'losses', 'precision'}
+
+
+@pytest.mark.parametrize(
+    ('left', 'expected'), [(3, BEYOND | EQUAL), (4, EQUAL), (5, set()), (0, BEYOND | EQUAL)]
+)
+def test_where_nothing_is_left_to_find_finding_nothing_is_no_pass(sound, left, expected):
+    strong = fooling(sound, **dict.fromkeys(sound.fooled.keys() - {'clean', 'noise'}, N - left))
+    strong = strong._replace(reported=flags(N - left))
+    empty = skipped(masking_checks.judge(strong))
+    assert empty.keys() == expected
+    for message in empty.values():
+        assert f'{left} of {N} images' in message and 'smaller radius' in message
+    # All that is left would be a warning exactly where the check applies.
+    for name in (BEYOND | EQUAL) - {'reported'}:
+        assert (name in judged(BROKEN[name](strong, N - 60))) == (name not in expected)
+
+
+def test_a_check_of_what_is_not_there_does_not_apply(sound):
+    weak = fooling(sound, **dict.fromkeys(sound.fooled.keys() - {'clean', 'noise'}, 3))
+    weak = weak._replace(reported=flags(3))
+    assert skipped(masking_checks.judge(weak)).keys() == {'effort'}
+    assert skipped(masking_checks.judge(fooling(weak, pgd=4))).keys() == set()
+    one = sound._replace(labels=np.zeros(N, int))
+    assert '100 of 100 images have the same label' in skipped(masking_checks.judge(one))['chance']
+    untrained = sound._replace(
+        correct=flags(3),
+        fooled={name: ~flags(3) | values for name, values in sound.fooled.items()},
+        by_radius={radius: ~flags(3) | values for radius, values in sound.by_radius.items()},
+        reported=flags(N),
+    )
+    checks = masking_checks.judge(untrained)
+    assert [check.name for check in checks if check.passed is not None] == ['randomness']
+    assert 'right about 3 of 100 images' in skipped(checks)['gradients']
+
+
 def test_what_was_not_run_is_not_judged(sound):
     absent = {'square': 'No queries.', 'transfer': 'No model.', 'float64': 'No images.'}
+    absent['reported'] = 'No report.'
     fooled = {name: values for name, values in sound.fooled.items() if name not in absent}
     checks = masking_checks.judge(
         sound._replace(
-            fooled=fooled, absent={**absent, 'straight': 'Nothing.'}, replaced={'transforms': 0}
+            fooled=fooled,
+            absent={**absent, 'straight': 'Nothing.'},
+            replaced={'transforms': 0},
+            reported=None,
         )
     )
-    skipped = {check.name: check.message for check in checks if check.passed is None}
-    assert skipped == {
+    assert skipped(checks) == {
+        'reported': 'No report.',
         'black_box': 'No queries.',
         'transfer': 'No model.',
         'precision': 'No images.',
@@ -451,8 +502,10 @@ def test_an_inverse_perturbation_takes_its_own_straight_gradients(problem, inver
 def test_an_inverse_perturbation_is_diagnosed_whole(diagnose, inverse):
     defended = inverse_perturbation.apply(inverse, LinenForward(Linear()))
     found = diagnose(defended, images=8, queries=0, steps=3, float64_images=4)
-    judged = {check.name for check in found.checks if check.passed is not None}
-    assert judged >= {'precision', 'straight_through'}
+    assert {check.name for check in found.checks if check.figures} >= {
+        'precision',
+        'straight_through',
+    }
     assert figures(found, 'straight_through')['transforms'] == 1
     assert figures(found, 'precision')['images'] == 4
 
@@ -492,23 +545,33 @@ def test_what_stays_narrow_is_not_called_float64(problem, dtype, transform, poss
 
 
 def test_every_check_is_in_the_table_and_the_files(sound, tmp_path):
-    checks = masking_checks.judge(fooling(sound, square=80))
+    checks = masking_checks.judge(fooling(sound, square=80)._replace(reported=flags(97)))
     diagnosis = evaluation.Diagnosis(checks, N, 'linf', 0.1)
+    other = evaluation.Diagnosis(masking_checks.judge(sound), N, 'linf', 0.05)
     assert not diagnosis.passed
     lines = evaluation.masking_table(diagnosis).splitlines()
     (place,) = (number for number, line in enumerate(lines) if line.startswith('warn'))
     assert 'only_square 20' in lines[place] and 'Random search fools' in lines[place + 1]
-    assert sum(line.startswith('pass') for line in lines) == len(checks) - 1
-    facts = json.loads(json.dumps(evaluation.masking_facts(diagnosis)))
-    assert facts['masking/images'] == N and facts['masking/slack'] == slack(N)
-    assert facts['masking/black_box'] is False and facts['masking/black_box/only_square'] == 20
-    assert [key for key in facts if key.endswith('/advice')] == ['masking/black_box/advice']
-    evaluation.write_masking(diagnosis, tmp_path / 'masking.csv')
+    assert sum(line.startswith('pass') for line in lines) == len(checks) - 2
+    assert 'n/a    reported' in '\n'.join(lines) and 'The report leaves 3 of 100' in ''.join(lines)
+    facts = json.loads(json.dumps(evaluation.masking_facts((other, diagnosis))))
+    assert facts['masking/passed'] is False and facts['masking/linf-0.05/passed'] is True
+    found = {key.removeprefix('masking/linf-0.1/'): value for key, value in facts.items()}
+    assert (found['images'], found['slack'], found['eps']) == (N, slack(N), 0.1)
+    assert found['black_box'] is False and found['black_box/only_square'] == 20
+    assert {key for key in found if key.endswith('/message')} == {
+        'black_box/message',
+        'reported/message',
+    }
+    assert evaluation.masking_facts(()) == {}
+    evaluation.write_masking((other, diagnosis), tmp_path / 'masking.csv')
     with (tmp_path / 'masking.csv').open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        assert float(row['value']) == facts[f'masking/{row["check"]}/{row["figure"]}']
+        key = f'masking/{row["norm"]}-{row["eps"]}/{row["check"]}/{row["figure"]}'
+        assert float(row['value']) == facts[key]
     assert {row['check'] for row in rows} == {check.name for check in checks}
+    assert {row['eps'] for row in rows} == {'0.05', '0.1'}
 
 
 @pytest.mark.parametrize(
@@ -518,6 +581,7 @@ def test_every_check_is_in_the_table_and_the_files(sound, tmp_path):
         ({'eps': 0.0}, 'eps is 0.0; it must be greater than 0'),
         ({'images': 0}, r'they must be \[N, ...\]'),
         ({'queries': -1}, 'queries is -1'),
+        ({'reported': [True]}, r'reported has shape \(1,\); it must be \(40,\), one flag'),
     ],
 )
 def test_a_mistake_is_named(diagnose, options, sentence):

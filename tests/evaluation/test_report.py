@@ -206,13 +206,19 @@ def test_smallest_perturbations_are_reported_for_every_image_and_as_a_curve(repo
 
 def test_a_diagnosis_of_masking_stands_in_every_report(report, tmp_path):
     check = evaluation.Check('black_box', False, {'only_square': 9.0}, 'Random search fools more.')
-    diagnosis = evaluation.Diagnosis((check,), 128, 'linf', 0.1)
-    whole = dataclasses.replace(report, diagnosis=diagnosis)
+    sound = dataclasses.replace(check, passed=True)
+    diagnoses = tuple(
+        evaluation.Diagnosis((found,), 128, 'linf', eps)
+        for found, eps in ((sound, 0.05), (check, 0.1))
+    )
+    whole = dataclasses.replace(report, diagnoses=diagnoses)
     written = {path.name for path in evaluation.write(whole, tmp_path, {})}
     assert 'masking.csv' in written
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['masking/black_box'] is False and not results['masking/passed']
-    assert evaluation.table(whole).endswith(evaluation.masking_table(diagnosis))
+    assert results['masking/linf-0.05/passed'] and not results['masking/linf-0.1/passed']
+    assert results['masking/linf-0.1/black_box'] is False and not results['masking/passed']
+    text = evaluation.table(whole)
+    assert text.endswith('\n\n'.join(map(evaluation.masking_table, diagnoses)))
     evaluation.write(report, tmp_path, {})
     assert not (tmp_path / 'masking.csv').exists(), 'that of an earlier evaluation is gone'
 

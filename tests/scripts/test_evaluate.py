@@ -145,20 +145,23 @@ def test_signs_of_masking_are_reported(evaluated):
     workdir, out, results = evaluated
     with (workdir / 'report' / 'masking.csv').open() as file:
         lines = list(csv.DictReader(file))
-    # The upper middle of the radii, on the first images.
-    assert (results['masking/images'], results['masking/eps']) == (40, 0.1)
-    assert 'gradient masking, linf 0.1, 40 images' in out
+    # Every radius, on the first images.
+    for eps in (0.02, 0.1):
+        assert results[f'masking/linf-{eps}/images'] == 40
+        assert f'gradient masking, linf {eps}, 40 images' in out
+    assert {line['eps'] for line in lines} == {'0.02', '0.1'}
     for line in lines:
-        passed = results[f'masking/{line["check"]}']
+        key = f'masking/{line["norm"]}-{line["eps"]}/{line["check"]}'
+        passed = results[key]
         assert line['verdict'] == {True: 'pass', False: 'warn', None: 'n/a'}[passed]
         assert f'{line["verdict"]:<4}   {line["check"]}' in out
         if line['figure']:
-            assert results[f'masking/{line["check"]}/{line["figure"]}'] == float(line['value'])
-    not_run = {line['check'] for line in lines if line['verdict'] == 'n/a'}
+            assert results[f'{key}/{line["figure"]}'] == float(line['value'])
+    not_run = {line['check'] for line in lines if line['verdict'] == 'n/a' and not line['figure']}
     assert not_run == {'transfer', 'straight_through'}
-    fooled = results['masking/single_step/pgd']
-    assert fooled + results['masking/monotone/correct_at_0.1'] == 40
-    assert results['masking/randomness'] and results['masking/gradients']
+    found = {key.removeprefix('masking/linf-0.1/'): value for key, value in results.items()}
+    assert found['single_step/pgd'] + found['monotone/correct_at_0.1'] == 40
+    assert found['randomness'] and found['gradients']
 
 
 # ------------------------------------------------------------------------------------ neurons
